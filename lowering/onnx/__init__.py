@@ -1,0 +1,58 @@
+"""ONNX: standard operators with quantized weights, written with `lower`, run with `OnnxArtifact`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from qcompiler.errors import MissingDependencyError
+from qcompiler.graph import Graph
+from qcompiler.lowering.onnx.reader import OnnxArtifact
+from qcompiler.lowering.onnx.target import OnnxTarget
+
+__all__ = ["OnnxArtifact", "OnnxTarget", "lower"]
+
+
+def lower(
+    graph: Graph,
+    directory: str | Path,
+    *,
+    opset: int = 21,
+    float_dtype: Literal["float32", "float16"] = "float32",
+    companions: str | Path | None = None,
+) -> dict[str, Any]:
+    """Writes a graph as an ONNX folder.
+
+    ``model.onnx`` holds standard operators only, ``model.onnx.data`` the weights, written one at a time: memory does
+    not grow with the model. Beside them go tokenizer and configuration files, and ``genai_config.json`` for a decoder
+    whose configuration tells everything that file states. The folder appears whole or not at all, and only after
+    ``onnx.checker`` with shape inference has accepted it.
+
+    Args:
+        graph: quantized or not; it is not changed.
+        directory: made; it may exist if it is empty.
+        opset: 21 to 25. From 25 on, 2-bit codes take 2 bits; below, like 3-bit codes, 4.
+        float_dtype: of weights, scales, activations and caches; logits are float32 in either. Positions, masks and
+            norms are computed in float32.
+        companions: the directory to copy tokenizer and configuration files from; by default where the model came from.
+
+    Returns:
+        A report: ``path``, ``files``, ``bytes``, ``weight_bytes``, ``opset``, ``ir_version``, ``nodes``, ``notes``, and
+        ``sites``: for each quantized layer, how it is stored and whether it is fused.
+
+    Raises:
+        TargetError: for an operator, dtype or value that has no ONNX form.
+        InputError: if the directory is not empty or cannot be written.
+        ResourceError: if the disk is full.
+        VerificationError: if the checker refuses the result.
+        MissingDependencyError: without onnx and onnx_ir.
+    """
+    try:
+        from qcompiler.lowering.onnx.writer import write
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnx_ir", "ml_dtypes"):
+            raise
+        raise MissingDependencyError(
+            "writing ONNX needs packages that are not installed",
+            got=f"no module {error.name}",
+            remedy="pip install onnx onnx-ir",
+        ) from error
+    return write(graph, directory, opset=opset, float_dtype=float_dtype, companions=companions)

@@ -1,0 +1,245 @@
+"""Canonical operators (`qcompiler.ops`) as standard ONNX operators of opset 21."""
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from qcompiler.errors import TargetError
+from qcompiler.graph import is_op, site_name
+from qcompiler.lowering.onnx.attention import attend
+from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument, dtype_of, onnx_dtype, tensor_arguments
+
+__all__ = ["CANONICAL_BUILDERS", "code_dtype", "is_linear_weight", "layer_norm", "matmul_weight"]
+
+_canonical = torch.ops.qcompiler
+_FLOAT = ir.DataType.FLOAT
+_CODES = {
+    ("int2", 25): ir.DataType.INT2,
+    ("uint2", 25): ir.DataType.UINT2,
+    ("int2", 21): ir.DataType.INT4,
+    ("uint2", 21): ir.DataType.UINT4,
+    ("int3", 21): ir.DataType.INT4,
+    ("uint3", 21): ir.DataType.UINT4,
+    ("int4", 21): ir.DataType.INT4,
+    ("uint4", 21): ir.DataType.UINT4,
+    ("int8", 21): ir.DataType.INT8,
+    ("uint8", 21): ir.DataType.UINT8,
+}
+
+
+# --- linear and its weights ------------------------------------------------------------------------------------------
+
+
+def code_dtype(stored: str, opset: int) -> ir.DataType:
+    """The ONNX dtype that holds stored codes; those narrower than any the operator set has are widened, exactly."""
+    found = _CODES.get((stored, 25)) if opset >= 25 else None
+    found = found or _CODES.get((stored, 21))
+    if found is None:
+        raise TargetError(
+            "no ONNX dtype for these codes", got=stored, expected=", ".join(sorted({k for k, _ in _CODES}))
+        )
+    return found
+
+
+def is_linear_weight(node: fx.Node) -> bool:
+    """Whether a ``dequantize`` node of stored codes feeds linear layers only, as their weight."""
+    codes = node.args[0] if node.args else None
+    return (
+        is_op(node, _canonical.dequantize.default)
+        and isinstance(codes, fx.Node)
+        and codes.op == "get_attr"
+        and all(is_op(user, _canonical.linear.default) and user.args[1] is node for user in node.users)
+    )
+
+
+def matmul_weight(e: Emitter, node: fx.Node, dtype: ir.DataType) -> ir.Value:
+    """A linear layer's weight ``[out, in]`` as MatMul's second input ``[in, out]``.
+
+    Codes and float weights are stored transposed; a float weight that is read elsewhere too (a tied embedding) is
+    stored once, as it is, and a Transpose that ONNX Runtime folds or fuses stands in between.
+    """
+    if node.op == "get_attr":
+        if len(e.uses[e.weight_name(node)] - {"linear"}):
+            return e.op("Transpose", e.weight(node, dtype), perm=[1, 0])
+        return e.weight(node, dtype, transpose=True)
+    if not is_linear_weight(node):
+        return e.op("Transpose", e.value(node, dtype), perm=[1, 0])
+    codes, scale, zero_point, axis, block = _dequantize_arguments(node)
+    width = e.graph.weights.info(str(codes.target)).shape[1]
+    if block >= width:  # one block per row: the same as one scale per channel
+        axis, block = 0, 0
+    return _stored_dequantize(e, codes, scale, zero_point, axis=axis, block=block, dtype=dtype, transpose=True)
+
+
+def _dequantize_arguments(node: fx.Node) -> tuple[fx.Node, Any, Any, int, int]:
+    codes, scale, zero_point, axis, block = node.args[:5]
+    assert isinstance(codes, fx.Node)
+    assert isinstance(axis, int)
+    assert isinstance(block, int)
+    return codes, scale, zero_point, axis, block
+
+
+def _stored_dequantize(
+    e: Emitter,
+    codes: fx.Node,
+    scale: fx.Node,
+    zero_point: fx.Node | None,
+    *,
+    axis: int,
+    block: int,
+    dtype: ir.DataType,
+    transpose: bool,
+) -> ir.Value:
+    stored = code_dtype(e.graph.weights.info(str(codes.target)).dtype, e.opset)
+    scale_rank = len(e.graph.weights.info(str(scale.target)).shape)
+    is_flat = scale_rank == 2 and not block  # [out, 1] → [out]
+    inputs = [
+        e.codes(codes, stored, transpose=transpose),
+        e.weight(scale, dtype, transpose=transpose and scale_rank == 2 and not is_flat, flat=is_flat),
+    ]
+    if zero_point is not None:
+        inputs.append(
+            e.codes(zero_point, stored, transpose=transpose and scale_rank == 2 and not is_flat, flat=is_flat)
+        )
+    return e.op(
+        "DequantizeLinear",
+        *inputs,
+        dtype=dtype,
+        name=f"{codes.target}/DequantizeLinear",
+        axis=(1 - axis if transpose else axis) if scale_rank else None,
+        block_size=block or None,
+    )
+
+
+def _linear(e: Emitter, node: fx.Node) -> ir.Value:
+    x_node, weight_node = node.args[:2]
+    assert isinstance(weight_node, fx.Node)
+    x = e.value(x_node, e.float_like(x_node))
+    weight = matmul_weight(e, weight_node, dtype_of(x))
+    result = e.op("MatMul", x, weight, name=f"{_site(weight_node, node)}/MatMul")
+    bias = argument(node, 2, "bias")
+    return (
+        result
+        if bias is None
+        else e.op("Add", result, e.value(bias, dtype_of(x)), name=f"{_site(weight_node, node)}/Add")
+    )
+
+
+def _site(weight: fx.Node, node: fx.Node) -> str:
+    source = weight if weight.op == "get_attr" else weight.args[0] if weight.args else None
+    if isinstance(source, fx.Node) and source.op == "get_attr":
+        return site_name(str(source.target).removesuffix("_codes"))
+    return node.name
+
+
+# --- quantize and dequantize of anything else ------------------------------------------------------------------------
+
+
+def _quantize(e: Emitter, node: fx.Node) -> ir.Value:
+    x_node, scale, zero_point, axis, block, dtype = node.args
+    x = e.value(x_node, e.float_like(x_node))
+    code = onnx_dtype(dtype)  # type: ignore[arg-type]
+    zero = e.value(zero_point, code) if zero_point is not None else None
+    return e.op(
+        "QuantizeLinear",
+        x,
+        e.value(scale, dtype_of(x)),
+        zero,
+        dtype=code,
+        axis=axis,
+        block_size=block or None,
+        output_dtype=None if zero is not None else int(code),
+    )
+
+
+def _dequantize(e: Emitter, node: fx.Node) -> ir.Value:
+    codes, scale, zero_point, axis, block = _dequantize_arguments(node)
+    if codes.op == "get_attr" and isinstance(scale, fx.Node) and scale.op == "get_attr":
+        return _stored_dequantize(e, codes, scale, zero_point, axis=axis, block=block, dtype=e.working, transpose=False)
+    value = e.value(codes)
+    zero = e.value(zero_point, dtype_of(value)) if zero_point is not None else None
+    scales = e.value(scale, e.working)
+    return e.op("DequantizeLinear", value, scales, zero, dtype=e.working, axis=axis, block_size=block or None)
+
+
+# --- norms and rotary ------------------------------------------------------------------------------------------------
+
+
+def _rms_norm(e: Emitter, node: fx.Node) -> ir.Value:
+    # The order Pow, ReduceMean, Add, Sqrt, Div, Mul is the one ONNX Runtime fuses.
+    x = e.value(node.args[0])
+    wide = e.cast(x, _FLOAT)
+    square = e.op("Pow", wide, e.const(2.0, _FLOAT))
+    mean = e.op("ReduceMean", square, e.const([-1]), keepdims=1)
+    root = e.op("Sqrt", e.op("Add", mean, e.const(node.args[2], _FLOAT)))
+    scaled = e.op("Mul", e.op("Div", wide, root), e.value(node.args[1], _FLOAT))
+    return e.cast(scaled, dtype_of(x))
+
+
+def layer_norm(e: Emitter, x: ir.Value, weight: object, bias: object, eps: float, width: ir.Value | int) -> ir.Value:
+    """LayerNormalization over the last axis; ``width`` is its size."""
+    if weight is None:
+        one = e.const(1.0, dtype_of(x))
+        scale = e.op("Expand", one, e.const([width]) if isinstance(width, int) else width)
+    else:
+        scale = e.value(weight, dtype_of(x))
+    shift = None if bias is None else e.value(bias, dtype_of(x))
+    return e.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=eps)
+
+
+def _layer_norm(e: Emitter, node: fx.Node) -> ir.Value:
+    (x_node,) = tensor_arguments(node, 1)
+    weight, bias, eps = node.args[1:]
+    assert isinstance(eps, float)
+    return layer_norm(e, e.value(x_node), weight, bias, eps, e.dim(x_node, -1))
+
+
+def _rotary(e: Emitter, node: fx.Node) -> ir.Value:
+    """``x * cos + swap(x) * sin'``: the minus sign of one half is put into the sine, once for all layers."""
+    x_node, cos_node, sin_node, interleaved = node.args
+    assert isinstance(x_node, fx.Node)
+    x = e.value(x_node)
+    width = x_node.meta["shape"][-1]
+    cos, sin = e.value(cos_node), e.value(sin_node)
+    if interleaved:
+        signs = [-1.0, 1.0] * (width // 2)
+        pairs = e.op("Reshape", x, e.const([0, 0, 0, width // 2, 2]))
+        even, odd = e.ops("Split", pairs, e.const([1, 1]), dtypes=(dtype_of(x), dtype_of(x)), axis=-1)
+        swapped = e.op("Reshape", e.op("Concat", odd, even, axis=-1), e.const([0, 0, 0, width]))
+    else:
+        half = width // 2
+        signs = [-1.0] * half + [1.0] * half
+        first, second = e.ops("Split", x, e.const([half, half]), dtypes=(dtype_of(x), dtype_of(x)), axis=-1)
+        swapped = e.op("Concat", second, first, axis=-1)
+    signed = e.cast(e.op("Mul", sin, e.const(signs, dtype_of(sin))), dtype_of(x))
+    return e.op("Add", e.op("Mul", x, e.cast(cos, dtype_of(x))), e.op("Mul", swapped, signed))
+
+
+# --- cache and attention ---------------------------------------------------------------------------------------------
+
+
+def _kv_append(e: Emitter, node: fx.Node) -> ir.Value:
+    past = e.value(node.args[0])
+    return e.op("Concat", past, e.value(node.args[1], dtype_of(past)), axis=2)
+
+
+def _attention(e: Emitter, node: fx.Node) -> ir.Value:
+    q, k, v = tensor_arguments(node, 3)
+    mask, scale, causal = node.args[3:6]
+    window, softcap = argument(node, 6, "window"), argument(node, 7, "softcap")
+    assert isinstance(scale, float)
+    return attend(e, q, k, v, mask, scale=scale, causal=bool(causal), window=window, softcap=softcap)
+
+
+CANONICAL_BUILDERS: Builders = {
+    _canonical.linear.default: _linear,
+    _canonical.rms_norm.default: _rms_norm,
+    _canonical.layer_norm.default: _layer_norm,
+    _canonical.rotary.default: _rotary,
+    _canonical.kv_append.default: _kv_append,
+    _canonical.attention.default: _attention,
+    _canonical.quantize.default: _quantize,
+    _canonical.dequantize.default: _dequantize,
+}

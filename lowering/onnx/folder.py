@@ -1,0 +1,111 @@
+"""The files beside the model: tokenizer, configuration, and ONNX Runtime GenAI's ``genai_config.json``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qcompiler.companions import companion_files
+from qcompiler.graph import Graph
+from qcompiler.staging import StagedFiles
+
+__all__ = ["copy_companions", "generation_config"]
+
+
+def copy_companions(source: Path | None, config: dict[str, Any] | None, staged: StagedFiles) -> dict[str, bytes]:
+    """Copies what the source directory has of tokenizer and configuration files; writes ``config`` where it has none.
+
+    Returns:
+        The files by name.
+    """
+    found = {name: file.read_bytes() for name, file in companion_files(source).items()}
+    if "config.json" not in found and config is not None:
+        found["config.json"] = json.dumps(config, indent=2, default=str).encode() + b"\n"
+    for name, content in found.items():
+        with staged.file(name) as append:
+            append(content)
+    return found
+
+
+def generation_config(
+    graph: Graph, companions: dict[str, bytes], path: Path
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """``genai_config.json`` for a decoder with a cache, if everything it states is known.
+
+    Source: the configuration reference of ONNX Runtime GenAI; ports are named in `qcompiler.signature`.
+
+    Returns:
+        The object, or None and the names of the facts that are missing (none for a model that is no decoder).
+    """
+    signature = graph.signature
+    if not signature.has_cache or signature.index_of_output("logits") is None or signature.input("mask") is None:
+        return None, []
+    config: dict[str, Any] = graph.provenance.get("config") or {}
+    generation: dict[str, Any] = json.loads(companions.get("generation_config.json", b"{}"))
+    past = [port for port in signature.inputs if port.role == "past"]
+    cache = past[0].shape
+    (vocabulary,) = (port.shape[-1] for port in signature.outputs if port.role == "logits")
+
+    def first(*names: str) -> Any:
+        values = (source.get(name) for name in names for source in (generation, config))
+        return next((value for value in values if value is not None), None)
+
+    context = first("max_position_embeddings", "n_positions", "n_ctx")
+    end = first("eos_token_id")
+    facts = {
+        "type": config.get("model_type"),
+        "context_length": context,
+        "eos_token_id": end,
+        "bos_token_id": first("bos_token_id"),
+        "hidden_size": first("hidden_size", "n_embd"),
+        "num_attention_heads": first("num_attention_heads", "n_head"),
+    }
+    missing = [name for name, value in facts.items() if value is None]
+    if any(port.shape != cache for port in past):
+        missing.append("one cache shape for all layers")
+    if missing:
+        return None, missing
+    padding = first("pad_token_id")
+    if padding is None:
+        padding = end[0] if isinstance(end, list) else end
+    inputs = {port.name: port.name for port in signature.inputs if port.role in ("ids", "mask", "positions")}
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": "model.onnx",
+        "head_size": cache[3],
+        "hidden_size": facts["hidden_size"],
+        "num_attention_heads": facts["num_attention_heads"],
+        "num_key_value_heads": cache[1],
+        "num_hidden_layers": len({port.layer for port in past}),
+        "inputs": inputs | {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    search = {
+        "do_sample": bool(generation.get("do_sample", False)),
+        "early_stopping": True,
+        "max_length": context,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": False,
+        "repetition_penalty": generation.get("repetition_penalty", 1.0),
+        "temperature": generation.get("temperature", 1.0),
+        "top_k": generation.get("top_k", 50),
+        "top_p": generation.get("top_p", 1.0),
+        "length_penalty": 1.0,
+        "diversity_penalty": 0.0,
+        "no_repeat_ngram_size": 0,
+    }
+    model = {
+        "type": facts["type"],
+        "vocab_size": vocabulary,
+        "context_length": context,
+        "bos_token_id": facts["bos_token_id"],
+        "eos_token_id": end,
+        "pad_token_id": padding,
+        "decoder": decoder,
+    }
+    return {"model": model, "search": search}, []

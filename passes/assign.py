@@ -1,0 +1,93 @@
+"""`Assign`: decides what is quantized where; every later pass reads it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+from qcompiler.errors import RecipeError
+from qcompiler.graph import Graph, ancestors
+from qcompiler.pass_base import CANONICAL, SCHEMES, Effect, Pass, PassContext, PassResult, Skip
+from qcompiler.spec import Scheme
+
+__all__ = ["Assign"]
+
+
+@dataclass(frozen=True)
+class Assign(Pass):
+    """Gives every site a scheme.
+
+    The linear layers behind which no other follows (the output projection of a language model) stay in float unless an
+    override names them: their error reaches the logits undamped, and their weight is often the embedding table.
+
+    Attributes:
+        scheme: a scheme name, see `Scheme.parse`.
+        group_size: elements per scale where the name gives none; -1: per output channel.
+        symmetric: whether there is no zero point, where the name does not say.
+        scale_dtype: the dtype scales are stored in; None: the weight's own.
+        overrides: glob pattern of site names → scheme name, or None for float. The last match wins.
+
+    Raises:
+        RecipeError: for an unknown scheme, or a pattern that matches no site.
+    """
+
+    scheme: str | None = "w4a16"
+    group_size: int | None = None
+    symmetric: bool | None = None
+    scale_dtype: str | None = None
+    overrides: Mapping[str, str | None] = field(default_factory=dict)
+
+    effect: ClassVar[Effect] = Effect.ANALYSIS
+    requires: ClassVar[frozenset[str]] = frozenset({CANONICAL})
+    establishes: ClassVar[frozenset[str]] = frozenset({SCHEMES})
+
+    def __post_init__(self) -> None:
+        for name in (self.scheme, *self.overrides.values()):
+            self._parse(name)
+
+    def _parse(self, name: str | None) -> Scheme:
+        if name is None:
+            return Scheme()
+        return Scheme.parse(
+            name, group_size=self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype
+        )
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        """Writes ``graph.schemes``."""
+        sites = graph.sites()
+        last = _last_sites(graph)
+        unmatched = set(self.overrides)
+        skips = []
+        for site in sites:
+            name, reason = self.scheme, "no scheme is assigned"
+            if site.name in last:
+                name, reason = None, "output projection, left in float; name it in an override to quantize it"
+            for pattern, override in self.overrides.items():
+                if fnmatchcase(site.name, pattern):
+                    unmatched.discard(pattern)
+                    name, reason = override, f"left in float by override {pattern!r}"
+            graph.schemes[site.name] = self._parse(name)
+            if name is None:
+                skips.append(Skip(site.name, self.name, reason))
+        if unmatched:
+            raise RecipeError(
+                "an override matches no site",
+                got=", ".join(sorted(unmatched)),
+                expected="patterns of site names, such as " + ", ".join(site.name for site in sites[:3]),
+                remedy="`qcompiler inspect MODEL` lists the sites",
+            )
+        return PassResult(modified=False, skips=tuple(skips))
+
+
+def _last_sites(graph: Graph) -> set[str]:
+    """Sites of a language model that no other site reads from."""
+    index = graph.signature.index_of_output("logits")
+    sites = graph.sites()
+    if index is None or len(sites) < 2:
+        return set()
+    before: set[str] = set()
+    for site in sites:
+        upstream = ancestors([source for node in site.nodes for source in node.all_input_nodes])
+        before |= {other.name for other in sites if upstream.intersection(other.nodes)}
+    reaching = ancestors([graph.outputs[index]])
+    return {s.name for s in sites if s.name not in before and reaching.intersection(s.nodes)}

@@ -1,0 +1,129 @@
+"""`GPTQ`: rounds weights column by column, each time moving the error onto the columns not rounded yet."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from qcompiler import numerics
+from qcompiler.errors import ZeroCoverageError
+from qcompiler.graph import Graph, Site
+from qcompiler.observers import Gram
+from qcompiler.pass_base import (
+    CANONICAL,
+    SCHEMES,
+    WEIGHTS_QUANTIZED,
+    Effect,
+    Pass,
+    PassContext,
+    PassResult,
+    SiteReport,
+    Tap,
+    Wave,
+)
+from qcompiler.passes._gptq_solver import solve_gptq
+from qcompiler.passes.rtn import implied_assign
+from qcompiler.segments import Segment
+
+__all__ = ["GPTQ"]
+
+
+@dataclass(frozen=True)
+class GPTQ(Pass):
+    """Quantizes weights one input channel at a time, compensating each error with the channels that are left.
+
+    ``linear(x, W)`` becomes ``linear(x, dequantize(codes, scale))`` with codes that keep ``||X W' - X Q'||`` small for the
+    calibration inputs ``X``, through the Gram matrix ``X'X`` alone. Sites are taken in true sequence: the inputs of
+    ``o`` are gathered with ``q``, ``k`` and ``v`` quantized already, those of ``down`` with ``gate`` and ``up``.
+    Sites that read the same value share one Gram matrix, one factorization and one column loop.
+
+    Attributes:
+        bits: with ``group_size`` and ``symmetric``, shorthand for an `Assign` ahead of this pass; None: schemes are
+            assigned already.
+        group_size: elements per scale; -1: per output channel.
+        symmetric: no zero point.
+        act_order: take the channels with the largest activations first. Groups stay where they are (static groups), so
+            nothing has to be reordered at run time.
+        damping: added to the Gram diagonal, as a fraction of its mean; grows until the factorization succeeds.
+
+    Source: arXiv 2210.17323, algorithm 1; act-order and static groups from its reference implementation.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    act_order: bool = True
+    damping: float = 0.01
+
+    effect: ClassVar[Effect] = Effect.APPROXIMATE
+    requires: ClassVar[frozenset[str]] = frozenset({CANONICAL, SCHEMES})
+    establishes: ClassVar[frozenset[str]] = frozenset({WEIGHTS_QUANTIZED})
+
+    def implied_passes(self) -> tuple[Pass, ...]:
+        """An `Assign` where ``bits`` is given."""
+        return implied_assign(self.bits, self.group_size, self.symmetric)
+
+    def waves(self, segment: Segment, graph: Graph) -> list[Wave]:
+        """Sites with a scheme, in true sequence."""
+        waves = [[site for site in wave if graph.schemes[site.name].weight is not None] for wave in segment.waves()]
+        return [wave for wave in waves if wave]
+
+    def statistics(self, wave: Wave, graph: Graph) -> list[Tap]:
+        """The Gram matrix of every distinct input."""
+        return [Tap(value, Gram) for site in wave for value in site.inputs]
+
+    def rewrite(self, wave: Wave, statistics: Mapping[Tap, Any], context: PassContext) -> PassResult:
+        """Solves the sites of a wave, those with one input and one scheme together."""
+        together: dict[Any, list[Site]] = {}
+        for site in wave:
+            key = (site.inputs, context.graph.schemes[site.name].weight, context.scale_dtype(site))
+            together.setdefault(key, []).append(site)
+        reports: list[SiteReport] = []
+        for (inputs, _, _), sites in together.items():
+            gram = Gram()
+            for value in inputs:
+                gram.merge(statistics[Tap(value, Gram)])
+            if gram.rows == 0:
+                raise ZeroCoverageError(
+                    "calibration never reached this layer",
+                    where=sites[0].name,
+                    expected="at least one input row",
+                    remedy="use more or other calibration text, or leave the layer out with an override",
+                )
+            reports += self._solve(sites, gram, context)
+        return PassResult(modified=bool(reports), sites=tuple(reports))
+
+    def _solve(self, sites: list[Site], gram: Gram, context: PassContext) -> list[SiteReport]:
+        start = time.perf_counter()
+        spec = context.graph.schemes[sites[0].name].weight
+        assert spec is not None
+        weights = [context.weight(site) for site in sites]
+        solutions = solve_gptq(
+            weights,
+            gram.result(),
+            spec,
+            context.scale_dtype(sites[0]),
+            act_order=self.act_order,
+            damping=self.damping,
+        )
+        seconds = (time.perf_counter() - start) / len(sites)
+        reports = []
+        for site, weight, solution in zip(sites, weights, solutions, strict=True):
+            reports.append(
+                SiteReport(
+                    site.name,
+                    self.name,
+                    str(spec),
+                    numerics.sqnr_db(weight, solution.qtensor.dequantize()),
+                    output_error=solution.loss,
+                    rtn_output_error=solution.rtn_loss,
+                    seconds=seconds,
+                    details={
+                        "damping": solution.damping,
+                        "dead_columns": solution.dead_columns,
+                        "calibration_rows": gram.rows,
+                    },
+                )
+            )
+            context.graph.set_weight(site, solution.qtensor)
+        return reports

@@ -1,0 +1,32 @@
+"""The named recipes: each a tuple of passes, nothing more."""
+
+from collections.abc import Callable
+
+from qcompiler.errors import RecipeError
+from qcompiler.pass_base import Pass
+from qcompiler.passes.assign import Assign
+from qcompiler.passes.gptq import GPTQ
+from qcompiler.passes.rtn import RTN
+
+__all__ = ["RECIPES", "recipe"]
+
+RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
+    "w8a16": lambda: (Assign("w8a16"), RTN()),
+    "w4a16-rtn": lambda: (Assign("w4a16"), RTN()),
+    "w4a16-gptq": lambda: (Assign("w4a16"), GPTQ()),
+    "w3a16-gptq": lambda: (Assign("w3a16"), GPTQ()),
+}
+"""Name → maker of the passes."""
+
+
+def recipe(name: str) -> tuple[Pass, ...]:
+    """The passes of a named recipe.
+
+    Raises:
+        RecipeError: for an unknown name.
+    """
+    if name not in RECIPES:
+        raise RecipeError(
+            "unknown recipe", got=name, expected=", ".join(RECIPES), remedy="or give a list of passes in Python"
+        )
+    return RECIPES[name]()

@@ -1,0 +1,414 @@
+"""The public functions: capture, compile, lower, load, evaluate, generate. With `qcompiler.cli`, the only module that sees every room."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qcompiler
+from qcompiler.artifact import Artifact
+from qcompiler.calibration import Calibration, CalibrationTokens
+from qcompiler.canonicalize import canonicalize
+from qcompiler.capture import capture_directory, capture_module
+from qcompiler.errors import CalibrationError, InputError, RecipeError, TargetError
+from qcompiler.evaluate import Evaluation
+from qcompiler.evaluate import evaluate as evaluate_artifact
+from qcompiler.feed import feed, feed_tensors
+from qcompiler.generate import Generation
+from qcompiler.generate import generate as generate_text
+from qcompiler.graph import Graph
+from qcompiler.hf import HFArtifact, load_tokenizer
+from qcompiler.native import MANIFEST, NativeArtifact, load_native, save_native
+from qcompiler.parity import check_parity
+from qcompiler.pass_base import Pass, PassContext
+from qcompiler.passes.assign import Assign
+from qcompiler.passes.recipes import recipe as named_recipe
+from qcompiler.pipeline import Pipeline
+from qcompiler.report import CompileReport, peak_rss_bytes
+from qcompiler.sweep import Batch, sweep
+from qcompiler.target import TargetSpec, check_schemes
+from qcompiler.verify import verify_graph
+
+__all__ = [
+    "CompileResult",
+    "capture",
+    "compile",
+    "evaluate",
+    "generate",
+    "load",
+    "lower",
+    "open_artifact",
+    "target_spec",
+]
+
+Recipe = str | Sequence[Pass]
+Progress = Callable[[int, int, str], None]
+_BATCH_TOKENS = 4096  # tokens run through a segment at once: large enough for the matrix products, small enough for caches
+_TARGETS = ("onnx",)
+
+
+def capture(
+    model: str | Path | nn.Module,
+    example_inputs: tuple[Any, ...] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    trust_remote_code: bool = False,
+) -> Graph:
+    """Turns a model into a canonical graph; weights of a directory stay on disk.
+
+    Args:
+        model: a Hugging Face directory, a transformers model, or any module with ``example_inputs``.
+        example_inputs: positional tensors for a plain module.
+        dynamic_shapes: for a plain module, as `torch.export.export` takes them.
+        trust_remote_code: run modelling code a directory brings along.
+
+    Raises:
+        InputError, WeightError, UnsupportedModelError: see `qcompiler.capture`.
+    """
+    if isinstance(model, nn.Module):
+        graph = capture_module(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    else:
+        graph = capture_directory(model, trust_remote_code=trust_remote_code)
+        graph.provenance["companions"] = str(model)
+    return canonicalize(graph)
+
+
+@dataclass
+class CompileResult:
+    """A compiled model: what `compile` returns and `load` reads back.
+
+    Attributes:
+        graph: the quantized graph.
+        report: what was done.
+        manifest: recipe, seed, versions and source.
+    """
+
+    graph: Graph
+    report: CompileReport
+    manifest: dict[str, Any]
+    _workspace: Any = field(default=None, repr=False)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the native artifact to a new or empty directory; see `qcompiler.native`."""
+        save_native(self.graph, directory, self.manifest, self.report.to_dict())
+
+    def artifact(self, device: str | torch.device = "cpu") -> Artifact:
+        """The compiled model, ready to run."""
+        companions = self.graph.provenance.get("companions")
+        return NativeArtifact(self.graph, Path(companions) if companions else None, device)
+
+
+def compile(
+    model: str | Path | nn.Module | Graph,
+    recipe: Recipe,
+    calibration: Calibration | Iterable[tuple[Tensor, ...]] | None = None,
+    *,
+    targets: Sequence[str] = (),
+    overrides: Mapping[str, str | None] | None = None,
+    memory_budget: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    strict: bool = False,
+    work_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> CompileResult:
+    """Quantizes a model in one streamed sweep per stage.
+
+    Args:
+        model: what `capture` takes, or a graph it returned; a graph is rewritten in place.
+        recipe: a name (`qcompiler.passes.recipes`) or passes in order.
+        calibration: text, tokens or self-generated; for a plain module, an iterable of input tuples. Without it, a recipe
+            that needs calibration generates its own tokens from the model's directory, and says so.
+        targets: where the result is meant to go; schemes they refuse are errors before anything is computed.
+        overrides: glob pattern of sites → scheme or None, added to the recipe's `Assign`.
+        memory_budget: bytes of calibration values held in memory; a quarter of the machine's by default. More goes to disk.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        seed: the only source of randomness.
+        strict: a site that is left alone without being asked for is an error.
+        work_dir: where finished segments and spilled values go; a temporary directory by default.
+        progress: called with segments done, segments in all, and what is being done.
+
+    Raises:
+        QCompilerError: see `qcompiler.errors`; nothing is left behind.
+    """
+    started, cpu_started = time.perf_counter(), time.process_time()
+    pipeline = Pipeline(_with_overrides(_passes(recipe), overrides))
+    specs = [target_spec(name) for name in targets]
+    report = CompileReport()
+    graph = model if isinstance(model, Graph) else capture(model)
+    report.seconds["capture"] = time.perf_counter() - started
+    report.unrecognized = list(graph.unrecognized)
+    report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
+    report.parameters = int(graph.provenance["parameters"])
+    context = PassContext(graph, _device(device), seed)
+    workspace = tempfile.TemporaryDirectory(prefix="qcompiler-", dir=work_dir)
+    batches: list[Batch] | None = None
+    for stage in pipeline.stages:
+        for item in stage.whole_graph:
+            result = item.run(graph, context)
+            report.sites += result.sites
+            report.skipped += result.skips
+        widths = {site.name: site.in_features for site in graph.sites()}
+        check_schemes(graph.schemes, widths, specs)
+        if stage.is_calibrated and batches is None:
+            at = time.perf_counter()
+            batches = _batches(graph, calibration, seed, context.device, report)
+            report.seconds["calibration"] = time.perf_counter() - at
+        done = sweep(
+            graph,
+            stage.swept,
+            batches if batches is not None and stage.is_calibrated else (),
+            context,
+            work_dir=Path(workspace.name),
+            value_budget=memory_budget,
+            progress=progress,
+        )
+        report.sites += done.sites
+        report.skipped += done.skips
+        report.sweeps += 1
+        report.segments = done.segments
+        report.bytes_spilled += done.bytes_spilled
+        report.seconds["sweep"] = report.seconds.get("sweep", 0.0) + done.seconds
+    verify_graph(graph)
+    _judge_coverage(report, strict)
+    report.bytes_after = graph.weights.stored_bytes(graph.weight_names())
+    report.seconds["total"] = time.perf_counter() - started
+    report.cpu_seconds = time.process_time() - cpu_started
+    report.peak_rss_bytes = peak_rss_bytes()
+    manifest = {
+        "qcompiler": qcompiler.__version__,
+        "torch": torch.__version__,
+        "seed": seed,
+        "recipe": [{"pass": item.name, "options": item.options()} for item in pipeline.passes],
+        "calibration": report.calibration,
+        "provenance": {k: v for k, v in graph.provenance.items() if k != "companions"},
+    }
+    return CompileResult(graph, report, manifest, workspace)
+
+
+def _passes(recipe: Recipe) -> Sequence[Pass]:
+    if isinstance(recipe, str):
+        return named_recipe(recipe)
+    return tuple(recipe)
+
+
+def _with_overrides(passes: Sequence[Pass], overrides: Mapping[str, str | None] | None) -> Sequence[Pass]:
+    """Adds overrides to the `Assign` of a recipe."""
+    if not overrides:
+        return passes
+    expanded = Pipeline(passes).passes
+    if not any(isinstance(item, Assign) for item in expanded):
+        raise RecipeError("overrides need a recipe that assigns schemes", got=[item.name for item in passes])
+    return tuple(
+        replace(item, overrides={**item.overrides, **overrides}) if isinstance(item, Assign) else item
+        for item in (expanded if not any(isinstance(p, Assign) for p in passes) else passes)
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError("unknown device", got=name, expected="cpu, cuda, cuda:1, ... or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device is available", got=name, expected="cpu or auto")
+    return device
+
+
+def _batches(
+    graph: Graph,
+    calibration: Calibration | Iterable[tuple[Tensor, ...]] | None,
+    seed: int,
+    device: torch.device,
+    report: CompileReport,
+) -> list[Batch]:
+    if graph.signature.input("ids") is None:
+        if calibration is None or isinstance(calibration, Calibration):
+            raise CalibrationError(
+                "a model without token ids is calibrated with its own inputs", expected="an iterable of tuples of tensors"
+            )
+        values = [feed_tensors(graph, [t.to(device) for t in tensors]) for tensors in calibration]
+        report.calibration = {"source": "inputs", "samples": len(values)}
+        return list(values)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise CalibrationError(
+            "a language model is calibrated with tokens",
+            got=type(calibration).__name__,
+            expected="Calibration.from_text, .from_tokens or .self_generated",
+        )
+    bound = _bind(graph, calibration if calibration is not None else Calibration.self_generated(seed=seed))
+    report.calibration = bound.to_dict()
+    report.notes += bound.notes
+    rows = max(1, _BATCH_TOKENS // bound.ids.shape[1])
+    return [feed(graph, ids.to(device)) for ids in bound.ids.split(rows)]
+
+
+def _bind(graph: Graph, calibration: Calibration) -> CalibrationTokens:
+    companions = graph.provenance.get("companions")
+    limits = _limits(graph)
+    if companions is not None:
+        return calibration.bind(companions)
+    return calibration.bind(vocab_size=limits[0], max_positions=limits[1])
+
+
+def _limits(graph: Graph) -> tuple[int | None, int | None]:
+    config = graph.provenance.get("config") or {}
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    return config.get("vocab_size"), positions
+
+
+def _judge_coverage(report: CompileReport, strict: bool) -> None:
+    if not report.sites:
+        report.notes.append("no weight was quantized: every site was left in float")
+    unasked = [skip for skip in report.skipped if "override" not in skip.reason]
+    if strict and unasked:
+        raise RecipeError(
+            "a site was left alone, and strict was asked for",
+            where=unasked[0].site,
+            got=unasked[0].reason,
+            expected="every site quantized, or named in an override",
+        )
+
+
+def load(directory: str | Path) -> CompileResult:
+    """Reads a native artifact: ``OUT`` or ``OUT/native``. Weights stay on disk until they are used.
+
+    Raises:
+        ArtifactError: if there is none, or it is damaged.
+    """
+    root = _native_directory(Path(directory))
+    graph, manifest, report = load_native(root)
+    manifest.pop("schema")
+    return CompileResult(graph, CompileReport.from_dict(report), manifest)
+
+
+def _native_directory(path: Path) -> Path:
+    return path / "native" if (path / "native" / MANIFEST).is_file() else path
+
+
+def target_spec(name: str) -> TargetSpec:
+    """The target of a name such as ``onnx``.
+
+    Raises:
+        TargetError: for an unknown one.
+    """
+    if name == "onnx":
+        from qcompiler.lowering.onnx import OnnxTarget
+
+        return OnnxTarget()
+    raise TargetError("unknown target", got=name, expected=", ".join(_TARGETS))
+
+
+def lower(
+    result: CompileResult | str | Path, target: str, directory: str | Path, *, verify: bool = True, **options: Any
+) -> dict[str, Any]:
+    """Writes a compiled model for a target, loads what was written, and compares it with the native artifact.
+
+    Args:
+        result: a compiled model, or the directory of a native artifact.
+        target: ``onnx``.
+        directory: a new or empty directory.
+        verify: run both on a few tokens, and put the difference in the report.
+        options: of the target: for ``onnx``, ``opset`` and ``float_dtype``.
+
+    Returns:
+        The target's report, with ``parity`` where it was verified.
+
+    Raises:
+        TargetError: for an unknown target or option, or something the target does not take.
+        VerificationError: if what was written computes something else.
+    """
+    target_spec(target)
+    if not isinstance(result, CompileResult):
+        result = load(result)
+    from qcompiler.lowering import onnx
+
+    try:
+        written = onnx.lower(result.graph, directory, companions=result.graph.provenance.get("companions"), **options)
+    except TypeError as error:
+        if "keyword argument" not in str(error):
+            raise
+        raise TargetError("unknown option of a target", where=target, got=error) from error
+    if verify and result.graph.signature.index_of_output("logits") is not None:
+        tolerance = 2e-2 if options.get("float_dtype") == "float16" else 1e-3
+        written["parity"] = check_parity(
+            result.artifact(), onnx.OnnxArtifact(Path(directory), accuracy_level=1), tolerance=tolerance
+        )
+    result.report.targets[target] = written
+    return written
+
+
+def open_artifact(path: str | Path, *, exact: bool = True, trust_remote_code: bool = False) -> Artifact:
+    """Anything that runs: ``OUT``, ``OUT/native``, ``OUT/onnx``, or a Hugging Face directory.
+
+    Args:
+        path: the directory.
+        exact: for ONNX Runtime, compute with float activations; False allows its faster 8-bit ones.
+        trust_remote_code: for a Hugging Face directory, run the code it brings along.
+
+    Raises:
+        InputError: if the path is none of these.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise InputError("no such directory", where=root)
+    native = _native_directory(root)
+    if (native / MANIFEST).is_file():
+        return load(native).artifact()
+    if (root / "model.onnx").is_file():
+        from qcompiler.lowering.onnx import OnnxArtifact
+
+        return OnnxArtifact(root, accuracy_level=1 if exact else 4)
+    if (root / "config.json").is_file():
+        return HFArtifact(root, trust_remote_code=trust_remote_code)
+    raise InputError(
+        "nothing here can be run",
+        where=root,
+        got=", ".join(sorted(entry.name for entry in root.iterdir())[:6]) or "an empty directory",
+        expected="manifest.json (native), model.onnx, or config.json (Hugging Face)",
+    )
+
+
+def evaluate(
+    artifact: str | Path | Artifact | CompileResult,
+    *,
+    text: str | Path | None = None,
+    tokens: Tensor | None = None,
+    against: str | Path | Artifact | None = None,
+    cached: bool = False,
+    max_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity, and KL divergence to the original; see `qcompiler.evaluate`."""
+    return evaluate_artifact(
+        _open(artifact),
+        text=text,
+        tokens=tokens,
+        against=None if against is None else _open(against),
+        cached=cached,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+
+
+def generate(artifact: str | Path | Artifact | CompileResult, prompt: str, **options: Any) -> Generation:
+    """Continues a prompt; options as in `qcompiler.generate`."""
+    opened = _open(artifact, exact=False)
+    if opened.path is None:
+        raise InputError("this artifact has no tokenizer beside it", remedy="use qcompiler.generate.generate")
+    return generate_text(opened, load_tokenizer(opened.path), prompt, **options)
+
+
+def _open(artifact: str | Path | Artifact | CompileResult, *, exact: bool = True) -> Artifact:
+    if isinstance(artifact, CompileResult):
+        return artifact.artifact()
+    if isinstance(artifact, (str, Path)):
+        return open_artifact(artifact, exact=exact)
+    return artifact

@@ -1,0 +1,53 @@
+"""What every runnable form of a model offers, whatever runs it: all that evaluation and generation know of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+__all__ = ["Artifact"]
+
+
+@runtime_checkable
+class Artifact(Protocol):
+    """A causal language model that can be run: the original, the native artifact, an ONNX folder.
+
+    A cache is opaque: it goes from `prefill` to `step` and from each `step` to the next, and may be changed in place,
+    so an earlier one must not be used again.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Length of the last axis of the logits; token ids are below it."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the model takes, in tokens; None where nothing limits it."""
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether `prefill` and `step` work."""
+
+    @property
+    def path(self) -> Path | None:
+        """The directory with the tokenizer's files, if there is one."""
+
+    @property
+    def provenance(self) -> Mapping[str, object]:
+        """Where it comes from: source, recipe, versions."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """float32 logits ``[batch, length, vocab]`` of int64 ``[batch, length]``, without a cache."""
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, object]:
+        """float32 logits ``[batch, length, vocab]`` of int64 ``[batch, length]``, and the cache that holds them."""
+
+    def step(self, ids: Tensor, cache: object) -> tuple[Tensor, object]:
+        """Appends int64 ``[batch, new]`` to the cache: float32 logits ``[batch, new, vocab]``, and the longer cache."""
+
+    def stored_bytes(self) -> int:
+        """Bytes of all weight tensors as stored."""
+
+    def bits_per_weight(self) -> float:
+        """Stored bits of all weight tensors, divided by the number of parameters of the original model."""

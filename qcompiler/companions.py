@@ -1,0 +1,29 @@
+"""The files that travel with a model: its tokenizer, its configuration, its generation settings."""
+
+from pathlib import Path
+
+__all__ = ["companion_files"]
+
+_NAMES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def companion_files(directory: Path | None) -> dict[str, Path]:
+    """The companions found in a directory, by name."""
+    if directory is None:
+        return {}
+    return {name: directory / name for name in _NAMES if (directory / name).is_file()}

@@ -1,0 +1,245 @@
+"""How good an artifact is: perplexity on text, and its distance from the original."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.artifact import Artifact
+from qcompiler.calibration import read_text
+from qcompiler.errors import ArtifactError, InputError
+from qcompiler.hf import encode, load_tokenizer
+
+__all__ = ["WINDOW", "Evaluation", "evaluate"]
+
+WINDOW = 512  # tokens per window, where the model takes that many
+
+_LOGITS_AT_ONCE = 1 << 24  # elements of one batch's logits: 64 MiB
+_LOGITS_PER_CHUNK = 1 << 21  # elements that the arithmetic on them takes at a time: 8 MiB
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        perplexity: ``exp`` of the mean negative log-likelihood per token.
+        reference_perplexity: the original's, on the same tokens; None without it.
+        kl_divergence: mean KL(original ‖ artifact) of the next-token distributions, in nats per token; None without it.
+        top1_agreement: share of positions, in [0, 1], where both have the same most likely token; None without it.
+        tokens: positions scored.
+        bytes: of the artifact's weights as stored.
+        bits_per_weight: stored bits per original parameter.
+        seconds: wall-clock time, the original's part included.
+    """
+
+    perplexity: float
+    reference_perplexity: float | None
+    kl_divergence: float | None
+    top1_agreement: float | None
+    tokens: int
+    bytes: int
+    bits_per_weight: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Plain JSON fields; what was not measured is None."""
+        return asdict(self)
+
+
+def evaluate(
+    artifact: Artifact,
+    *,
+    text: str | Path | None = None,
+    tokens: Tensor | None = None,
+    against: Artifact | None = None,
+    tokenizer: Any = None,
+    cached: bool = False,
+    max_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Scores a text.
+
+    The text is one stream of tokens, opened by the BOS token where the tokenizer itself puts one and holding no other
+    special token. It is cut into adjacent windows of ``min(512, max_positions)``; what is left at the end, shorter than
+    a window, is dropped. Every position of a window but the first is scored, from float32 log-softmax.
+
+    Args:
+        artifact: what is measured.
+        text: a UTF-8 file, or the text itself.
+        tokens: instead of text, int64 ``[n]`` (cut as above) or ``[windows, length]`` (taken as they are).
+        against: the original, for KL divergence and agreement.
+        tokenizer: by default the artifact's, else the original's.
+        cached: fill the cache with the first half of each window and decode the rest token by token; the same positions
+            are scored. The original still runs whole windows.
+        max_tokens: use no more than this many tokens of the text.
+        progress: called with windows done and windows in all.
+
+    Raises:
+        InputError: no text, a text shorter than one window, tokens or an original that do not fit the artifact,
+            ``cached`` without a cache.
+        ArtifactError: logits that are not finite.
+    """
+    start = time.perf_counter()
+    if (text is None) == (tokens is None):
+        raise InputError("evaluation needs a text or tokens", got="both" if text else "neither", expected="one of them")
+    if cached and not artifact.has_cache:
+        raise InputError("this artifact has no cache to evaluate with", where=artifact.path, remedy="leave out cached")
+    if against is not None and against.vocab_size != artifact.vocab_size:
+        raise InputError(
+            "the original and the artifact have different vocabularies",
+            where=against.path,
+            got=f"{against.vocab_size} tokens",
+            expected=f"{artifact.vocab_size} as in {artifact.path}",
+            remedy="compare with the model that the artifact was made from",
+        )
+    if text is not None:
+        tokenizer = tokenizer or _tokenizer_of(artifact, against)
+        tokens = encode(tokenizer, read_text(text))
+    assert tokens is not None
+    limits = [m for a in (artifact, against) if a is not None and (m := a.max_positions) is not None]
+    windows = _windows(tokens, min(limits, default=None), max_tokens)
+    if int(windows.min()) < 0 or int(windows.max()) >= artifact.vocab_size:
+        raise InputError(
+            "tokens outside the vocabulary",
+            where=artifact.path,
+            got=f"ids from {int(windows.min())} to {int(windows.max())}",
+            expected=f"0 to {artifact.vocab_size - 1}",
+            remedy="use the tokenizer the model was trained with",
+        )
+
+    total = _Sums()
+    rows = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * artifact.vocab_size))
+    done = 0
+    with torch.inference_mode():
+        for batch in windows.split(rows):
+            reference = None if against is None else against.forward(batch)[:, :-1]
+            position = 0
+            for logits in _decoded(artifact, batch) if cached else _whole(artifact, batch):
+                stop = position + logits.shape[1]
+                aligned = None if reference is None else reference[:, position:stop]
+                total.add(logits, aligned, batch[:, position + 1 : stop + 1], artifact)
+                position = stop
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(windows))
+    return Evaluation(
+        perplexity=_exp(total.loss / total.tokens),
+        reference_perplexity=None if against is None else _exp(total.reference_loss / total.tokens),
+        kl_divergence=None if against is None else max(0.0, total.divergence / total.tokens),
+        top1_agreement=None if against is None else total.agreements / total.tokens,
+        tokens=total.tokens,
+        bytes=artifact.stored_bytes(),
+        bits_per_weight=artifact.bits_per_weight(),
+        seconds=time.perf_counter() - start,
+    )
+
+
+class _Sums:
+    """Sums over scored positions, in float64."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.agreements = 0
+        self.loss = 0.0
+        self.reference_loss = 0.0
+        self.divergence = 0.0
+
+    def add(self, logits: Tensor, reference: Tensor | None, targets: Tensor, artifact: Artifact) -> None:
+        """Adds the positions of ``[batch, n, vocab]`` logits that predict the targets ``[batch, n]``."""
+        if reference is not None and reference.shape != logits.shape:
+            raise InputError(
+                "the original and the artifact give logits of different shapes",
+                where=artifact.path,
+                got=list(logits.shape),
+                expected=list(reference.shape),
+            )
+        targets = targets.reshape(-1, 1).to(logits.device)
+        logits = logits.reshape(len(targets), -1)
+        if reference is not None:
+            reference = reference.reshape(len(targets), -1).to(logits.device)
+        size = max(1, _LOGITS_PER_CHUNK // logits.shape[1])
+        for at in range(0, len(targets), size):
+            piece = slice(at, at + size)
+            log_q = logits[piece].float().log_softmax(-1)
+            self.loss -= _gathered(log_q, targets[piece])
+            if reference is not None:
+                log_p = reference[piece].float().log_softmax(-1)
+                self.reference_loss -= _gathered(log_p, targets[piece])
+                self.agreements += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+                p = log_p.exp()
+                self.divergence += float(log_p.sub_(log_q).mul_(p).sum(-1).double().sum())
+        self.tokens += len(targets)
+        if not math.isfinite(self.loss) or not math.isfinite(self.divergence):
+            raise ArtifactError(
+                "the logits are not finite",
+                where=artifact.path,
+                got="NaN or infinity",
+                remedy="the weights are damaged, or the arithmetic overflows: check the model in float32",
+            )
+
+
+def _gathered(log_probabilities: Tensor, targets: Tensor) -> float:
+    return float(log_probabilities.gather(-1, targets).double().sum())
+
+
+def _whole(artifact: Artifact, batch: Tensor) -> Iterator[Tensor]:
+    """Logits of all positions but the last, at once."""
+    yield artifact.forward(batch)[:, :-1]
+
+
+def _decoded(artifact: Artifact, batch: Tensor) -> Iterator[Tensor]:
+    """The same positions: the first half from the prefill, the rest token by token."""
+    length = batch.shape[1]
+    half = max(1, length // 2)
+    logits, cache = artifact.prefill(batch[:, :half])
+    yield logits
+    for position in range(half, length - 1):
+        logits, cache = artifact.step(batch[:, position : position + 1], cache)
+        yield logits
+
+
+def _windows(tokens: Tensor, max_positions: int | None, max_tokens: int | None) -> Tensor:
+    """int64 ``[windows, length]``."""
+    if tokens.dim() == 2:
+        count, length = tokens.shape
+        if max_positions is not None and length > max_positions:
+            raise InputError("windows longer than the model takes", got=length, expected=f"at most {max_positions}")
+        if max_tokens is not None:
+            count = min(count, max_tokens // max(1, length))
+        if count == 0 or length < 2:
+            raise InputError("no window to score", got=list(tokens.shape), expected="[windows, at least 2 tokens]")
+        return tokens[:count]
+    length = WINDOW if max_positions is None else min(WINDOW, max_positions)
+    stream = tokens[:max_tokens]
+    if len(stream) < length:
+        raise InputError(
+            "the text is shorter than one window",
+            got=f"{len(stream)} tokens" + ("" if len(stream) == len(tokens) else f" (max_tokens={max_tokens})"),
+            expected=f"at least {length}",
+            remedy="give more text",
+        )
+    return stream[: len(stream) // length * length].view(-1, length)
+
+
+def _tokenizer_of(artifact: Artifact, against: Artifact | None) -> Any:
+    problem: InputError | None = None
+    for candidate in (artifact, against):
+        if candidate is not None and candidate.path is not None:
+            try:
+                return load_tokenizer(candidate.path, vocab_size=artifact.vocab_size)
+            except InputError as error:
+                problem = problem or error
+    if problem is not None:
+        raise problem
+    raise InputError("text needs a tokenizer, and the artifact has none", remedy="give the tokenizer, or tokens")
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < math.log(sys.float_info.max) else sys.float_info.max

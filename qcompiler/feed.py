@@ -1,0 +1,59 @@
+"""Values for a graph's placeholders, made from token ids."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.errors import InputError
+from qcompiler.graph import Graph
+
+__all__ = ["feed", "feed_tensors"]
+
+
+def feed(graph: Graph, ids: Tensor, past: Sequence[Tensor] | None = None) -> dict[fx.Node, Any]:
+    """Inputs for a language model: all tokens visible, positions counted on from the cache.
+
+    Args:
+        graph: with an input of role ``ids``.
+        ids: int64 ``[batch, length]``.
+        past: the cache, in the order of the graph's ``past`` inputs; None for an empty one.
+
+    Raises:
+        InputError: if the graph takes no token ids.
+    """
+    if graph.signature.input("ids") is None:
+        raise InputError("this graph takes no token ids", got=[port.name for port in graph.signature.inputs])
+    batch, length = ids.shape
+    before = past[0].shape[2] if past else 0
+    caches = iter(past or ())
+    values: dict[fx.Node, Any] = {}
+    for node, port in zip(graph.inputs, graph.signature.inputs, strict=True):
+        if port.role == "ids":
+            values[node] = ids
+        elif port.role == "mask":
+            values[node] = ids.new_ones(batch, before + length)
+        elif port.role == "positions":
+            values[node] = torch.arange(before, before + length, device=ids.device).expand(batch, length)
+        elif port.role == "past":
+            empty = (batch, int(port.shape[1]), 0, int(port.shape[3]))
+            values[node] = next(caches) if past else torch.zeros(empty, device=ids.device)
+        else:
+            values[node] = torch.zeros_like(ids)
+    return values
+
+
+def feed_tensors(graph: Graph, tensors: Sequence[Tensor]) -> dict[fx.Node, Any]:
+    """Inputs for any graph, one tensor per placeholder in order.
+
+    Raises:
+        InputError: if there are too few or too many.
+    """
+    if len(tensors) != len(graph.inputs):
+        raise InputError(
+            "a batch does not match the model's inputs",
+            got=f"{len(tensors)} tensors",
+            expected=", ".join(port.name for port in graph.signature.inputs),
+        )
+    return dict(zip(graph.inputs, tensors, strict=True))

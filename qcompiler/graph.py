@@ -1,0 +1,324 @@
+"""`Graph`: an fx graph whose weights stay in a `WeightStore`, with typed views of it and its JSON form."""
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+import qcompiler.ops  # noqa: F401  (defines torch.ops.qcompiler)
+from qcompiler.errors import ArtifactError, PipelineError
+from qcompiler.qtensor import Affine
+from qcompiler.signature import Signature
+from qcompiler.spec import Scheme
+from qcompiler.weights import WeightStore
+
+__all__ = ["Graph", "Site", "is_op", "site_name"]
+
+_aten = torch.ops.aten
+_canonical = torch.ops.qcompiler
+
+
+def is_op(node: object, *targets: object) -> bool:
+    """Whether ``node`` is a call of one of ``targets`` (operator overloads or functions)."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def site_name(weight_name: str) -> str:
+    """The site a weight belongs to: its name without a trailing ``.weight``."""
+    return weight_name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear layer: the place where a weight meets an activation.
+
+    Attributes:
+        name: the parameter path of the source model without ``.weight``; it survives every rewrite.
+        weight: the name of the float weight, ``[out, in]``.
+        nodes: the ``linear`` nodes that use it (several where a module is called more than once).
+        out_features, in_features: the shape of the weight.
+    """
+
+    name: str
+    weight: str
+    nodes: tuple[fx.Node, ...]
+    out_features: int
+    in_features: int
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The distinct activations it reads."""
+        return tuple(dict.fromkeys(node.args[0] for node in self.nodes))  # type: ignore[misc]
+
+    @property
+    def bias(self) -> str | None:
+        """The name of the bias tensor, if there is one."""
+        arguments = self.nodes[0].args
+        bias = arguments[2] if len(arguments) > 2 else None
+        return str(bias.target) if isinstance(bias, fx.Node) else None
+
+
+@dataclass(eq=False)
+class Graph:
+    """A model as a graph.
+
+    Attributes:
+        fx: placeholders in the order of ``signature.inputs``; ``get_attr`` nodes whose target names a tensor of
+            ``weights``; calls of canonical operators (`qcompiler.ops`), ATen operators and ``operator`` functions on
+            symbolic sizes; one output, a tuple in the order of ``signature.outputs``. A node that yields a tensor has
+            ``meta["dtype"]`` and ``meta["shape"]`` (sizes as in `Port`).
+        signature: the ports.
+        weights: tensors by name.
+        schemes: what is quantized at each site; set by one pass, read by all.
+        provenance: where the model came from: ``source``, ``config``, ``fingerprint``, ``parameters`` (elements).
+        unrecognized: what canonicalization left as it was, each with its reason.
+    """
+
+    fx: fx.Graph
+    signature: Signature
+    weights: WeightStore
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    unrecognized: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The placeholder nodes, in the order of ``signature.inputs``."""
+        return [node for node in self.fx.nodes if node.op == "placeholder"]
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """The nodes returned, in the order of ``signature.outputs``."""
+        return list(self.fx.output_node().args[0])  # type: ignore[arg-type]
+
+    def sites(self) -> list[Site]:
+        """Every linear layer, in execution order."""
+        nodes: dict[str, list[fx.Node]] = {}
+        for node in self.fx.nodes:
+            if is_op(node, _canonical.linear.default):
+                name = self._weight_name(node)
+                if name is not None:
+                    nodes.setdefault(name, []).append(node)
+        found = []
+        for name, users in nodes.items():
+            rows, columns = users[0].meta["weight_shape"]
+            found.append(Site(site_name(name), name, tuple(users), rows, columns))
+        return found
+
+    @staticmethod
+    def _weight_name(linear: fx.Node) -> str | None:
+        weight = linear.args[1]
+        assert isinstance(weight, fx.Node)
+        if weight.op == "get_attr":
+            return str(weight.target)
+        if is_op(weight, _canonical.dequantize.default):
+            codes = weight.args[0]
+            assert isinstance(codes, fx.Node)
+            return str(codes.target).removesuffix("_codes")
+        return None
+
+    def weight_names(self) -> list[str]:
+        """The tensors the graph reads, in execution order, each once."""
+        return list(dict.fromkeys(str(node.target) for node in self.fx.nodes if node.op == "get_attr"))
+
+    def set_weight(self, site: Site, quantized: Affine) -> None:
+        """Replaces a site's float weight by codes and scales behind a ``dequantize`` node.
+
+        The float weight leaves the graph; where it was tied to another use, that use keeps it.
+
+        Raises:
+            PipelineError: if the site is quantized already, or the shapes disagree.
+        """
+        if any(not _is_get_attr(node.args[1]) for node in site.nodes):
+            raise PipelineError(
+                "this weight is quantized already",
+                where=site.name,
+                expected="one weight quantizer per site",
+                remedy="drop one of the passes, or keep them apart with schemes",
+            )
+        expected = (site.out_features, site.in_features)
+        if tuple(quantized.codes.shape) != expected:
+            raise PipelineError(
+                "codes of the wrong shape", where=site.name, got=tuple(quantized.codes.shape), expected=expected
+            )
+        spec, store = quantized.spec, self.weights
+        scale, zero_point = quantized.scale, quantized.zero_point
+        axis, block = 1, spec.group_of(site.in_features)
+        if spec.granularity == "per_channel":
+            axis, block = 0, 0
+            scale = scale[:, 0]
+            zero_point = None if zero_point is None else zero_point[:, 0]
+        elif spec.granularity == "per_tensor":
+            axis, block = 0, 0
+            scale = scale.reshape(())
+            zero_point = None if zero_point is None else zero_point.reshape(())
+        kind = "int" if spec.symmetric else "uint"
+        code_dtype = f"{kind}{spec.bits}"
+        store.set(f"{site.weight}_codes", quantized.codes, dtype=code_dtype)
+        store.set(f"{site.weight}_scale", scale.to(quantized.scale_dtype))
+        if zero_point is not None:
+            store.set(f"{site.weight}_zero_point", zero_point, dtype=code_dtype)
+        first = site.nodes[0]
+        with self.fx.inserting_before(first):
+            codes_node = self._get_attr(f"{site.weight}_codes")
+            scale_node = self._get_attr(f"{site.weight}_scale")
+            zero_node = None if zero_point is None else self._get_attr(f"{site.weight}_zero_point")
+            weight_node = self.fx.call_function(
+                _canonical.dequantize.default, (codes_node, scale_node, zero_node, axis, block, torch.float32)
+            )
+        weight_node.meta.update(dtype=torch.float32, shape=expected)
+        for node in site.nodes:
+            old = node.args[1]
+            node.update_arg(1, weight_node)
+            assert isinstance(old, fx.Node)
+            if not old.users:
+                self.fx.erase_node(old)
+        if not any(node.target == site.weight for node in self.fx.nodes if node.op == "get_attr"):
+            store.remove(site.weight)
+
+    def _get_attr(self, name: str) -> fx.Node:
+        info = self.weights.info(name)
+        node = self.fx.create_node("get_attr", name)
+        dtype = getattr(torch, info.dtype, torch.int8 if info.dtype.startswith("int") else torch.uint8)
+        node.meta.update(dtype=dtype, shape=tuple(info.shape))
+        return node
+
+    def to_dict(self) -> dict[str, Any]:
+        """The graph as JSON: nodes, signature and schemes (no weights, no code)."""
+        return {
+            "signature": self.signature.to_dict(),
+            "nodes": [_encode_node(node) for node in self.fx.nodes],
+            "schemes": {site: scheme.to_dict() for site, scheme in self.schemes.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], weights: WeightStore, provenance: dict[str, Any]) -> "Graph":
+        """Rebuilds a graph from `to_dict`.
+
+        Raises:
+            ArtifactError: for an operator this version does not know.
+        """
+        graph = fx.Graph()
+        nodes: dict[str, fx.Node] = {}
+        for item in fields["nodes"]:
+            target = _decode_target(item["target"]) if item["op"] == "call_function" else item["target"]
+            node = graph.create_node(
+                item["op"], target, _decode(item["args"], nodes), _decode(item["kwargs"], nodes), item["name"]
+            )
+            for key, value in item["meta"].items():
+                node.meta[key] = _decode(value, nodes)
+            nodes[item["name"]] = node
+        return cls(
+            graph,
+            Signature.from_dict(fields["signature"]),
+            weights,
+            {site: Scheme.from_dict(scheme) for site, scheme in fields["schemes"].items()},
+            provenance,
+        )
+
+
+def _is_get_attr(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
+# --- JSON form ---------------------------------------------------------------------------------------------------------
+
+_OPERATORS = ("add", "sub", "mul", "floordiv", "mod", "neg", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "truediv")
+_SYMBOLIC = ("sym_max", "sym_min", "sym_float", "sym_int", "sym_not")
+_META_KEYS = ("dtype", "shape", "weight_shape")
+
+
+def _encode_node(node: fx.Node) -> dict[str, Any]:
+    target = _encode_target(node.target) if node.op == "call_function" else node.target
+    meta = {key: _encode(node.meta[key]) for key in _META_KEYS if key in node.meta}
+    return {
+        "name": node.name,
+        "op": node.op,
+        "target": target,
+        "args": _encode(node.args),
+        "kwargs": _encode(node.kwargs),
+        "meta": meta,
+    }
+
+
+def _encode_target(target: object) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    name = getattr(target, "__name__", "")
+    if name in _OPERATORS and getattr(operator, name) is target:
+        return f"operator.{name}"
+    if name in _SYMBOLIC and getattr(torch, name) is target:
+        return f"torch.{name}"
+    raise ArtifactError("this function cannot be stored in a graph file", got=target)
+
+
+def _decode_target(text: str) -> Callable[..., Any]:
+    namespace, _, rest = text.partition(".")
+    if namespace in ("aten", "qcompiler"):
+        packet, _, overload = rest.rpartition(".")
+        found = getattr(getattr(torch.ops, namespace), packet, None)
+        found = getattr(found, overload, None)
+    elif namespace == "operator" and rest in _OPERATORS:
+        found = getattr(operator, rest)
+    elif namespace == "torch" and rest in _SYMBOLIC:
+        found = getattr(torch, rest)
+    else:
+        found = None
+    if found is None:
+        raise ArtifactError("the graph file names an operator this version does not know", got=text)
+    return found  # type: ignore[no-any-return]
+
+
+_TAGGED: dict[type, str] = {torch.dtype: "dtype", torch.memory_format: "memory_format", torch.layout: "layout"}
+
+
+def _encode(value: object) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        return {"dict": {key: _encode(item) for key, item in value.items()}}
+    if isinstance(value, slice):
+        return {"slice": [_encode(value.start), _encode(value.stop), _encode(value.step)]}
+    tag = _TAGGED.get(type(value))
+    if tag is None:
+        raise ArtifactError("this value cannot be stored in a graph file", got=f"{type(value).__name__} {value!r}")
+    return {tag: str(value).removeprefix("torch.")}
+
+
+def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(item, nodes) for item in value)
+    if not isinstance(value, dict):
+        return value
+    ((tag, content),) = value.items()
+    if tag == "node":
+        return nodes[content]
+    if tag == "float":
+        return float(content)
+    if tag == "dict":
+        return {key: _decode(item, nodes) for key, item in content.items()}
+    if tag == "slice":
+        return slice(*(_decode(item, nodes) for item in content))
+    return getattr(torch, content)
+
+
+def ancestors(nodes: Iterator[fx.Node] | list[fx.Node]) -> set[fx.Node]:
+    """The given nodes and everything they are computed from."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen

@@ -1,0 +1,187 @@
+"""The native artifact: the quantized graph as data (no code, no pickle), saved, loaded and run."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.companions import companion_files
+from qcompiler.errors import ArtifactError, InputError, QCompilerError
+from qcompiler.execute import Stretch
+from qcompiler.feed import feed
+from qcompiler.graph import Graph
+from qcompiler.staging import StagedFiles
+from qcompiler.weights import WeightStore
+
+__all__ = ["MANIFEST", "SCHEMA", "NativeArtifact", "load_native", "save_native"]
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_GRAPH = "graph.json"
+_REPORT = "report.json"
+
+
+def save_native(graph: Graph, directory: str | Path, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    """Writes a graph to a directory, which must not exist or be empty.
+
+    The manifest is written last: a directory without one is no artifact. Weights are streamed, one at a time in memory.
+
+    Args:
+        graph: quantized or not.
+        directory: made if missing.
+        manifest: provenance; ``schema`` is added.
+        report: what ``report.json`` holds.
+
+    Raises:
+        InputError: if the directory is not empty or cannot be written.
+        ResourceError: if the disk is full.
+    """
+    root = Path(directory)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise InputError("the output is not empty", where=root, remedy="choose a new directory")
+    source = graph.provenance.get("companions")
+    with StagedFiles(root) as staged:
+        for name, path in companion_files(Path(source) if source else None).items():
+            with staged.file(name) as write:
+                write(path.read_bytes())
+        for name, content in ((_GRAPH, graph.to_dict()), (_REPORT, report)):
+            with staged.file(name) as write:
+                write(_json(content))
+    graph.weights.save(root, names=graph.weight_names())
+    with StagedFiles(root) as staged, staged.file(MANIFEST) as write:
+        write(_json({"schema": SCHEMA, **manifest}))
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, allow_nan=False, default=str) + "\n").encode()
+
+
+def load_native(directory: str | Path) -> tuple[Graph, dict[str, Any], dict[str, Any]]:
+    """Reads what `save_native` wrote: graph, manifest, report. Weights stay on disk.
+
+    Raises:
+        ArtifactError: if it is incomplete, damaged, or of another schema.
+        WeightError: if the weights are damaged.
+    """
+    root = Path(directory)
+    manifest = _read_json(root / MANIFEST)
+    if manifest.get("schema") != SCHEMA:
+        raise ArtifactError(
+            "this artifact was written by another version",
+            where=root / MANIFEST,
+            got=f"schema {manifest.get('schema')}",
+            expected=f"schema {SCHEMA}",
+            remedy="compile the model again",
+        )
+    provenance = dict(manifest.get("provenance") or {})
+    provenance["companions"] = str(root)
+    try:
+        graph = Graph.from_dict(_read_json(root / _GRAPH), WeightStore.from_directory(root), provenance)
+    except QCompilerError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ArtifactError(
+            "the graph file is damaged", where=root / _GRAPH, got=f"{type(error).__name__}: {error}"
+        ) from error
+    missing = [name for name in graph.weight_names() if name not in graph.weights]
+    if missing:
+        raise ArtifactError("the graph names tensors that are not stored", where=root, got=", ".join(missing[:4]))
+    report = _read_json(root / _REPORT) if (root / _REPORT).is_file() else {}
+    return graph, manifest, report
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            "this is not a native artifact, or an incomplete one", where=path.parent, got=f"no {path.name}"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError("damaged JSON", where=path, got=error) from error
+    if not isinstance(content, dict):
+        raise ArtifactError("damaged JSON", where=path, got=type(content).__name__, expected="an object")
+    return content
+
+
+@dataclass
+class _Cache:
+    values: list[Tensor]
+    length: int
+
+
+class NativeArtifact:
+    """Runs a graph by its reference arithmetic: weights dequantized once, float32 on the CPU.
+
+    Args:
+        graph: a causal language model; see `load_native`.
+        path: its directory, for the tokenizer.
+        device: where it runs.
+
+    Raises:
+        InputError: if the graph returns no logits.
+    """
+
+    def __init__(self, graph: Graph, path: Path | None = None, device: str | torch.device = "cpu") -> None:
+        index = graph.signature.index_of_output("logits")
+        if index is None:
+            raise InputError(
+                "this model does not predict next tokens",
+                where=path,
+                got=f"outputs {', '.join(port.name for port in graph.signature.outputs)}",
+                expected="logits",
+            )
+        self._graph, self._device = graph, torch.device(device)
+        self.path = path
+        self.vocab_size = int(graph.signature.outputs[index].shape[-1])
+        config = graph.provenance.get("config") or {}
+        limits = (config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
+        self.max_positions: int | None = next((limit for limit in limits if limit), None)
+        self.has_cache = graph.signature.has_cache
+        self.provenance: Mapping[str, object] = graph.provenance
+        self._logits = graph.outputs[index]
+        self._present = [
+            node for node, port in zip(graph.outputs, graph.signature.outputs, strict=True) if port.role == "present"
+        ]
+        self._whole = Stretch(graph.fx.nodes, [self._logits])
+        self._cached = Stretch(graph.fx.nodes, [self._logits, *self._present])
+        self._loaded: dict[fx.Node, Any] | None = None
+
+    def _weights(self) -> dict[fx.Node, Any]:
+        if self._loaded is None:
+            self._loaded = self._cached.load(self._graph.weights.read, self._device)
+        return self._loaded
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """float32 logits ``[batch, length, vocab]`` of int64 ``[batch, length]``, without a cache."""
+        values = feed(self._graph, ids.to(self._device))
+        logits: Tensor = self._whole.run(values, self._weights(), self._device)[self._logits]
+        return logits.float()
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, object]:
+        """Logits of ``ids``, and the cache that holds them."""
+        return self._extend(ids, None)
+
+    def step(self, ids: Tensor, cache: object) -> tuple[Tensor, object]:
+        """Logits of ``ids`` appended to the cache, and the longer cache."""
+        assert isinstance(cache, _Cache)
+        return self._extend(ids, cache)
+
+    def _extend(self, ids: Tensor, cache: _Cache | None) -> tuple[Tensor, _Cache]:
+        past = None if cache is None else cache.values
+        values = feed(self._graph, ids.to(self._device), past)
+        results = self._cached.run(values, self._weights(), self._device)
+        length = ids.shape[1] + (0 if cache is None else cache.length)
+        return results[self._logits].float(), _Cache([results[node] for node in self._present], length)
+
+    def stored_bytes(self) -> int:
+        """Bytes of all weight tensors as stored, tied ones once."""
+        return self._graph.weights.stored_bytes(self._graph.weight_names())
+
+    def bits_per_weight(self) -> float:
+        """Stored bits divided by the number of parameters of the original model."""
+        return 8 * self.stored_bytes() / int(self._graph.provenance["parameters"])

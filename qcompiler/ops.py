@@ -1,0 +1,173 @@
+"""The canonical operators, ``torch.ops.qcompiler.*``: what a captured graph is rewritten to and every lowering reads.
+
+Each is defined once, as its reference arithmetic, composed of differentiable torch operators: shapes under fake tensors, autograd
+and any device follow from that. Faster kernels register themselves for a device and must agree with it.
+
+| operator | meaning |
+|---|---|
+| ``linear(x, weight, bias?)`` | ``x @ weight.T + bias``; weight ``[out, in]`` |
+| ``rms_norm(x, weight, eps)`` | ``x / sqrt(mean(x^2) + eps) * weight`` over the last axis (arXiv 1910.07467) |
+| ``layer_norm(x, weight?, bias?, eps)`` | mean and variance over the last axis (arXiv 1607.06450) |
+| ``rotary(x, cos, sin, interleaved)`` | rotary position embedding of ``x[B, H, S, D]`` (arXiv 2104.09864); cos and sin broadcast to x |
+| ``kv_append(past, new)`` | ``[B, H, P, D]`` and ``[B, H, S, D]`` → ``[B, H, P + S, D]`` |
+| ``attention(q, k, v, mask?, scale, causal, window?, softcap?)`` | q ``[B, Hq, S, D]``, k and v ``[B, Hkv, T, D]``, Hq a multiple of Hkv; see `_attention` |
+| ``quantize(x, scale, zero_point?, axis, block, dtype)`` | ONNX QuantizeLinear |
+| ``dequantize(codes, scale, zero_point?, axis, block, out_dtype)`` | ONNX DequantizeLinear |
+
+For the last two, a 0-D scale is per tensor; a 1-D one per slice of ``axis`` (``block`` 0); one of the rank of the data is blocked,
+``block`` elements of ``axis`` sharing a scale, the last block possibly short.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["CANONICAL"]
+
+_LIBRARY = torch.library.Library("qcompiler", "DEF")
+
+CANONICAL = (
+    "linear",
+    "rms_norm",
+    "layer_norm",
+    "rotary",
+    "kv_append",
+    "attention",
+    "quantize",
+    "dequantize",
+)
+
+_INTEGER_RANGE = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    if interleaved:
+        rotated = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    else:
+        half = x.shape[-1] // 2
+        rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + rotated * sin
+
+
+def _kv_append(past: Tensor, new: Tensor) -> Tensor:
+    return torch.cat((past, new), dim=2)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmax attention.
+
+    Args:
+        q, k, v: ``[B, Hq, S, D]``, ``[B, Hkv, T, D]``, ``[B, Hkv, T, Dv]``; query head h reads key head ``h * Hkv // Hq``.
+        mask: boolean (True: attend) or additive, broadcastable to ``[B, Hq, S, T]``; combined with ``causal``.
+        scale: factor of ``q @ k.T``.
+        causal: query ``s`` sees keys ``0 .. T - S + s`` (aligned to the end, so a cache just makes T longer).
+        window: with causal, only the last ``window`` of them.
+        softcap: ``c * tanh(logits / c)`` before masking.
+
+    Returns:
+        ``[B, Hq, S, Dv]``; a row that may attend to nothing gives zeros.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    repeats = q.shape[1] != k.shape[1]
+    if softcap is None and window is None and causal and queries == keys and _attends_everywhere(mask):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeats)
+    if causal and queries > 1 or window is not None:
+        key = torch.arange(keys, device=q.device)
+        query = torch.arange(queries, device=q.device)[:, None] + (keys - queries)
+        allowed = key <= query
+        if window is not None:
+            allowed = allowed & (key > query - window)
+        if mask is None:
+            mask = allowed
+        elif mask.dtype == torch.bool:
+            mask = mask & allowed
+        else:
+            mask = mask.masked_fill(~allowed, float("-inf"))
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=repeats)
+    if repeats:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    logits = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    return torch.nan_to_num(torch.softmax(logits.float(), dim=-1)).to(v.dtype) @ v
+
+
+def _attends_everywhere(mask: Tensor | None) -> bool:
+    """Whether a mask hides nothing; looked at only where a look is free of cost (a small boolean mask on the CPU)."""
+    if mask is None:
+        return True
+    is_cheap = type(mask) is Tensor and mask.device.type == "cpu" and mask.dtype == torch.bool and mask.shape[-2] == 1
+    return is_cheap and bool(mask.all())
+
+
+def _broadcast(qparam: Tensor, data: Tensor, axis: int, block: int) -> Tensor:
+    axis = axis % data.dim() if data.dim() else 0
+    if qparam.dim() == 0:
+        return qparam
+    if block == 0:
+        return qparam.reshape([-1 if i == axis else 1 for i in range(data.dim())])
+    return qparam.repeat_interleave(block, dim=axis).narrow(axis, 0, data.shape[axis])
+
+
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block: int, dtype: torch.dtype) -> Tensor:
+    low, high = _INTEGER_RANGE[dtype]
+    codes = torch.round(x / _broadcast(scale, x, axis, block))
+    if zero_point is not None:
+        codes = codes + _broadcast(zero_point, x, axis, block)
+    return codes.clamp(low, high).to(dtype)
+
+
+def _dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block: int, out_dtype: torch.dtype
+) -> Tensor:
+    values = codes.to(scale.dtype)
+    if zero_point is not None:
+        values = values - _broadcast(zero_point, codes, axis, block).to(scale.dtype)
+    return (values * _broadcast(scale, codes, axis, block)).to(out_dtype)
+
+
+for _schema, _reference in (
+    ("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", _linear),
+    ("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm),
+    ("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor", _layer_norm),
+    ("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor", _rotary),
+    ("kv_append(Tensor past, Tensor new) -> Tensor", _kv_append),
+    (
+        "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, int? window=None, "
+        "float? softcap=None) -> Tensor",
+        _attention,
+    ),
+    (
+        "quantize(Tensor x, Tensor scale, Tensor? zero_point, int axis, int block, ScalarType dtype) -> Tensor",
+        _quantize,
+    ),
+    (
+        "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, int axis, int block, ScalarType out_dtype) -> Tensor",
+        _dequantize,
+    ),
+):
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_schema.split("(")[0], _reference, "CompositeImplicitAutograd")

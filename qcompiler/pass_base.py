@@ -1,0 +1,203 @@
+"""What a pass is: its declared effect, its place in a pipeline, and what it is given and gives back in a sweep."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.errors import PipelineError
+from qcompiler.graph import Graph, Site
+from qcompiler.observers import Statistic
+from qcompiler.segments import Segment
+
+__all__ = [
+    "CANONICAL",
+    "SCHEMES",
+    "WEIGHTS_QUANTIZED",
+    "Effect",
+    "Pass",
+    "PassContext",
+    "PassResult",
+    "SiteReport",
+    "Skip",
+    "Tap",
+    "Wave",
+]
+
+Wave = Sequence[Site]
+"""Sites that are rewritten together, from statistics gathered together."""
+
+CANONICAL = "canonical operators"
+SCHEMES = "schemes"
+WEIGHTS_QUANTIZED = "quantized weights"
+
+
+class Effect(Enum):
+    """What a pass may do to the function the graph computes."""
+
+    ANALYSIS = "the same graph"
+    EXACT = "the same function"
+    APPROXIMATE = "a bounded change"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A statistic wanted at a value of the graph."""
+
+    value: fx.Node
+    kind: type[Statistic]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What a pass did at one site.
+
+    Attributes:
+        site: its name.
+        method: the pass.
+        scheme: the number format, as text.
+        sqnr_db: signal to noise ratio of the rewritten weight.
+        output_error: squared error of the layer's output on the calibration inputs, relative to the output's square;
+            None without calibration.
+        rtn_output_error: the same for round-to-nearest.
+        seconds: time of the solve.
+        details: anything else a reader may want, as plain JSON values.
+    """
+
+    site: str
+    method: str
+    scheme: str
+    sqnr_db: float
+    output_error: float | None = None
+    rtn_output_error: float | None = None
+    seconds: float = 0.0
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A site a pass left alone, and why."""
+
+    site: str
+    method: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What `Pass.run` or `Pass.rewrite` did.
+
+    Attributes:
+        modified: whether the graph or its weights changed.
+        sites: one report per site that was rewritten.
+        skips: one entry per site that was left alone.
+    """
+
+    modified: bool
+    sites: tuple[SiteReport, ...] = ()
+    skips: tuple[Skip, ...] = ()
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass is given beside the graph.
+
+    Attributes:
+        graph: the graph being rewritten.
+        device: where to compute.
+        seed: the only source of randomness.
+    """
+
+    graph: Graph
+    device: torch.device
+    seed: int
+
+    def weight(self, site: Site) -> Tensor:
+        """The float weight of a site, float32 ``[out, in]`` on `device`."""
+        return self.graph.weights.read(site.weight).to(self.device, torch.float32)
+
+    def scale_dtype(self, site: Site) -> torch.dtype:
+        """The dtype scales of a site are stored in."""
+        spec = self.graph.schemes[site.name].weight
+        assert spec is not None
+        return spec.scale_torch_dtype(getattr(torch, self.graph.weights.info(site.weight).dtype))
+
+    def generator(self, site: Site) -> torch.Generator:
+        """Random numbers that depend on the seed and the site alone."""
+        import zlib
+
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(site.name.encode()))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes; an instance is a frozen dataclass of its options.
+
+    A pass on the whole graph implements `run`. A pass that works in the sweep, segment by segment, implements `rewrite`
+    and, where it needs calibration, `statistics`.
+
+    Class attributes:
+        effect: what it may change.
+        requires, establishes, invalidates: facts about the graph, by which a pipeline proves its order.
+        barrier: it decides only after it has seen everything, so the passes behind it need a sweep of their own.
+    """
+
+    effect: ClassVar[Effect]
+    requires: ClassVar[frozenset[str]] = frozenset({CANONICAL})
+    establishes: ClassVar[frozenset[str]] = frozenset()
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+    barrier: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The pass's name in reports and logs: ``SmoothQuant`` → ``smooth-quant``, ``GPTQ`` → ``gptq``."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", type(self).__name__).lower()
+
+    @property
+    def works_in_sweep(self) -> bool:
+        """Whether it implements `rewrite`."""
+        return type(self).rewrite is not Pass.rewrite
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it needs statistics of activations."""
+        return type(self).statistics is not Pass.statistics
+
+    def implied_passes(self) -> tuple["Pass", ...]:
+        """Passes this one stands for when given alone: ``GPTQ(bits=4)`` implies an ``Assign``."""
+        return ()
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        """Rewrites the whole graph, before the sweep of its stage."""
+        raise PipelineError("this pass implements neither run nor rewrite", where=type(self).__name__)
+
+    def waves(self, segment: Segment, graph: Graph) -> list[Wave]:
+        """The sites of a segment in the groups in which they are rewritten; by default one group of all."""
+        return [segment.sites] if segment.sites else []
+
+    def statistics(self, wave: Wave, graph: Graph) -> list[Tap]:
+        """What must be gathered before a wave is rewritten."""
+        return []
+
+    def rewrite(self, wave: Wave, statistics: Mapping[Tap, Any], context: PassContext) -> PassResult:
+        """Rewrites the sites of a wave."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain JSON values, for reports and manifests."""
+        return {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value)

@@ -1,0 +1,72 @@
+"""Local rewrites: a `Rule` starts at an anchor operator, checks what surrounds it, and says why where it does not fit."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import fx
+
+from qcompiler.graph import Graph, is_op
+
+__all__ = ["Miss", "Rule", "apply_rules", "expect", "is_weight", "other_operand", "replace"]
+
+
+class Miss(Exception):
+    """The pattern does not fit here, for this reason."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rewrite.
+
+    Attributes:
+        name: shown in reports.
+        anchors: the operators it starts from.
+        rewrite: called with the graph and an anchor node; rewrites and returns, or raises `Miss`.
+    """
+
+    name: str
+    anchors: tuple[Any, ...]
+    rewrite: Callable[[Graph, fx.Node], None]
+
+
+def apply_rules(graph: Graph, rules: Sequence[Rule]) -> None:
+    """Applies each rule once at each of its anchors, in order; misses are noted in ``graph.unrecognized``."""
+    for rule in rules:
+        for node in list(graph.fx.nodes):
+            if is_op(node, *rule.anchors):
+                try:
+                    rule.rewrite(graph, node)
+                except Miss as miss:
+                    graph.unrecognized.append({"node": node.name, "pattern": rule.name, "reason": str(miss)})
+        graph.fx.eliminate_dead_code()
+
+
+def expect(node: object, *targets: Any, what: str) -> fx.Node:
+    """``node`` if it calls one of ``targets``, else a `Miss` that says what was wanted."""
+    if isinstance(node, fx.Node) and is_op(node, *targets):
+        return node
+    found = node.target if isinstance(node, fx.Node) else node
+    raise Miss(f"expected {what}, found {found}")
+
+
+def is_weight(node: object) -> TypeGuard[fx.Node]:
+    """Whether a value is a stored tensor."""
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
+def other_operand(node: fx.Node, one: object) -> Any:
+    """The operand of a two-operand node that is not ``one``."""
+    first, second = node.args[:2]
+    return second if first is one else first
+
+
+def replace(graph: Graph, old: fx.Node, target: Any, args: tuple[Any, ...], **meta: Any) -> fx.Node:
+    """Puts a call of ``target`` in the place of ``old``, which keeps its dtype and shape."""
+    with graph.fx.inserting_before(old):
+        new = graph.fx.call_function(target, args)
+    new.meta.update(dtype=old.meta.get("dtype", torch.float32), shape=old.meta["shape"], **meta)
+    old.replace_all_uses_with(new)
+    graph.fx.erase_node(old)
+    return new

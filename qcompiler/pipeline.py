@@ -1,0 +1,103 @@
+"""`Pipeline`: passes in an order that is proved to work when it is built, cut into stages of one sweep each."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qcompiler.errors import PipelineError
+from qcompiler.pass_base import CANONICAL, WEIGHTS_QUANTIZED, Pass
+
+__all__ = ["Pipeline", "Stage"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Passes that share one sweep.
+
+    Attributes:
+        whole_graph: run first, in order.
+        swept: applied segment by segment.
+    """
+
+    whole_graph: tuple[Pass, ...]
+    swept: tuple[Pass, ...]
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the sweep needs calibration tokens."""
+        return any(item.is_calibrated for item in self.swept)
+
+
+class Pipeline:
+    """An ordered sequence of passes.
+
+    Args:
+        passes: in the order they are applied. A pass that implies others (``GPTQ(bits=4)`` implies an ``Assign``) has
+            them put at the front; one given explicitly must agree with what is implied.
+
+    Raises:
+        PipelineError: if a pass needs a fact nobody before it establishes, if two passes quantize the weights, or if
+            implied and given passes disagree. Every violation is listed.
+    """
+
+    def __init__(self, passes: Iterable[Pass]) -> None:
+        given = tuple(passes)
+        for item in given:
+            if not isinstance(item, Pass):
+                raise PipelineError("a recipe is a sequence of passes", got=repr(item), expected="instances of Pass")
+        self.passes = _with_implied(given)
+        _prove(self.passes)
+        self.stages = _stages(self.passes)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether any pass needs calibration tokens."""
+        return any(stage.is_calibrated for stage in self.stages)
+
+
+def _with_implied(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    implied = [(item, wanted) for item in passes for wanted in item.implied_passes()]
+    front: list[Pass] = []
+    for item, wanted in implied:
+        rivals = [other for other in (*passes, *front) if type(other) is type(wanted)]
+        if any(other != wanted for other in rivals):
+            raise PipelineError(
+                "two passes disagree about the same thing",
+                where=type(item).__name__,
+                got=f"{wanted} is implied, and {next(o for o in rivals if o != wanted)} is there",
+                remedy=f"give {type(wanted).__name__} alone, or the shorthand alone",
+            )
+        if not rivals:
+            front.append(wanted)
+    return (*front, *passes)
+
+
+def _prove(passes: tuple[Pass, ...]) -> None:
+    facts = {CANONICAL}
+    problems = []
+    for position, item in enumerate(passes):
+        name = type(item).__name__
+        for fact in sorted(item.requires - facts):
+            later = [type(p).__name__ for p in passes[position + 1 :] if fact in p.establishes]
+            hint = f"{later[0]} establishes it, but stands behind" if later else "no pass here establishes it"
+            problems.append(f"{name} (position {position}) needs {fact!r}: {hint}")
+        if WEIGHTS_QUANTIZED in item.establishes and WEIGHTS_QUANTIZED in facts:
+            problems.append(f"{name} (position {position}) quantizes weights that are quantized already")
+        facts = (facts - item.invalidates) | item.establishes
+    if problems:
+        raise PipelineError(
+            "the passes cannot run in this order",
+            got="; ".join(problems),
+            expected="every pass behind the ones that establish what it needs",
+        )
+
+
+def _stages(passes: tuple[Pass, ...]) -> tuple[Stage, ...]:
+    """A new stage begins behind a barrier, and where a whole-graph pass stands behind a swept one."""
+    stages: list[tuple[list[Pass], list[Pass]]] = [([], [])]
+    for item in passes:
+        whole, swept = stages[-1]
+        if swept and (not item.works_in_sweep or swept[-1].barrier):
+            stages.append(([], []))
+            whole, swept = stages[-1]
+        (swept if item.works_in_sweep else whole).append(item)
+    return tuple(Stage(tuple(whole), tuple(swept)) for whole, swept in stages)

@@ -1,0 +1,122 @@
+"""What a compilation did, as plain JSON values: `report.json`, and the summary printed at the end."""
+
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from qcompiler.graph import Graph, is_op
+from qcompiler.pass_base import SiteReport, Skip
+
+__all__ = ["CompileReport", "machine", "peak_rss_bytes"]
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine() -> dict[str, str]:
+    """Processor, threads and versions that a measurement depends on."""
+    import transformers
+
+    import qcompiler
+
+    return {
+        "platform": platform.platform(terse=True),
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "qcompiler": qcompiler.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@dataclass
+class CompileReport:
+    """What a compilation did.
+
+    Attributes:
+        sites: one entry per site that was rewritten.
+        skipped: one entry per site that was left alone, with its reason.
+        unrecognized: what canonicalization left as it was.
+        notes: sentences the user should read.
+        sweeps: how many times the model was gone through.
+        segments: pieces per sweep.
+        seconds: of wall time, by phase.
+        cpu_seconds: of all threads, in total.
+        peak_rss_bytes: the largest resident memory of the process.
+        bytes_before, bytes_after: weights as stored.
+        parameters: elements of the original model.
+        calibration: where the tokens came from; None without.
+        bytes_spilled: calibration values that went to disk.
+        targets: one entry per lowering.
+    """
+
+    sites: list[SiteReport] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+    unrecognized: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    sweeps: int = 0
+    segments: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    parameters: int = 0
+    calibration: Mapping[str, Any] | None = None
+    bytes_spilled: int = 0
+    targets: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the whole model, per parameter of the original."""
+        return 8 * self.bytes_after / self.parameters if self.parameters else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values (a ratio that is infinite becomes None)."""
+        fields = asdict(self)
+        fields["bits_per_weight"] = self.bits_per_weight
+        for site in fields["sites"]:
+            for key, value in site.items():
+                if isinstance(value, float) and not abs(value) < float("inf"):
+                    site[key] = None
+        return {"schema": 1, "machine": machine(), **fields}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "CompileReport":
+        """Rebuilds a report from `to_dict`."""
+        known = {key: value for key, value in fields.items() if key in cls.__dataclass_fields__}
+        known["sites"] = [
+            SiteReport(**{**site, "sqnr_db": float("inf") if site["sqnr_db"] is None else site["sqnr_db"]})
+            for site in known.get("sites", [])
+        ]
+        known["skipped"] = [Skip(**skip) for skip in known.get("skipped", [])]
+        return cls(**known)
+
+
+def quantized_bits_per_weight(graph: Graph) -> float | None:
+    """Stored bits per element over the quantized sites alone; None where nothing is quantized."""
+    bits = elements = 0
+    for site in graph.sites():
+        weight = site.nodes[0].args[1]
+        if is_op(weight, torch.ops.qcompiler.dequantize.default):
+            names = [str(source.target) for source in weight.all_input_nodes]  # type: ignore[union-attr]
+            bits += 8 * graph.weights.stored_bytes(names)
+            elements += site.out_features * site.in_features
+    return bits / elements if elements else None

@@ -1,0 +1,229 @@
+"""One pass over the graph, segment by segment: gather statistics, rewrite, hand the outputs on.
+
+Memory is one segment's weights, its statistics, and the calibration values at the current cut, whatever the depth. Inside a segment the
+batches advance only as far as the next wave's statistics need, and go on from there with rewritten weights, so every node
+runs once; only where a rewrite touches what has run already does the segment start again from its inputs.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.errors import CalibrationError
+from qcompiler.execute import Stretch
+from qcompiler.graph import Graph, Site
+from qcompiler.observers import Statistic
+from qcompiler.pass_base import Pass, PassContext, SiteReport, Skip, Tap, Wave
+from qcompiler.segments import Segment, SegmentedGraph, segment_graph
+from qcompiler.values import Parked, ValuePark
+
+__all__ = ["Batch", "SweepReport", "sweep"]
+
+Batch = Mapping[fx.Node, Tensor]
+"""One value per placeholder of the graph."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with segments done, segments in all, and a description."""
+
+
+@dataclass
+class SweepReport:
+    """What happened in a sweep."""
+
+    sites: list[SiteReport] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+    segments: int = 0
+    seconds: float = 0.0
+    bytes_spilled: int = 0
+
+
+def default_value_budget() -> int:
+    """A quarter of the machine's memory, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def sweep(
+    graph: Graph,
+    passes: Sequence[Pass],
+    batches: Sequence[Batch],
+    context: PassContext,
+    *,
+    work_dir: Path,
+    value_budget: int | None = None,
+    progress: Progress | None = None,
+) -> SweepReport:
+    """Applies passes to a graph in one sweep.
+
+    Args:
+        graph: rewritten in place.
+        passes: the swept passes of one stage, in order.
+        batches: calibration inputs; empty where no pass is calibrated.
+        context: device and seed.
+        work_dir: rewritten tensors are written there after each segment, and read from there afterwards.
+        value_budget: bytes of calibration values held in memory; a quarter of the machine's by default.
+        progress: called before every segment.
+
+    Raises:
+        CalibrationError: if a pass is calibrated and there are no batches.
+    """
+    if any(item.is_calibrated for item in passes) and not batches:
+        raise CalibrationError("a calibrated pass needs calibration data", got="no batches")
+    start = time.perf_counter()
+    cut = segment_graph(graph)
+    park = ValuePark(value_budget if value_budget is not None else default_value_budget(), work_dir)
+    runner = _Runner(graph, cut, passes, batches, context, park)
+    try:
+        for segment in cut.segments:
+            if progress is not None:
+                names = ", ".join(site.name for site in segment.sites)
+                progress(segment.index, len(cut.segments), names)
+            runner.process(segment)
+            if segment.sites:
+                graph.weights.spill(work_dir, f"segment-{segment.index:05d}")
+        if progress is not None:
+            progress(len(cut.segments), len(cut.segments), "")
+    finally:
+        park.close()
+    report = runner.report
+    report.segments, report.seconds = len(cut.segments), time.perf_counter() - start
+    report.bytes_spilled = park.bytes_spilled
+    return report
+
+
+class _Runner:
+    def __init__(
+        self,
+        graph: Graph,
+        cut: SegmentedGraph,
+        passes: Sequence[Pass],
+        batches: Sequence[Batch],
+        context: PassContext,
+        park: ValuePark,
+    ) -> None:
+        self.report = SweepReport()
+        self.graph, self.batches, self.park, self.device = graph, batches, park, context.device
+        self._passes, self._context = passes, context
+        self._prologue = Stretch(list(graph.fx.nodes), [*cut.prologue])
+        self._prologue_values: dict[tuple[torch.Size, ...], dict[fx.Node, Any]] = {}
+        self._prologue_weights = self._prologue.load(graph.weights.read, self.device)
+        is_calibrated = bool(batches) and any(item.is_calibrated for item in passes)
+        rewritten = [s.index for s in cut.segments if any(self._is_assigned(site) for site in s.sites)]
+        self._last_run = max(rewritten, default=-1) if is_calibrated else -1
+        """Behind this segment nothing is calibrated, so nothing need be computed."""
+        self.frontier: list[Parked] = [park.put({}) for _ in batches]
+
+    def _is_assigned(self, site: Site) -> bool:
+        scheme = self.graph.schemes.get(site.name)
+        return scheme is None or scheme.weight is not None
+
+    def process(self, segment: Segment) -> None:
+        position = _Position(self, segment)
+        is_needed = segment.index <= self._last_run
+        for index, item in enumerate(self._passes):
+            pending = list(item.waves(segment, self.graph))
+            position.keep_start = index < len(self._passes) - 1
+            while pending:
+                wave = pending[0]
+                taps = item.statistics(wave, self.graph) if is_needed else []
+                gathered = position.gather(taps, pending) if taps else {}
+                pending.pop(0)
+                result = item.rewrite(wave, gathered, self._context)
+                self.report.sites += result.sites
+                self.report.skips += result.skips
+                if result.modified:
+                    position.rewind_if_run(wave)
+        self.frontier = position.finish() if segment.index < self._last_run else position.abandon()
+
+    def outside_values(self, batch: Batch) -> dict[fx.Node, Any]:
+        """Graph inputs, and what depends on their shapes or positions alone (computed once per shape)."""
+        shapes = tuple(value.shape for value in batch.values())
+        if shapes not in self._prologue_values:
+            self._prologue_values[shapes] = self._prologue.run(batch, self._prologue_weights, self.device)
+        return {**batch, **self._prologue_values[shapes]}
+
+
+class _Position:
+    """How far the batches have run inside one segment, and where they can be taken back to."""
+
+    def __init__(self, runner: _Runner, segment: Segment) -> None:
+        self.keep_start = False
+        self._runner, self._segment, self._park = runner, segment, runner.park
+        self._start = self._values = runner.frontier
+        self._start_run: set[fx.Node] = set()
+        self._run: set[fx.Node] = set()
+
+    def gather(self, taps: Sequence[Tap], pending: Sequence[Wave]) -> dict[Tap, Statistic]:
+        """Runs the batches up to the taps and returns the statistics gathered there."""
+        gathered = {tap: tap.kind() for tap in dict.fromkeys(taps)}
+        if any(tap.value in self._run and tap.value not in self._held() for tap in gathered):
+            self._rewind()
+
+        def observe(values: Mapping[fx.Node, Any]) -> None:
+            for tap, statistic in gathered.items():
+                statistic.update(values[tap.value])
+
+        later = {node for wave in pending for site in wave for node in site.nodes}
+        self._advance([tap.value for tap in gathered], observe, later)
+        return gathered
+
+    def rewind_if_run(self, wave: Wave) -> None:
+        """Takes the batches back if a rewritten site has been run already."""
+        if any(node in self._run for site in wave for node in site.nodes):
+            self._rewind()
+
+    def finish(self) -> list[Parked]:
+        """Runs to the end of the segment and returns what later ones read."""
+        self.keep_start = False
+        self._advance(self._segment.outputs, None, set())
+        return self._values
+
+    def abandon(self) -> list[Parked]:
+        """Frees what is held."""
+        self._drop(self._start)
+        if self._values is not self._start:
+            self._drop(self._values)
+        return []
+
+    def _advance(
+        self,
+        targets: Sequence[fx.Node],
+        observe: Callable[[Mapping[fx.Node, Any]], None] | None,
+        may_be_rewritten: set[fx.Node],
+    ) -> None:
+        runner, held = self._runner, self._held()
+        remaining = [node for node in self._segment.nodes() if node not in self._run]
+        done = self._run.union(Stretch(remaining, targets).nodes)
+        ahead = Stretch([node for node in remaining if node not in done], self._segment.outputs)
+        kept = [n for n in dict.fromkeys([*ahead.inputs, *self._segment.outputs]) if n in done or n in held]
+        stretch = Stretch(remaining, [*targets, *kept])
+        loaded = stretch.load(runner.graph.weights.read, runner.device)
+        leaves_start = self._values is self._start and (self.keep_start or bool(may_be_rewritten & done))
+        advanced: list[Parked] = []
+        for batch, parked in zip(runner.batches, self._values, strict=True):
+            values = stretch.run({**runner.outside_values(batch), **self._park.get(parked)}, loaded, runner.device)
+            if not leaves_start:
+                self._park.drop(parked)
+            if observe is not None:
+                observe(values)
+            advanced.append(self._park.put({node: values[node] for node in kept}))
+        if self._values is self._start and not leaves_start:
+            self._start, self._start_run = advanced, done
+        self._values, self._run = advanced, done
+
+    def _rewind(self) -> None:
+        if self._values is not self._start:
+            self._drop(self._values)
+        self._values, self._run = self._start, self._start_run
+
+    def _held(self) -> set[fx.Node]:
+        return set(self._values[0].entries) if self._values else set()
+
+    def _drop(self, values: Sequence[Parked]) -> None:
+        for parked in values:
+            self._park.drop(parked)

@@ -1,0 +1,75 @@
+"""What a target makes of a quantization scheme, asked before calibration rather than found out after it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from qcompiler.errors import TargetError
+from qcompiler.spec import Scheme
+
+__all__ = ["Support", "SupportStatus", "TargetSpec", "check_schemes"]
+
+SupportStatus = Literal["fused", "runs", "writes-only", "refused"]
+
+
+@dataclass(frozen=True)
+class Support:
+    """How far a target goes with a scheme.
+
+    Attributes:
+        status: ``fused``: a kernel made for it; ``runs``: right, but dequantized on the way; ``writes-only``: the file
+            is valid, nothing here runs it; ``refused``: not written.
+        reason: why, wherever there is something to say; never empty when refused.
+    """
+
+    status: SupportStatus
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status == "refused" and not self.reason:
+            raise ValueError("a refusal needs a reason")
+
+
+class TargetSpec(Protocol):
+    """A place quantized models are lowered to."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        ...
+
+    def supports(self, scheme: Scheme, width: int) -> Support:
+        """What becomes of a linear layer with ``width`` input channels under ``scheme``."""
+        ...
+
+
+def check_schemes(
+    schemes: Mapping[str, Scheme], widths: Mapping[str, int], targets: Sequence[TargetSpec]
+) -> dict[str, dict[str, Support]]:
+    """Asks every target about every site.
+
+    Args:
+        schemes: by site.
+        widths: input channels by site.
+        targets: all of them must take every site.
+
+    Returns:
+        Per target name, per site, what becomes of it.
+
+    Raises:
+        TargetError: if a target refuses a site.
+    """
+    found: dict[str, dict[str, Support]] = {}
+    for target in targets:
+        answers = found.setdefault(target.name, {})
+        for site, scheme in schemes.items():
+            answers[site] = support = target.supports(scheme, widths[site])
+            if support.status == "refused":
+                raise TargetError(
+                    "the target does not take this scheme",
+                    where=f"{target.name}: {site}",
+                    got=scheme.weight,
+                    expected=support.reason,
+                    remedy="choose another group size or bit width, or leave this target out",
+                )
+    return found

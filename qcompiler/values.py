@@ -1,0 +1,104 @@
+"""Activations that wait between two steps of a sweep: in memory up to a budget, in files beyond it."""
+
+import itertools
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.errors import ResourceError
+
+__all__ = ["Parked", "ValuePark"]
+
+
+@dataclass(frozen=True)
+class _InFile:
+    path: Path
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class Parked:
+    """A handle to values that were put away."""
+
+    entries: Mapping[fx.Node, Any]
+    bytes_in_memory: int
+
+
+class ValuePark:
+    """Keeps values by handle.
+
+    Args:
+        budget: bytes of tensors held in memory; further ones go to files.
+        directory: where the files lie; a temporary directory by default.
+    """
+
+    def __init__(self, budget: int, directory: Path | None = None) -> None:
+        self._budget = budget
+        self._held = 0
+        self._numbers = itertools.count()
+        self._temporary = tempfile.TemporaryDirectory(prefix="qcompiler-", dir=directory)
+        self.bytes_spilled = 0
+        """Bytes written to files so far."""
+
+    def put(self, values: Mapping[fx.Node, Any]) -> Parked:
+        """Puts values away and returns their handle.
+
+        Raises:
+            ResourceError: if a file cannot be written.
+        """
+        entries: dict[fx.Node, Any] = {}
+        in_memory = 0
+        for node, value in values.items():
+            size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+            if size == 0 or self._held + size <= self._budget:
+                entries[node] = value
+                self._held += size
+                in_memory += size
+            else:
+                entries[node] = self._write(value)
+                self.bytes_spilled += size
+        return Parked(entries, in_memory)
+
+    def get(self, parked: Parked) -> dict[fx.Node, Any]:
+        """The values of a handle; the handle stays valid."""
+        return {node: _read(v) if isinstance(v, _InFile) else v for node, v in parked.entries.items()}
+
+    def drop(self, parked: Parked) -> None:
+        """Forgets a handle and frees what it held."""
+        self._held -= parked.bytes_in_memory
+        for value in parked.entries.values():
+            if isinstance(value, _InFile):
+                value.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Removes every file."""
+        self._temporary.cleanup()
+
+    def _write(self, value: Tensor) -> _InFile:
+        path = Path(self._temporary.name) / str(next(self._numbers))
+        data = value.detach().cpu().contiguous()
+        try:
+            data.view(torch.uint8 if data.dim() else data.dtype).numpy().tofile(path)
+        except OSError as error:
+            raise ResourceError(
+                "calibration values do not fit on the disk",
+                where=path,
+                got=error,
+                remedy="free space, give a --work-dir on another disk, or raise the memory budget",
+            ) from error
+        return _InFile(path, value.dtype, value.shape)
+
+
+def _read(stored: _InFile) -> Tensor:
+    buffer = torch.empty(stored.shape, dtype=stored.dtype)
+    with open(stored.path, "rb", buffering=0) as file:
+        view = memoryview(buffer.view(torch.uint8 if buffer.dim() else buffer.dtype).numpy()).cast("B")
+        while len(view):
+            view = view[file.readinto(view) :]
+    return buffer
