@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from qcompiler import numerics
 from qcompiler.errors import ZeroCoverageError
 from qcompiler.graph import Graph, Site
@@ -45,6 +47,7 @@ class GPTQ(Pass):
         act_order: take the channels with the largest activations first. Groups stay where they are (static groups), so
             nothing has to be reordered at run time.
         damping: added to the Gram diagonal, as a fraction of its mean; grows until the factorization succeeds.
+        sweeps: passes of coordinate descent over the finished codes, each column rounded anew given all others.
 
     Source: arXiv 2210.17323, algorithm 1; act-order and static groups from its reference implementation.
     """
@@ -54,6 +57,7 @@ class GPTQ(Pass):
     symmetric: bool | None = None
     act_order: bool = True
     damping: float = 0.01
+    sweeps: int = 2
 
     effect: ClassVar[Effect] = Effect.APPROXIMATE
     requires: ClassVar[frozenset[str]] = frozenset({CANONICAL, SCHEMES})
@@ -98,25 +102,28 @@ class GPTQ(Pass):
         spec = context.graph.schemes[sites[0].name].weight
         assert spec is not None
         weights = [context.weight(site) for site in sites]
+        second_moment = gram.result()
         solutions = solve_gptq(
             weights,
-            gram.result(),
+            second_moment,
             spec,
             context.scale_dtype(sites[0]),
             act_order=self.act_order,
             damping=self.damping,
+            sweeps=self.sweeps,
         )
         seconds = (time.perf_counter() - start) / len(sites)
         reports = []
         for site, weight, solution in zip(sites, weights, solutions, strict=True):
+            energy = ((weight @ second_moment) * weight).sum(dtype=torch.float64).item() or 1.0
             reports.append(
                 SiteReport(
                     site.name,
                     self.name,
                     str(spec),
                     numerics.sqnr_db(weight, solution.qtensor.dequantize()),
-                    output_error=solution.loss,
-                    rtn_output_error=solution.rtn_loss,
+                    output_error=solution.loss / energy,
+                    rtn_output_error=solution.rtn_loss / energy,
                     seconds=seconds,
                     details={
                         "damping": solution.damping,

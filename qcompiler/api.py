@@ -27,9 +27,11 @@ from qcompiler.native import MANIFEST, NativeArtifact, load_native, save_native
 from qcompiler.parity import check_parity
 from qcompiler.pass_base import Pass, PassContext
 from qcompiler.passes.assign import Assign
+from qcompiler.passes.recipes import RECIPES
 from qcompiler.passes.recipes import recipe as named_recipe
 from qcompiler.pipeline import Pipeline
 from qcompiler.report import CompileReport, peak_rss_bytes
+from qcompiler.spec import Scheme
 from qcompiler.sweep import Batch, sweep
 from qcompiler.target import TargetSpec, check_schemes
 from qcompiler.verify import verify_graph
@@ -43,6 +45,7 @@ __all__ = [
     "load",
     "lower",
     "open_artifact",
+    "recipe_matrix",
     "target_spec",
 ]
 
@@ -304,6 +307,18 @@ def target_spec(name: str) -> TargetSpec:
 
         return OnnxTarget()
     raise TargetError("unknown target", got=name, expected=", ".join(_TARGETS))
+
+
+def recipe_matrix() -> dict[str, dict[str, str]]:
+    """Recipe × target: ``fused``, ``runs``, ``writes-only`` or ``refused``, for layers of ordinary width."""
+    matrix: dict[str, dict[str, str]] = {}
+    for name in RECIPES:
+        schemes = [Scheme.parse(p.scheme) for p in named_recipe(name) if isinstance(p, Assign) and p.scheme]
+        matrix[name] = {"native": "runs"}
+        for target in _TARGETS:
+            spec = target_spec(target)
+            matrix[name][target] = ", ".join(spec.supports(scheme, 4096).status for scheme in schemes)
+    return matrix
 
 
 def lower(

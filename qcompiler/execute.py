@@ -32,8 +32,9 @@ class Stretch:
             node = stack.pop()
             if node not in needed:
                 needed.add(node)
-                stack.extend(source for source in node.all_input_nodes if source in inside)
-        ordered = [node for node in candidates if node in needed]
+                stack.extend(s for s in node.all_input_nodes if s in inside or s.op == "get_attr")
+        stored = [node for node in needed if node.op == "get_attr" and node not in inside]  # may stand anywhere before
+        ordered = [*sorted(stored, key=lambda node: node.name), *(node for node in candidates if node in needed)]
         self._constant: list[fx.Node] = []  # stored tensors, and what is computed from them alone
         constant: set[fx.Node] = set()
         for node in ordered:

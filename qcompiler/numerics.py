@@ -4,6 +4,9 @@ Weights are ``[out, in]``. Scales have one column per group along ``in``: ``[out
 ``per_channel`` and ``[1, 1]`` for ``per_tensor``; zero points have the shape of their scale.
 """
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -22,21 +25,38 @@ __all__ = [
     "unpack_bits",
 ]
 
+_SLICE_ELEMENTS = 1 << 18  # worked on at once where one slice after another will do: the temporaries stay in the cache
+
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounds positive scales to the dtype they are stored in and returns them in float32.
 
     A scale of zero (an all-zero group) becomes 1; one that the dtype would flush to zero or infinity becomes its smallest
-    normal or largest finite number, so that every stored scale is positive and finite.
+    or largest positive number, so that every stored scale is positive and finite. Subnormal numbers are used in float16
+    alone, where small weights need them (int8 below 0.008) and every processor reads them.
     """
     info = torch.finfo(dtype)
-    scale = torch.where(scale > 0, scale.float(), torch.ones_like(scale, dtype=torch.float32))
-    return scale.clamp(info.tiny, info.max).to(dtype).float()
+    smallest = info.tiny * info.eps if dtype == torch.float16 else info.tiny
+    scale = torch.where(scale > 0, scale.float(), 1.0)
+    return scale.clamp(smallest, info.max).to(dtype).float()
 
 
 def expand_groups(per_group: Tensor, width: int, group: int) -> Tensor:
     """Repeats ``[rows, groups]`` along the last axis to ``[rows, width]``; the last group may be short."""
+    if per_group.shape[-1] == 1:
+        return per_group.expand(*per_group.shape[:-1], width)
     return per_group.repeat_interleave(group, dim=-1)[..., :width]
+
+
+def _slices(x: Tensor) -> Iterator[slice]:
+    """Rows that are worked on at once."""
+    rows = max(1, _SLICE_ELEMENTS // max(1, x[:1].numel()))
+    return (slice(start, start + rows) for start in range(0, len(x), rows))
+
+
+def _rows(qparams: Tensor, part: slice) -> Tensor:
+    """The scales or zero points of some rows, which may share one."""
+    return qparams if len(qparams) == 1 else qparams[part]
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -53,10 +73,13 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpe
     """
     width = x.shape[-1]
     group = spec.group_of(width)
-    codes = torch.round(x.float() / expand_groups(scale, width, group))
-    if zero_point is not None:
-        codes += expand_groups(zero_point.float(), width, group)
-    return codes.clamp_(spec.quant_min, spec.quant_max).to(spec.code_dtype)
+    codes = torch.empty(x.shape, dtype=spec.code_dtype, device=x.device)
+    for part in _slices(x):
+        values = torch.round(x[part].float() / expand_groups(_rows(scale, part), width, group))
+        if zero_point is not None:
+            values += expand_groups(_rows(zero_point, part).float(), width, group)
+        codes[part] = values.clamp_(spec.quant_min, spec.quant_max)
+    return codes
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -64,9 +87,11 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
     width = codes.shape[-1]
     group = spec.group_of(width)
     values = codes.float()
-    if zero_point is not None:
-        values -= expand_groups(zero_point.float(), width, group)
-    return values.mul_(expand_groups(scale, width, group))
+    for part in _slices(codes):
+        if zero_point is not None:
+            values[part] -= expand_groups(_rows(zero_point, part).float(), width, group)
+        values[part] *= expand_groups(_rows(scale, part), width, group)
+    return values
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -84,16 +109,17 @@ def _grouped(x: Tensor, spec: QuantSpec) -> Tensor:
     return x.reshape(*x.shape[:-1], -1, group)
 
 
-def _range_qparams(
-    low: Tensor, high: Tensor, spec: QuantSpec, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
+def _group_range(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The least and the largest value per group; widened to hold zero where there is a zero point."""
+    low, high = groups.amin(-1), groups.amax(-1)  # faster than aminmax
+    return (low, high) if spec.symmetric else (low.clamp(max=0), high.clamp(min=0))
+
+
+def _full_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale at which the codes just span a range."""
     if spec.symmetric:
-        amax = torch.maximum(-low, high)
-        return round_scale(amax / ((1 << spec.bits) - 1) * 2, scale_dtype), None
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = round_scale((high - low) / spec.quant_max, scale_dtype)
-    zero_point = torch.round(-low / scale).clamp_(spec.quant_min, spec.quant_max)
-    return scale, zero_point.to(spec.code_dtype)
+        return torch.maximum(-low, high) / ((1 << spec.bits) - 1) * 2
+    return (high - low) / spec.quant_max
 
 
 def min_max_qparams(x: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -111,11 +137,13 @@ def min_max_qparams(x: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tup
     Returns:
         ``scale`` float32 ``[rows or 1, groups]``, already rounded to ``scale_dtype``, and ``zero_point`` or None.
     """
-    groups = _grouped(x, spec)
-    low, high = groups.amin(-1), groups.amax(-1)
+    low, high = _group_range(_grouped(x, spec), spec)
     if spec.granularity == "per_tensor":
         low, high = low.amin().reshape(1, 1), high.amax().reshape(1, 1)
-    return _range_qparams(low, high, spec, scale_dtype)
+    scale = round_scale(_full_scale(low, high, spec), scale_dtype)
+    if spec.symmetric:
+        return scale, None
+    return scale, torch.round(-low / scale).clamp_(spec.quant_min, spec.quant_max).to(spec.code_dtype)
 
 
 def mse_qparams(
@@ -124,50 +152,107 @@ def mse_qparams(
     scale_dtype: torch.dtype,
     *,
     importance: Tensor | None = None,
-    steps: int = 40,
-    max_shrink: float = 0.6,
+    steps: int = 16,
+    max_shrink: float = 0.8,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point with the least squared rounding error per group, over a grid of shrunken ranges.
+    """Scale and zero point with a small squared rounding error per group, never a larger one than `min_max_qparams`.
+
+    Codes are made for a grid of shrunken ranges, dense near the full one. For given codes ``q`` (zero point taken off) the best
+    scale is known, ``s = Σwqx / Σwq²``, and so is its error, ``Σwx² - (Σwqx)² / Σwq²``: the codes with the least win, and
+    their scale is kept if, rounded to the stored dtype and with codes made anew, it beats the full range.
 
     Args:
         x: float ``[rows, width]``.
         spec: the number format.
         scale_dtype: the dtype scales are stored in.
-        importance: optional float ``[width]``, the weight of each column's squared error (the Gram diagonal).
-        steps: number of candidate ranges.
-        max_shrink: the smallest candidate keeps ``1 - max_shrink`` of the full range.
+        importance: optional float ``[width]``, not negative: the weight of each column's squared error (the Gram
+            diagonal).
+        steps: number of candidate ranges, at least 1.
+        max_shrink: the smallest candidate keeps ``1 - max_shrink`` of the full range; in ``[0, 1)``.
 
     Returns:
-        As `min_max_qparams`.
+        As `min_max_qparams`, with the same zero point.
     """
+    full, zero = min_max_qparams(x, spec, scale_dtype)
     groups = _grouped(x, spec)
-    low, high = groups.amin(-1), groups.amax(-1)
+    weight = None if importance is None else _grouped(importance[None], spec)
+    padding = groups.shape[-2] * groups.shape[-1] - x.shape[-1]
+    if padding:  # must not count
+        weight = torch.ones_like(groups[:1]) if weight is None else weight
+        weight[..., -1, -padding:] = 0
     if spec.granularity == "per_tensor":
-        low, high = low.amin().reshape(1, 1), high.amax().reshape(1, 1)
-    weight = torch.ones(1) if importance is None else _grouped(importance[None], spec)[0]
-    if x.shape[-1] % groups.shape[-1]:  # padding must not count
-        weight = weight.expand(groups.shape[-2:]).clone()
-        weight[-1, x.shape[-1] % groups.shape[-1] :] = 0
-    best = torch.full_like(low, torch.inf)
-    best_scale, best_zero = _range_qparams(low, high, spec, scale_dtype)
-    for step in range(steps):
-        keep = 1.0 - max_shrink * step / steps
-        scale, zero = _range_qparams(low * keep, high * keep, spec, scale_dtype)
-        codes = torch.round(groups / scale[..., None])
-        if zero is not None:
-            codes += zero.float()[..., None]
-        codes.clamp_(spec.quant_min, spec.quant_max)
-        if zero is not None:
-            codes -= zero.float()[..., None]
-        error = codes.mul_(scale[..., None]).sub_(groups).square_().mul_(weight).sum(-1)
-        if spec.granularity == "per_tensor":
-            error = error.sum().reshape(1, 1)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale = torch.where(better, scale, best_scale)
-        if zero is not None and best_zero is not None:
-            best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+        weight = None if weight is None else weight.expand_as(groups).reshape(1, 1, -1)
+        groups = groups.reshape(1, 1, -1)
+    shrinks = [1 - max_shrink * (step / max(steps - 1, 1)) ** 2 for step in range(steps)]
+    scale = torch.empty_like(full)
+    memory: Tensor | None = None
+    for part in _slices(groups):
+        memory = groups.new_empty(4, *groups[part].shape) if memory is None else memory
+        scale[part] = _search_scale(
+            groups[part], full[part], None if zero is None else zero[part], weight, spec, scale_dtype, shrinks, memory
+        )
+    return scale, zero
+
+
+def _search_scale(
+    groups: Tensor,
+    full: Tensor,
+    zero: Tensor | None,
+    weight: Tensor | None,
+    spec: QuantSpec,
+    scale_dtype: torch.dtype,
+    shrinks: list[float],
+    memory: Tensor,
+) -> Tensor:
+    """The search of `mse_qparams` for ``[rows, groups, group]``, in units of the scale of the full range.
+
+    Args:
+        groups: the values.
+        full: ``[rows, groups]``, the scale of the full range.
+        zero: zero points, like ``full``.
+        weight: ``[1, groups, group]``.
+        spec: the number format.
+        scale_dtype: the dtype scales are stored in.
+        shrinks: the candidates.
+        memory: ``[4, >= rows, groups, group]``, overwritten.
+    """
+    values, weighted, codes, product = memory[:, : len(groups)]
+    unit = _full_scale(*_group_range(groups, spec), spec)
+    unit = torch.where(unit > 0, unit, 1.0)
+    torch.div(groups, unit[..., None], out=values)
+    if weight is None:
+        weighted = values
+    else:
+        torch.mul(values, weight, out=weighted)
+    least = None if zero is None else (spec.quant_min - zero.float())[..., None]
+    most = None if zero is None else (spec.quant_max - zero.float())[..., None]
+
+    def make_codes(divisor: float | Tensor) -> None:
+        torch.div(values, divisor, out=codes).round_()
+        if least is None or most is None:
+            codes.clamp_(spec.quant_min, spec.quant_max)
+        else:
+            torch.minimum(torch.maximum(codes, least, out=codes), most, out=codes)
+
+    def error(scale: Tensor) -> Tensor:
+        relative = (scale / unit)[..., None]
+        make_codes(relative)
+        codes.mul_(relative).sub_(values).square_()
+        return (codes if weight is None else codes.mul_(weight)).sum(-1)
+
+    best_gain, best = torch.zeros_like(unit), torch.ones_like(unit)
+    for shrink in shrinks:
+        make_codes(shrink)
+        cross = torch.mul(codes, weighted, out=product).sum(-1)
+        torch.mul(codes, codes, out=product)
+        power = (product if weight is None else product.mul_(weight)).sum(-1)
+        scale = cross / power  # NaN where every code is zero, and never better then
+        gain = scale * cross
+        better = gain > best_gain
+        best_gain = torch.where(better, gain, best_gain)
+        best = torch.where(better, scale, best)
+    found = round_scale(best * unit, scale_dtype)
+    return torch.where(error(found) < error(full), found, full)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -183,48 +268,48 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 ``[..., ceil(width * bits / 8)]``.
     """
-    if bits == 8:
-        return codes.view(torch.uint8).clone()
     width = codes.shape[-1]
     values = codes.view(torch.uint8) & ((1 << bits) - 1)
-    if bits in (2, 4):
-        per_byte = 8 // bits
-        if width % per_byte:
-            values = torch.nn.functional.pad(values, (0, per_byte - width % per_byte))
-        values = values.reshape(*values.shape[:-1], -1, per_byte)
-        packed = values[..., 0].clone()
-        for i in range(1, per_byte):
-            packed |= values[..., i] << (bits * i)
-        return packed
-    stream = (values[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
-    stream = stream.reshape(*codes.shape[:-1], width * bits)
-    if stream.shape[-1] % 8:
-        stream = torch.nn.functional.pad(stream, (0, 8 - stream.shape[-1] % 8))
-    stream = stream.reshape(*stream.shape[:-1], -1, 8) << torch.arange(8, dtype=torch.uint8)
-    return stream.sum(-1, dtype=torch.uint8)
+    count, size = _byte_period(bits)
+    values = torch.nn.functional.pad(values, (0, -width % count)).unflatten(-1, (-1, count))
+    packed = values.new_zeros(*values.shape[:-1], size)
+    for i in range(count):
+        byte, offset = divmod(i * bits, 8)
+        packed[..., byte] |= values[..., i] << offset
+        if offset + bits > 8:
+            packed[..., byte + 1] |= values[..., i] >> (8 - offset)
+    return packed.flatten(-2)[..., : -(-width * bits // 8)].contiguous()
 
 
 def unpack_bits(packed: Tensor, bits: int, width: int, *, signed: bool) -> Tensor:
     """The inverse of `pack_bits`: int8 (signed) or uint8 codes ``[..., width]``."""
-    if bits == 8:
-        values = packed.clone()
-    elif bits in (2, 4):
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-        values = ((packed[..., None] >> shifts) & ((1 << bits) - 1)).reshape(*packed.shape[:-1], -1)[..., :width]
-    else:
-        stream = ((packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(*packed.shape[:-1], -1)
-        stream = stream[..., : width * bits].reshape(*packed.shape[:-1], width, bits)
-        values = (stream << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-    if not signed:
-        return values.contiguous()
-    shift = 8 - bits
-    return ((values << shift).view(torch.int8) >> shift).contiguous()
+    count, size = _byte_period(bits)
+    stream = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % size)).unflatten(-1, (-1, size))
+    values = packed.new_empty(*stream.shape[:-1], count)
+    for i in range(count):
+        byte, offset = divmod(i * bits, 8)
+        values[..., i] = stream[..., byte] >> offset
+        if offset + bits > 8:
+            values[..., i] |= stream[..., byte + 1] << (8 - offset)
+    values = values.flatten(-2)[..., :width]
+    unused = 8 - bits
+    values = values << unused  # drops the bits of the next code
+    return (values.view(torch.int8) if signed else values) >> unused
+
+
+def _byte_period(bits: int) -> tuple[int, int]:
+    """How many codes fill whole bytes, and how many bytes."""
+    common = math.gcd(bits, 8)
+    return 8 // common, bits // common
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise ratio in dB: ``10 log10(sum(ref^2) / sum((ref - approx)^2))``; inf where equal."""
-    noise = (reference.double() - approximation.double()).square().sum().item()
-    signal = reference.double().square().sum().item()
+    signal = noise = 0.0
+    parts = (tensor.reshape(-1).split(_SLICE_ELEMENTS) for tensor in (reference, approximation))
+    for exact, rounded in zip(*parts, strict=True):
+        signal += exact.double().square().sum().item()
+        noise += torch.sub(exact.double(), rounded.double()).square_().sum().item()
     if noise == 0:
-        return float("inf")
-    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64))) if signal else float("-inf")
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

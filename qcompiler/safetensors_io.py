@@ -57,7 +57,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 _TAGS = {dtype: tag for tag, dtype in TORCH_DTYPES.items()}
 _METADATA = "__metadata__"
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 1 << 20
 _DOWNLOAD_AGAIN = "copy or download the file again"
 
 
@@ -291,7 +291,7 @@ def _is_sizes(value: Any) -> bool:
 
 
 def contiguous_chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """The values of a tensor in row-major order, 1-D; a strided one is copied a few MiB at a time, never whole."""
+    """The values of a tensor in row-major order, 1-D; a strided one is copied a MiB at a time, never whole."""
     if tensor.numel() == 0:
         return
     if tensor.is_contiguous():

@@ -332,7 +332,7 @@ class WeightStore:
             if len(shards) > 1:
                 weight_map = {name: file for file, shard in files.items() for name in shard}
                 total = sum(entry.nbytes for entry in owners)
-                index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 with staged.file(INDEX_FILE) as write:
                     write((json.dumps(index, indent=2) + "\n").encode())
         return tuple(root / file for file in (*files, *([INDEX_FILE] if len(shards) > 1 else [])))

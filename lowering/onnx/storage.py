@@ -100,10 +100,14 @@ def _row_chunks(tensor: Tensor, *, transpose: bool) -> Iterator[Tensor]:
     if tensor.dim() < 2:
         yield tensor.reshape(-1).contiguous()
         return
-    view = tensor.t() if transpose else tensor.reshape(-1, tensor.shape[-1])
-    rows = _rows_per_chunk(view.shape[1])
-    for start in range(0, view.shape[0], rows):
-        yield view[start : start + rows].contiguous()
+    matrix = tensor.reshape(-1, tensor.shape[-1])
+    length, width = matrix.shape[::-1] if transpose else matrix.shape
+    rows = _rows_per_chunk(width)
+    for start in range(0, length, rows):
+        if transpose:  # copied before it is turned: torch transposes a whole matrix several times faster than a view
+            yield matrix[:, start : start + rows].contiguous().t().contiguous()
+        else:
+            yield matrix[start : start + rows].contiguous()
 
 
 def float_chunks(read: Callable[[], Tensor], dtype: torch.dtype, name: str, *, transpose: bool = False) -> Chunks:

@@ -48,6 +48,7 @@ def write(
     model = _model(graph, emitter, outputs, target)
     staging = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
+        shutil.rmtree(staging, ignore_errors=True)  # of an earlier process that was killed
         with StagedFiles(staging) as staged:
             with staged.file(DATA_FILE) as append:
                 emitter.data.write(append)
@@ -109,7 +110,20 @@ def _emit(graph: Graph, opset: int, working: ir.DataType) -> tuple[Emitter, list
         value.name = port.name
         value.shape = ir.Shape(port.shape)
         outputs.append(value)
+    _prune(emitter, outputs)
     return emitter, outputs
+
+
+def _prune(emitter: Emitter, outputs: list[ir.Value]) -> None:
+    """Drops what no output needs: sizes whose use became a constant."""
+    needed = set(outputs)
+    kept: list[ir.Node] = []
+    for node in reversed(emitter.nodes):
+        if needed.intersection(node.outputs):
+            kept.append(node)
+            needed.update(value for value in node.inputs if value is not None)
+    emitter.nodes = kept[::-1]
+    emitter.initializers = {name: value for name, value in emitter.initializers.items() if value in needed}
 
 
 def _builder(node: fx.Node) -> Callable[[Emitter, fx.Node], Any]:

@@ -3,6 +3,7 @@
 import operator
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor
@@ -127,3 +128,14 @@ def test_operators_that_no_output_needs_are_not_written(maker, tmp_path):
     maker.call(aten.acosh.default, x)
     report = lower(maker.graph(maker.call(aten.neg.default, x)), tmp_path / "out")
     assert report["nodes"] == 1
+
+
+def test_shapes_that_repeat_sizes_of_the_input_are_constant(maker, tmp_path):
+    x = maker.input(torch.ones(7, 5, 8))
+    sizes = [maker.size(x, 0), maker.size(x, 1)]
+    node = maker.call(aten.view.default, x, [*sizes, 2, 4])
+    node = maker.call(aten.reshape.default, maker.call(aten.transpose.int, node, 1, 2), [sizes[0], 2, -1])
+    report = lower(maker.graph(node), tmp_path / "out")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+    assert kinds == ["Reshape", "Transpose", "Reshape"]
+    assert report["nodes"] == 3

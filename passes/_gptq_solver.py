@@ -1,0 +1,397 @@
+"""The GPTQ solver: codes for one linear layer, or for several that read the same input, from its weight and the input's Gram matrix.
+
+Notation: ``W [out, in]`` the weight, ``X [tokens, in]`` the input the quantized model sees, ``G = XᵀX`` its Gram matrix,
+``H = G + damping · mean(diag G) · I``. Rounding ``W`` to ``Q`` changes the layer's output by ``tr((W - Q) G (W - Q)ᵀ)``.
+
+**Error feedback.** GPTQ (arXiv 2210.17323, algorithm 1) rounds one column after the other and lets the later columns make good the
+error so far, with the rows of the upper Cholesky factor ``U`` of ``H⁻¹ = UᵀU``. Here the same codes are found without inverting
+anything. Let ``H = R Rᵀ`` with ``R`` upper triangular, which is ``U⁻¹``. Then ``tr(E H Eᵀ) = |E R|²`` for ``E = W - Q``, column ``i``
+of ``E R`` depends on the first ``i`` columns of ``E`` alone, and it is smallest for::
+
+    q_i = round(w_i + Σ_{k<i} E_k · R[k, i] / R[i, i])
+
+This is the form called LDLQ in QuIP (arXiv 2307.13304, section 3, theorem 6: equal to GPTQ). It costs one factorisation (``in³/3``
+instead of ``in³``) and *gathers* the feedback instead of scattering it: the errors already made are read, one row is written.
+
+**Layout.** Everything in the loop is transposed, ``[in, rows]``, so that a column of the weight is contiguous. Columns are taken in
+blocks of `_BLOCK`: feedback from earlier blocks is one matrix product per block, feedback inside the block one vector-matrix
+product per column. On the CPU the loop runs on numpy views of the same memory, whose calls cost a fraction of torch's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qcompiler import numerics
+from qcompiler.errors import CalibrationError, RecipeError, WeightError
+from qcompiler.qtensor import Affine
+from qcompiler.spec import QuantSpec
+
+__all__ = ["GPTQSolution", "ScaleSearch", "solve_gptq"]
+
+ScaleSearch = Literal["mse", "minmax"]
+
+_BLOCK = 32  # columns: one vector-matrix product then stays below the size at which BLAS starts threads
+_ROWS = 4096  # rows solved at a time: a block of errors fits the cache
+_SEARCH_ELEMENTS = 1 << 18  # weights whose scales are searched at a time: bounds the temporaries
+_SEARCH_STEPS, _SEARCH_SHRINK = 12, 0.42
+_DAMPING_GROWTH = 10.0
+_DAMPING_FLOOR = 1e-6  # what growth starts from when no damping was asked for
+_DAMPING_LIMIT = 1e3  # beyond this the matrix was no Gram matrix
+
+
+@dataclass(frozen=True)
+class GPTQSolution:
+    """One quantized weight and what is worth reporting about it.
+
+    Attributes:
+        qtensor: codes and scales.
+        damping: the damping the factorisation succeeded with, as a fraction of the mean diagonal; at least what was asked for.
+        dead_columns: inputs that were zero in every calibration token. Their columns are rounded to nearest.
+        loss: ``tr(E G Eᵀ)``, the squared error of the layer's output summed over calibration tokens; ``E`` is the
+            difference from the target (the weight, or the corrected weight where a cross Gram was given).
+        rtn_loss: the same for round to nearest with min-max scales.
+    """
+
+    qtensor: Affine
+    damping: float
+    dead_columns: int
+    loss: float
+    rtn_loss: float
+
+
+def solve_gptq(
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    spec: QuantSpec,
+    scale_dtype: torch.dtype,
+    *,
+    act_order: bool = True,
+    damping: float = 0.01,
+    scale_search: ScaleSearch = "mse",
+    sweeps: int = 0,
+    cross: Tensor | None = None,
+    correction: float = 0.5,
+) -> tuple[GPTQSolution, ...]:
+    """Quantizes the weights of linear layers that share one input.
+
+    The rows of all weights are solved in one go: one factorisation, one loop over the columns.
+
+    Args:
+        weights: float ``[out_i, in]`` each, on one device.
+        gram: float32 or float64 ``[in, in]``, ``XᵀX`` over the calibration tokens.
+        spec: the number format; groups are static (scales are chosen before columns are reordered), so codes are stored in
+            the weight's own column order and no group index is needed.
+        scale_dtype: the dtype scales are stored in.
+        act_order: take columns by decreasing Gram diagonal, so that the inputs that carry most are rounded first, while there
+            are many columns left to make good their error.
+        damping: what is added to the diagonal, as a fraction of its mean over the columns that are not dead. Grown tenfold
+            until the factorisation succeeds.
+        scale_search: ``mse``: per group, the least squared rounding error weighted by ``diag(H)``; ``minmax``: the range.
+        sweeps: passes of cyclic coordinate descent on ``tr(E H Eᵀ)`` over the codes found, each column re-rounded given all
+            the others (QuantEase, arXiv 2309.01885, section 3). Never raises the damped loss.
+        cross: optional float ``[in, in]``, ``YᵀX`` where ``Y`` is the input the *original* model sees at this place. The
+            target then becomes ``W + correction · W (YᵀX - XᵀX) H⁻¹``, which for ``correction = 1`` minimises
+            ``|X Qᵀ - Y Wᵀ|²``: the layer also makes good what the layers before it changed (the objective of GPTAQ,
+            arXiv 2504.02692, equation 5, solved in closed form ahead of the loop instead of column by column).
+        correction: how much of that shift to apply, in [0, 1]; below 1 it is shrunk, for it fits the noise of the
+            calibration tokens too.
+
+    Returns:
+        One solution per weight, in order.
+
+    Raises:
+        RecipeError: damping, sweeps or correction out of range.
+        WeightError: a weight that is not a finite matrix, or widths that differ.
+        CalibrationError: a Gram matrix of the wrong shape, not finite, or not positive semi-definite.
+    """
+    _check_options(damping, sweeps, correction)
+    device = weights[0].device if weights else torch.device("cpu")
+    width = _check_weights(weights)
+    gram = _check_gram(gram, width, "Gram matrix").to(device, torch.float64)
+    if bool((gram.diagonal() < 0).any()):
+        raise CalibrationError("a Gram matrix has no negative diagonal", where="Gram matrix", got=gram.diagonal().min())
+    dead = gram.diagonal() == 0
+    if bool(dead.any()):
+        gram = gram.masked_fill(dead, 0).masked_fill(dead[:, None], 0)
+    alive = width - int(dead.sum())
+    mean = float(gram.diagonal().sum()) / alive if alive else 1.0
+    order = gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(width, device=device)
+    factor, used = _factorise(gram, order, dead, damping, mean)
+    ridge = used * mean + mean * dead.double()
+
+    sizes = [len(weight) for weight in weights]
+    original = torch.cat([weight.to(torch.float32) for weight in weights])
+    target = original
+    if cross is not None and correction:
+        cross = _check_gram(cross, width, "cross Gram matrix").to(device, torch.float64).masked_fill(dead, 0)
+        target = original + correction * _shift(original, cross - gram, factor, order)
+    importance = (gram.diagonal() + ridge).float()
+    qparams = [_qparams(part, spec, scale_dtype, scale_search, importance) for part in target.split(sizes)]
+    scale_rows = torch.cat([scale.expand(size, -1) for (scale, _), size in zip(qparams, sizes, strict=True)])
+    zero_rows = torch.zeros_like(scale_rows)
+    if not spec.symmetric:
+        zero_rows = torch.cat(
+            [z.float().expand(n, -1) for (_, z), n in zip(qparams, sizes, strict=True) if z is not None]
+        )
+
+    feedback = _feedback(factor)
+    del factor
+    ordered_gram = gram[order[:, None], order].float()
+    group = spec.group_of(width)
+    codes, losses = [], []
+    for start in range(0, len(target), _ROWS):
+        rows = slice(start, start + _ROWS)
+        grid = _Grid.of(scale_rows[rows], zero_rows[rows], spec, order // group)
+        errors = target[rows].T[order].contiguous()
+        steps = _round_with_feedback(errors, feedback, grid)
+        if sweeps:
+            _descend(errors, steps, ordered_gram, ridge[order].float(), grid, sweeps)
+        losses.append((torch.mm(ordered_gram, errors) * errors).sum(0, dtype=torch.float64))
+        codes.append(_to_codes(steps, order, zero_rows[rows], spec))
+    gram = gram.float()
+    solutions = []
+    for i, (part_codes, part_loss) in enumerate(
+        zip(torch.cat(codes).split(sizes), torch.cat(losses).split(sizes), strict=True)
+    ):
+        scale, zero = qparams[i]
+        nearest = numerics.min_max_qparams(weights[i], spec, scale_dtype)
+        rtn_error = target.split(sizes)[i] - numerics.fake_quantize(weights[i], *nearest, spec)
+        solutions.append(
+            GPTQSolution(
+                Affine(part_codes.contiguous(), scale, zero, spec, scale_dtype),
+                damping=used,
+                dead_columns=width - alive,
+                loss=float(part_loss.sum()),
+                rtn_loss=float((torch.mm(rtn_error, gram) * rtn_error).sum(dtype=torch.float64)),
+            )
+        )
+    return tuple(solutions)
+
+
+def _check_options(damping: float, sweeps: int, correction: float) -> None:
+    for name, value, valid, expected in (
+        ("damping", damping, 0 <= damping <= 1, "a number in [0, 1]"),
+        ("sweeps", sweeps, sweeps >= 0, "a count, 0 or more"),
+        ("correction", correction, 0 <= correction <= 1, "a number in [0, 1]"),
+    ):
+        if not valid:
+            raise RecipeError("an option of GPTQ is out of range", where=name, got=value, expected=expected)
+
+
+def _check_weights(weights: Sequence[Tensor]) -> int:
+    if not weights:
+        raise WeightError(
+            "no weight to quantize", where="GPTQ", got="an empty sequence", expected="at least one matrix"
+        )
+    width = weights[0].shape[-1] if weights[0].dim() else 0
+    for i, weight in enumerate(weights):
+        if weight.dim() != 2 or weight.shape[1] != width or not weight.numel():
+            raise WeightError(
+                "weights that share an input are matrices of one width",
+                where=f"weight {i} of {len(weights)}",
+                got=tuple(weight.shape),
+                expected=f"[out, {width}]",
+            )
+        if not bool(torch.isfinite(weight).all()):
+            raise WeightError("a weight is not finite", where=f"weight {i} of {len(weights)}", got="NaN or infinity")
+    return width
+
+
+def _check_gram(gram: Tensor, width: int, name: str) -> Tensor:
+    if tuple(gram.shape) != (width, width):
+        raise CalibrationError(
+            "calibration statistics do not fit the weight",
+            where=name,
+            got=tuple(gram.shape),
+            expected=(width, width),
+        )
+    if not bool(torch.isfinite(gram).all()):
+        raise CalibrationError(
+            "calibration statistics are not finite",
+            where=name,
+            got="NaN or infinity",
+            remedy="look for NaN, infinity or overflow in the activations of the layers before",
+        )
+    return gram
+
+
+def _factorise(gram: Tensor, order: Tensor, dead: Tensor, damping: float, mean: float) -> tuple[Tensor, float]:
+    """The lower Cholesky factor ``L`` of the damped Gram matrix in *reversed* column order, and the damping it took.
+
+    Reversing rows and columns of ``L`` gives the upper factor ``R`` of the module's docstring.
+    """
+    backwards = order.flip(0)
+    matrix = gram[backwards[:, None], backwards]
+    diagonal = matrix.diagonal().clone() + mean * dead[backwards]  # no feedback: a dead column's row is zero
+    while True:
+        matrix.diagonal().copy_(diagonal + damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not int(failed):
+            return factor, damping
+        damping = max(damping * _DAMPING_GROWTH, _DAMPING_FLOOR)
+        if damping > _DAMPING_LIMIT:
+            raise CalibrationError(
+                "a Gram matrix is not positive semi-definite, and no damping within reason makes it so",
+                where="Gram matrix",
+                got=f"no factorisation with {_DAMPING_LIMIT:g} times the mean diagonal added",
+                expected="the product of a matrix with its own transpose",
+            )
+
+
+def _feedback(factor: Tensor) -> Tensor:
+    """float32 ``F[i, k] = R[k, i] / R[i, i]``, lower triangular, from the factor of `_factorise`."""
+    upper_transposed = factor.T.flip(0, 1)
+    return upper_transposed.div_(upper_transposed.diagonal().clone()[:, None]).float()
+
+
+def _shift(weight: Tensor, difference: Tensor, factor: Tensor, order: Tensor) -> Tensor:
+    """float32 ``weight @ difference @ H^-1`` through the factor of `_factorise`."""
+    backwards = order.flip(0)
+    solved = torch.cholesky_solve((difference.T @ weight.double().T)[backwards], factor)
+    shift = torch.empty_like(solved)
+    shift[backwards] = solved
+    return shift.T.float()
+
+
+def _qparams(
+    weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, search: ScaleSearch, importance: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points of one weight, searched over slices of its rows that fit the cache."""
+    if search == "minmax":
+        return numerics.min_max_qparams(weight, spec, scale_dtype)
+    rows = len(weight) if spec.granularity == "per_tensor" else max(1, _SEARCH_ELEMENTS // weight.shape[1])
+    found = [
+        numerics.mse_qparams(
+            part, spec, scale_dtype, importance=importance, steps=_SEARCH_STEPS, max_shrink=_SEARCH_SHRINK
+        )
+        for part in weight.split(rows)
+    ]
+    zeros = [zero for _, zero in found if zero is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """What a code may be, transposed for the loop.
+
+    A *step* is a code less its zero point, so that symmetric and asymmetric formats run through the same arithmetic.
+
+    Attributes:
+        scale: float32 ``[groups, rows]``, contiguous; ``low`` and ``high``, the inclusive bounds of a step, likewise.
+        group: the group of every column, in the order columns are taken.
+    """
+
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+    group: list[int]
+
+    @classmethod
+    def of(cls, scale: Tensor, zero: Tensor, spec: QuantSpec, group: Tensor) -> "_Grid":
+        """From scales and zero points ``[rows, groups]`` and the group of every column, in order."""
+        low, high = (spec.quant_min - zero).T.contiguous(), (spec.quant_max - zero).T.contiguous()
+        return cls(scale.T.contiguous(), low, high, group.tolist())
+
+
+def _round_with_feedback(errors: Tensor, feedback: Tensor, grid: _Grid) -> Tensor:
+    """Rounds every column given the errors of those before it.
+
+    Args:
+        errors: float32 ``[in, rows]``; the target on entry, target less rounded value on return.
+        feedback: from `_feedback`, ``[in, in]``.
+        grid: the number format.
+
+    Returns:
+        Steps, float32 ``[in, rows]``.
+    """
+    steps = torch.empty_like(errors)
+    for start in range(0, len(errors), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        wanted = torch.addmm(errors[block], feedback[block, :start], errors[:start])
+        _round_block(
+            wanted, errors[block], feedback[block, block], errors[block], steps[block], grid, grid.group[block]
+        )
+    return steps
+
+
+def _descend(errors: Tensor, steps: Tensor, gram: Tensor, ridge: Tensor, grid: _Grid, sweeps: int) -> None:
+    """Re-rounds every column given the errors of all others, in place.
+
+    With the others fixed, ``tr(E H Eᵀ)`` is least where column ``i`` of the weight is ``q_i + (H E)_i / H_ii``.
+    """
+    hessian = gram + torch.diag(ridge)
+    hessian /= hessian.diagonal().clone()[:, None]
+    change = torch.empty_like(errors[:_BLOCK])
+    for _ in range(sweeps):
+        for start in range(0, len(errors), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            groups = grid.group[block]
+            value = steps[block] * grid.scale[groups]
+            wanted = torch.addmm(value, hessian[block], errors)
+            changed = change[: len(groups)]
+            _round_block(wanted, value, hessian[block, block], changed, steps[block], grid, groups)
+            errors[block] += changed
+
+
+def _round_block(
+    wanted: Tensor, base: Tensor, feedback: Tensor, residual: Tensor, steps: Tensor, grid: _Grid, groups: list[int]
+) -> None:
+    """The loop over the columns of one block: writes ``steps`` and ``residual = base - steps * scale``.
+
+    Column ``j`` is rounded to the step nearest ``wanted[j] + Σ_{k<j} feedback[j, k] · residual[k]``. All tensors but
+    ``feedback`` ``[block, block]`` are ``[block, rows]`` and their rows contiguous; ``wanted`` is overwritten; ``residual``
+    may be ``base``.
+    """
+    if wanted.device.type != "cpu":
+        _round_block_torch(wanted, base, feedback, residual, steps, grid, groups)
+        return
+    scales, lows, highs = grid.scale.numpy(), grid.low.numpy(), grid.high.numpy()
+    errors, weights = residual.numpy(), feedback.numpy()
+    scratch: NDArray[np.float32] = np.empty(wanted.shape[1], np.float32)
+    for j, (value, start, step, error) in enumerate(
+        zip(wanted.numpy(), base.numpy(), steps.numpy(), errors, strict=True)
+    ):
+        group = groups[j]
+        scale = scales[group]
+        if j:
+            np.dot(weights[j, :j], errors[:j], out=scratch)
+            np.add(value, scratch, out=value)
+        np.divide(value, scale, out=step)
+        np.rint(step, out=step)
+        np.maximum(step, lows[group], out=step)
+        np.minimum(step, highs[group], out=step)
+        np.multiply(step, scale, out=scratch)
+        np.subtract(start, scratch, out=error)
+
+
+def _round_block_torch(
+    wanted: Tensor, base: Tensor, feedback: Tensor, residual: Tensor, steps: Tensor, grid: _Grid, groups: list[int]
+) -> None:
+    """`_round_block` where numpy cannot reach the memory."""
+    scratch = torch.empty_like(wanted[0])
+    for j, group in enumerate(groups):
+        value, step, scale = wanted[j], steps[j], grid.scale[group]
+        if j:
+            value.addmv_(residual[:j].T, feedback[j, :j])
+        torch.div(value, scale, out=step)
+        step.round_()
+        torch.maximum(step, grid.low[group], out=step)
+        torch.minimum(step, grid.high[group], out=step)
+        torch.mul(step, scale, out=scratch)
+        torch.sub(base[j], scratch, out=residual[j])
+
+
+def _to_codes(steps: Tensor, order: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes ``[rows, in]`` in the weight's own column order, from steps ``[in, rows]`` in the loop's."""
+    codes = torch.empty_like(steps)
+    codes[order] = steps
+    codes = codes.T
+    if not spec.symmetric:
+        codes = codes + numerics.expand_groups(zero, codes.shape[1], spec.group_of(codes.shape[1]))
+    return codes.to(spec.code_dtype)

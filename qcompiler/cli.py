@@ -1,0 +1,379 @@
+"""The ``qcompiler`` command."""
+
+import json
+import logging
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qcompiler import api
+from qcompiler.calibration import Calibration
+from qcompiler.errors import InputError, QCompilerError, RecipeError, TargetError, VerificationError
+from qcompiler.report import peak_rss_bytes
+
+__all__ = ["app", "main"]
+
+SCHEMA = 1
+_EXIT_BUG, _EXIT_ERROR, _EXIT_VERIFICATION, _EXIT_INTERRUPTED = 1, 2, 3, 130
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Compiles language models to low-bit ones, and measures them."
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code the model directory brings along.")]
+
+
+@app.command()
+def compile(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new directory.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A name; see `qcompiler recipes`.")],
+    calib: Annotated[Path | None, typer.Option(help="A UTF-8 text to calibrate with.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="PATTERN=SCHEME for sites, such as 'lm_head=w8a16' or '*.0.*=none'.")
+    ] = None,
+    to: Annotated[list[str] | None, typer.Option(help="A target, such as onnx or onnx:opset=23,float=float16.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what the output directory holds.")] = False,
+    memory_budget: Annotated[str | None, typer.Option(help="For calibration values, such as 4GB; more goes to disk.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    seed: Annotated[int, typer.Option(help="The only source of randomness.")] = 0,
+    strict: Annotated[bool, typer.Option(help="A site left alone unasked is an error.")] = False,
+    work_dir: Annotated[Path | None, typer.Option(help="Where temporary files go.")] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Quantize MODEL and write it to OUTPUT/native, and to OUTPUT/<target> for every --to."""
+    targets = [_target(text) for text in to or []]
+    overrides = dict(_override(text) for text in override or [])
+    budget = None if memory_budget is None else _bytes(memory_budget)
+    calibration = None if calib is None else Calibration.from_text(calib, samples=samples, length=length, seed=seed)
+    if calibration is None and (samples, length) != (64, 512):
+        calibration = Calibration.self_generated(samples=samples, length=length, seed=seed)
+    with _staged_directory(output, overwrite) as staged, _progress(as_json) as progress:
+        result = api.compile(
+            api.capture(model, trust_remote_code=trust_remote_code),
+            recipe,
+            calibration,
+            targets=[name for name, _ in targets],
+            overrides=overrides,
+            memory_budget=budget,
+            device=device,
+            seed=seed,
+            strict=strict,
+            work_dir=work_dir,
+            progress=progress,
+        )
+        for name, options in targets:
+            written = api.lower(result, name, staged / name, **options)
+            written["path"] = str(output / name)
+        result.report.peak_rss_bytes = peak_rss_bytes()
+        result.save(staged / "native")
+    report = result.report
+    fields = report.to_dict()
+    summary = {
+        "artifacts": {name: str(output / name) for name in ("native", *(name for name, _ in targets))},
+        "seconds": report.seconds["total"],
+        **{key: fields[key] for key in ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight")},
+        **{key: fields[key] for key in ("skipped", "sites", "notes")},
+    }
+    if not as_json:
+        _print_compiled(summary)
+    return summary
+
+
+@app.command()
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="OUT, OUT/native, OUT/onnx, or a Hugging Face directory.")],
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text; by default the held-out tokens of the artifact.")] = None,
+    against: Annotated[Path | None, typer.Option(help="The original model, for KL divergence and agreement.")] = None,
+    cached: Annotated[bool, typer.Option(help="Decode the second half of each window with the cache.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.")] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Measure perplexity, and the distance to the original model."""
+    opened = api.open_artifact(artifact, trust_remote_code=trust_remote_code)
+    reference = None if against is None else api.open_artifact(against, trust_remote_code=trust_remote_code)
+    with _progress(as_json) as progress:
+        found = api.evaluate(
+            opened,
+            text=text,
+            against=reference,
+            cached=cached,
+            max_tokens=max_tokens,
+            progress=lambda done, total: progress(done, total, "windows"),
+        ).to_dict()
+    if not as_json:
+        _print_table({key: value for key, value in found.items() if value is not None})
+    return found
+
+
+@app.command()
+def generate(
+    artifact: Annotated[Path, typer.Argument(help="OUT, OUT/native, OUT/onnx, or a Hugging Face directory.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the most likely tokens of this total probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Continue a prompt."""
+    opened = api.open_artifact(artifact, exact=False, trust_remote_code=trust_remote_code)
+    result = api.generate(
+        opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+    if not as_json:
+        print(prompt + result.text)
+    return result.to_dict()
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory, or a native artifact.")],
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """List the sites of a model, and what was not recognised."""
+    is_native = any((model / place / "manifest.json").is_file() for place in (".", "native"))
+    graph = api.load(model).graph if is_native else api.capture(model, trust_remote_code=trust_remote_code)
+    sites = [
+        {
+            "site": site.name,
+            "shape": [site.out_features, site.in_features],
+            "scheme": str(scheme.weight) if (scheme := graph.schemes.get(site.name)) and scheme.weight else None,
+        }
+        for site in graph.sites()
+    ]
+    found = {
+        "parameters": graph.provenance["parameters"],
+        "bytes": graph.weights.stored_bytes(graph.weight_names()),
+        "inputs": [port.name for port in graph.signature.inputs],
+        "sites": sites,
+        "unrecognized": graph.unrecognized,
+    }
+    if not as_json:
+        _print_rows(("site", "shape", "scheme"), [[str(value) for value in site.values()] for site in sites])
+        for item in graph.unrecognized:
+            print(f"not recognised: {item['pattern']} at {item['node']}: {item['reason']}")
+    return found
+
+
+@app.command()
+def recipes(as_json: Json = False) -> dict[str, Any]:
+    """List the recipes, and what each target makes of them."""
+    matrix = api.recipe_matrix()
+    if not as_json:
+        targets = list(next(iter(matrix.values())))
+        _print_rows(("recipe", *targets), [[name, *cells.values()] for name, cells in matrix.items()])
+    return {"recipes": matrix}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status.
+
+    0: done. 1: a fault of ours. 2: an error of the `QCompilerError` family, or of usage. 3: a verification failed. 130:
+    interrupted. With ``--json``, exactly one object goes to stdout in each case.
+    """
+    import click
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in arguments
+    command = next((item for item in arguments if not item.startswith("-")), "")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        result = app(arguments, standalone_mode=False)
+        if as_json and isinstance(result, dict):
+            _emit({"schema": SCHEMA, "command": command, "ok": True, "result": result})
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(command, as_json, {"type": "Interrupted", "what": "interrupted"}, "interrupted", _EXIT_INTERRUPTED)
+    except QCompilerError as error:
+        status = _EXIT_VERIFICATION if isinstance(error, VerificationError) else _EXIT_ERROR
+        return _fail(command, as_json, error.to_dict(), f"error: {error}", status)
+    except click.ClickException as error:
+        return _fail(command, as_json, {"type": "Usage", "what": error.format_message()}, None, _EXIT_ERROR, error.show)
+    except BrokenPipeError:
+        return _EXIT_BUG
+    except Exception as error:  # the boundary of the program: a fault of ours is reported as one
+        traceback.print_exc(file=sys.stderr)
+        fields = {"type": type(error).__name__, "what": str(error)}
+        return _fail(command, as_json, fields, "this is a fault of qcompiler; please report it", _EXIT_BUG)
+
+
+def _fail(
+    command: str,
+    as_json: bool,
+    fields: dict[str, Any],
+    message: str | None,
+    status: int,
+    show: Callable[[], None] | None = None,
+) -> int:
+    if as_json:
+        empty = dict.fromkeys(("type", "what", "where", "got", "expected", "remedy"))
+        _emit({"schema": SCHEMA, "command": command, "ok": False, "error": {**empty, **fields}})
+    if show is not None:
+        show()
+    elif message is not None:
+        print(message, file=sys.stderr)
+    return status
+
+
+def _emit(content: dict[str, Any]) -> None:
+    print(json.dumps(content, allow_nan=False, default=str), flush=True)
+
+
+# --- options -----------------------------------------------------------------------------------------------------------
+
+
+def _override(text: str) -> tuple[str, str | None]:
+    pattern, equals, scheme = text.partition("=")
+    if not equals or not pattern:
+        raise RecipeError("an override is PATTERN=SCHEME", got=text, expected="such as 'lm_head=w8a16' or '*.0.*=none'")
+    return pattern, None if scheme.lower() in ("none", "float", "") else scheme
+
+
+def _target(text: str) -> tuple[str, dict[str, Any]]:
+    name, _, rest = text.partition(":")
+    api.target_spec(name)
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, _, value = item.partition("=")
+        if key == "opset" and value.isdecimal():
+            options["opset"] = int(value)
+        elif key == "float" and value in ("float32", "float16"):
+            options["float_dtype"] = value
+        else:
+            raise TargetError(
+                "unknown option of a target", where=name, got=item, expected="opset=<number>, float=float32 or float16"
+            )
+    return name, options
+
+
+def _bytes(text: str) -> int:
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number, unit = text.upper().removesuffix("B").removesuffix("I"), ""
+    if number and number[-1] in "KMGT":
+        number, unit = number[:-1], number[-1]
+    try:
+        value = int(float(number) * units[unit])
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise InputError("not an amount of memory", got=text, expected="such as 500MB or 4GB")
+    return value
+
+
+@contextmanager
+def _staged_directory(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory that becomes ``output`` when all went well, and vanishes otherwise."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+        raise InputError(
+            "the output exists and is not empty", where=output, remedy="choose another directory, or add --overwrite"
+        )
+    staged = output.parent / f".{output.name}.{os.getpid()}.partial"
+    with _write_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staged.mkdir()
+    replaced = output.parent / f".{output.name}.{os.getpid()}.replaced"
+    try:
+        yield staged
+        with _write_errors(output):
+            if output.exists():
+                os.replace(output, replaced)
+            os.replace(staged, output)
+    finally:
+        if replaced.exists() and not output.exists():
+            os.replace(replaced, output)
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _write_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError("the output cannot be written", where=output, got=os.strerror(error.errno or 0)) from error
+
+
+# --- what people see ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr with what is done, what is left, time and memory."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total, description: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None, memory="")
+
+        def show(done: int, total: int, description: str) -> None:
+            text = description if len(description) < 48 else description[:45] + "..."
+            bar.update(
+                task, completed=done, total=total, description=text, memory=f"peak {peak_rss_bytes() / 2**20:,.0f} MiB"
+            )
+
+        yield show
+
+
+def _print_compiled(summary: dict[str, Any]) -> None:
+    before, after = summary["bytes_before"], summary["bytes_after"]
+    _print_table(
+        {
+            "size": f"{before / 2**20:.1f} → {after / 2**20:.1f} MiB",
+            "bits per weight": f"{summary['bits_per_weight']:.2f}",
+            "sites quantized": len(summary["sites"]),
+            "sites left alone": len(summary["skipped"]),
+            "seconds": f"{summary['seconds']:.1f}",
+            "peak memory": f"{summary['peak_rss_bytes'] / 2**20:,.0f} MiB",
+            **{f"written: {name}": path for name, path in summary["artifacts"].items()},
+        }
+    )
+    for skip in summary["skipped"]:
+        print(f"left alone: {skip['site']}: {skip['reason']}")
+    for note in summary["notes"]:
+        print(f"note: {note}")
+
+
+def _print_table(fields: dict[str, Any]) -> None:
+    width = max(len(key) for key in fields)
+    for key, value in fields.items():
+        print(f"{key:<{width}}  {value:.6g}" if isinstance(value, float) else f"{key:<{width}}  {value}")
+
+
+def _print_rows(header: tuple[str, ...], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Asking targets about schemes."""
+
+import pytest
+
+from qcompiler.errors import TargetError
+from qcompiler.spec import Scheme
+from qcompiler.target import Support, check_schemes
+
+
+class Narrow:
+    """A target that takes groups of 32 only."""
+
+    name = "narrow"
+
+    def supports(self, scheme: Scheme, width: int) -> Support:
+        assert scheme.weight is not None
+        if scheme.weight.group_size != 32:
+            return Support("refused", "groups of 32")
+        return Support("fused" if width % 32 == 0 else "runs")
+
+
+class Wide:
+    name = "wide"
+
+    def supports(self, scheme: Scheme, width: int) -> Support:
+        return Support("writes-only")
+
+
+def test_every_target_answers_for_every_site():
+    schemes = {"a": Scheme.parse("w4a16-g32"), "b": Scheme.parse("w8a16-g32")}
+    assert check_schemes(schemes, {"a": 64, "b": 65}, [Narrow(), Wide()]) == {
+        "narrow": {"a": Support("fused"), "b": Support("runs")},
+        "wide": {"a": Support("writes-only"), "b": Support("writes-only")},
+    }
+
+
+def test_a_refusal_names_target_site_and_reason():
+    with pytest.raises(TargetError) as caught:
+        check_schemes({"a": Scheme.parse("w4a16-g64")}, {"a": 64}, [Wide(), Narrow()])
+    assert (caught.value.where, caught.value.expected) == ("narrow: a", "groups of 32")
+    assert caught.value.got == "int4 g64 symmetric"
+
+
+def test_a_refusal_needs_a_reason():
+    with pytest.raises(ValueError, match="reason"):
+        Support("refused")
