@@ -1,0 +1,8 @@
+"""Passes: one file, one pass. `recipes` names tuples of them."""
+
+from qcompiler.passes.assign import Assign
+from qcompiler.passes.gptq import GPTQ
+from qcompiler.passes.recipes import RECIPES, recipe
+from qcompiler.passes.rtn import RTN
+
+__all__ = ["GPTQ", "RECIPES", "RTN", "Assign", "recipe"]

@@ -42,15 +42,18 @@ class Assign(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({SCHEMES})
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "overrides", dict(self.overrides))  # not the caller's, which may change
         for name in (self.scheme, *self.overrides.values()):
             self._parse(name)
+
+    def agrees_with(self, implied: Pass) -> bool:
+        """Whether the default scheme is the same; overrides may refine what a shorthand says."""
+        return isinstance(implied, Assign) and self._parse(self.scheme) == implied._parse(implied.scheme)
 
     def _parse(self, name: str | None) -> Scheme:
         if name is None:
             return Scheme()
-        return Scheme.parse(
-            name, group_size=self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype
-        )
+        return Scheme.parse(name, group_size=self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         """Writes ``graph.schemes``."""
@@ -85,9 +88,6 @@ def _last_sites(graph: Graph) -> set[str]:
     sites = graph.sites()
     if index is None or len(sites) < 2:
         return set()
-    before: set[str] = set()
-    for site in sites:
-        upstream = ancestors([source for node in site.nodes for source in node.all_input_nodes])
-        before |= {other.name for other in sites if upstream.intersection(other.nodes)}
+    read = ancestors([source for site in sites for node in site.nodes for source in node.all_input_nodes])
     reaching = ancestors([graph.outputs[index]])
-    return {s.name for s in sites if s.name not in before and reaching.intersection(s.nodes)}
+    return {s.name for s in sites if not read.intersection(s.nodes) and reaching.intersection(s.nodes)}

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from qcompiler import numerics
 from qcompiler.graph import Site
 from qcompiler.pass_base import (
@@ -65,9 +67,7 @@ class RTN(Pass):
             quantized = round_to_nearest(weight, spec, context, site, search=self.search)
             sqnr = numerics.sqnr_db(weight, quantized.dequantize())
             context.graph.set_weight(site, quantized)
-            reports.append(
-                SiteReport(site.name, self.name, str(spec), sqnr, seconds=time.perf_counter() - start)
-            )
+            reports.append(SiteReport(site.name, self.name, str(spec), sqnr, seconds=time.perf_counter() - start))
         return PassResult(modified=bool(reports), sites=tuple(reports))
 
 
@@ -79,7 +79,7 @@ def implied_assign(bits: int | None, group_size: int | None, symmetric: bool | N
 
 
 def round_to_nearest(
-    weight: Any, spec: QuantSpec, context: PassContext, site: Site, *, search: bool = False
+    weight: Tensor, spec: QuantSpec, context: PassContext, site: Site, *, search: bool = False
 ) -> Affine:
     """The weight of a site, rounded to nearest."""
     scale_dtype = context.scale_dtype(site)

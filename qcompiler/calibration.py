@@ -24,7 +24,7 @@ __all__ = ["Calibration", "CalibrationTokens", "read_text"]
 _log = logging.getLogger(__name__)
 
 _SAMPLES, _LENGTH = 64, 512
-_ROWS_AT_ONCE = 16  # sequences generated together: fixed, so that a seed gives the same tokens on any machine
+_ROWS_AT_ONCE = 32  # sequences generated together: fixed, so that a seed gives the same tokens on any machine
 _SELF_GENERATED_NOTE = (
     "calibrated on text that the model generated itself; real text of the kind it will meet usually serves better"
 )

@@ -1,186 +1,44 @@
 """Rewrites an exported graph to the canonical operators of `qcompiler.ops`, by structure alone.
 
-Three steps: noise that changes no value is removed; expressions of stored tensors only (a transposed weight, ``1 + w``) become
-derived tensors; then the rules below turn decomposed norms, linears, rotary embeddings, cache appends and attention into one node each.
-What no rule recognises stays as ATen operators, which every target also takes, and is listed in ``graph.unrecognized``.
+After `qcompiler.simplify`, the rules below turn decomposed norms, linears, rotary embeddings, cache appends and attention into one
+node each. What no rule recognises stays as ATen operators, which every target also takes, and is listed in ``graph.unrecognized``.
 """
 
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qcompiler.graph import Graph, is_op
 from qcompiler.masks import MaskForm, closed_form
-from qcompiler.pattern import Miss, Rule, apply_rules, expect, is_weight, other_operand, replace
+from qcompiler.pattern import Miss, Rule, apply_rules, expect, is_weight, note, other_operand, replace
 from qcompiler.signature import Dim
+from qcompiler.simplify import (
+    PRODUCTS,
+    fold_weight_expressions,
+    is_turned_weight,
+    merge_equal_nodes,
+    remove_noise,
+    replace_by_derived,
+)
 
 __all__ = ["canonicalize"]
 
 _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
+_LAST = torch.iinfo(torch.int64).max
 
 
 def canonicalize(graph: Graph) -> Graph:
     """Rewrites ``graph`` in place and returns it; applying it twice changes nothing more."""
-    _remove_noise(graph)
-    _fold_weight_expressions(graph)
-    graph.unrecognized.clear()
-    _transpose_product_weights(graph)
+    remove_noise(graph)
+    merge_equal_nodes(graph)
+    fold_weight_expressions(graph)
     apply_rules(graph, _rules())
     _note_leftovers(graph)
     graph.fx.lint()
     return graph
-
-
-# --- noise -------------------------------------------------------------------------------------------------------------
-
-_ASSERTIONS = (
-    _aten._assert_tensor_metadata.default,
-    _aten._assert_scalar.default,
-    _aten.sym_constrain_range_for_size.default,
-    _aten.sym_constrain_range.default,
-)
-_IDENTITIES = (
-    _aten.contiguous.default,
-    _aten.clone.default,
-    _aten.detach.default,
-    _aten.detach_.default,
-    _aten.alias.default,
-    _aten.lift_fresh_copy.default,
-    _aten.lift_fresh.default,
-)
-_CASTS = (_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default)
-_PRODUCTS = (_aten.addmm.default, _aten.mm.default, _aten.matmul.default)
-_VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
-_LAST = torch.iinfo(torch.int64).max
-
-
-def _remove_noise(graph: Graph) -> None:
-    for node in list(graph.fx.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target in _ASSERTIONS:
-            graph.fx.erase_node(node)
-            continue
-        if any(key in node.kwargs for key in ("device", "pin_memory", "layout")):
-            # where a tensor is made is the executor's decision, not the export's
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "pin_memory", "layout")}
-        if node.target in _CASTS:
-            node.target, node.args, node.kwargs = _aten.to.dtype, (node.args[0], node.meta["dtype"]), {}
-        elif node.target in _VIEWS:
-            node.target = _aten.reshape.default  # a view fails where a removed `contiguous` stood before it
-        elif is_op(node, _aten.cat.default):
-            _drop_empty_operands(node)
-        if _changes_nothing(node):
-            source = node.args[0][0] if is_op(node, _aten.cat.default) else node.args[0]  # type: ignore[index]
-            node.replace_all_uses_with(source)  # type: ignore[arg-type]
-            graph.fx.erase_node(node)
-    graph.fx.eliminate_dead_code()
-
-
-def _drop_empty_operands(cat: fx.Node) -> None:
-    """A cache starts as an empty 1-D tensor, which `cat` ignores."""
-    operands: Any = cat.args[0]
-    kept = [item for item in operands if item.meta.get("shape") != (0,)]
-    if kept and len(kept) < len(operands):
-        cat.args = (kept, *cat.args[1:])
-
-
-def _changes_nothing(node: fx.Node) -> bool:
-    args: Any = node.args
-    if not node.args or not (isinstance(args[0], fx.Node) or is_op(node, _aten.cat.default)):
-        return False
-    if is_op(node, *_IDENTITIES):
-        return True
-    if is_op(node, _aten.cat.default):
-        return len(args[0]) == 1
-    source = args[0]
-    if is_op(node, _aten.to.dtype):
-        return bool(source.meta.get("dtype") == node.meta["dtype"])
-    if is_op(node, _aten.dropout.default):
-        return args[2] is False
-    if is_op(node, _aten.slice.Tensor):
-        start = args[2] if len(args) > 2 else None
-        end = args[3] if len(args) > 3 else None
-        step = args[4] if len(args) > 4 else 1
-        return start in (None, 0) and (end is None or end == _LAST) and step == 1
-    if is_op(node, _aten.mul.Tensor, _aten.div.Tensor):
-        return args[1] in (1, 1.0) and not isinstance(args[1], fx.Node) and _keeps_dtype(node)
-    if is_op(node, _aten.add.Tensor, _aten.sub.Tensor):
-        return args[1] in (0, 0.0) and not isinstance(args[1], fx.Node) and _keeps_dtype(node)
-    if is_op(node, _aten.expand.default, _aten.reshape.default):
-        return bool(source.meta.get("shape") == node.meta["shape"])
-    return False
-
-
-def _keeps_dtype(node: fx.Node) -> bool:
-    source: Any = node.args[0]
-    return bool(source.meta.get("dtype") == node.meta.get("dtype"))
-
-
-# --- expressions of stored tensors -------------------------------------------------------------------------------------
-
-_MOVEMENTS = (
-    _aten.t.default,
-    _aten.transpose.int,
-    _aten.permute.default,
-    _aten.unsqueeze.default,
-    _aten.squeeze.dim,
-    _aten.select.int,
-    _aten.reshape.default,
-    _aten.slice.Tensor,
-)
-_FOLDABLE = (
-    *_MOVEMENTS,
-    _aten.to.dtype,
-    _aten.add.Tensor,
-    _aten.sub.Tensor,
-    _aten.mul.Tensor,
-    _aten.div.Tensor,
-    _aten.neg.default,
-)
-
-
-def _fold_weight_expressions(graph: Graph) -> None:
-    for node in list(graph.fx.nodes):
-        sources = node.all_input_nodes
-        if is_op(node, *_FOLDABLE) and sources and all(is_weight(source) for source in sources):
-            names = tuple(str(source.target) for source in sources)
-            operator = node.target.overloadpacket.__name__  # type: ignore[union-attr]
-            _replace_by_derived(graph, node, names, f"{names[0]}.{operator}", _evaluator(node, sources))
-
-
-def _evaluator(node: fx.Node, sources: list[fx.Node]) -> Any:
-    target: Any = node.target
-    args, kwargs = node.args, dict(node.kwargs)
-
-    def evaluate(*tensors: Tensor) -> Tensor:
-        # weights are computed with in float32, as everywhere in a captured graph
-        values = dict(zip(sources, (t.float() if t.is_floating_point() else t for t in tensors), strict=True))
-        positional, named = fx.node.map_arg((args, kwargs), values.__getitem__)  # type: ignore[type-var]
-        result: Tensor = target(*positional, **named)
-        return result
-
-    return evaluate
-
-
-def _replace_by_derived(graph: Graph, node: fx.Node, sources: tuple[str, ...], name: str, function: Any) -> fx.Node:
-    unique, count = name, 0
-    while unique in graph.weights:
-        count += 1
-        unique = f"{name}_{count}"
-    dtype = str(node.meta["dtype"]).removeprefix("torch.")
-    if dtype == "float32" and is_op(node, *_MOVEMENTS):
-        dtype = graph.weights.info(sources[0]).dtype  # moving elements around is exact in any dtype
-    graph.weights.derive(unique, sources, function, dtype=dtype, shape=tuple(node.meta["shape"]))
-    with graph.fx.inserting_before(node):
-        new = graph.fx.create_node("get_attr", unique)
-    new.meta.update(dtype=node.meta["dtype"], shape=node.meta["shape"])
-    node.replace_all_uses_with(new)
-    graph.fx.erase_node(node)
-    return new
 
 
 # --- rules -------------------------------------------------------------------------------------------------------------
@@ -195,7 +53,7 @@ def _rms_norm(graph: Graph, rsqrt: fx.Node) -> None:
     if not isinstance(eps, float):
         raise Miss("eps is not a number")
     mean = expect(mean, _aten.mean.dim, what="a mean")
-    if list(mean.args[1]) != [-1] or mean.args[2:3] != (True,):  # type: ignore[arg-type]
+    if list(mean.args[1]) not in ([-1], [len(mean.meta["shape"]) - 1]) or mean.args[2:3] != (True,):  # type: ignore[arg-type]
         raise Miss("the mean is not over the last axis")
     square = mean.args[0]
     if is_op(square, _aten.pow.Tensor_Scalar) and square.args[1] == 2:  # type: ignore[union-attr]
@@ -226,50 +84,83 @@ def _layer_norm(graph: Graph, node: fx.Node) -> None:
     replace(graph, node, _canonical.layer_norm.default, (x, weight, bias, eps))
 
 
-def _linear(graph: Graph, node: fx.Node) -> None:
-    x, weight, *rest = node.args
+def _fused_rms_norm(graph: Graph, node: fx.Node) -> None:
+    """``aten.rms_norm``, which `torch.nn.RMSNorm` calls."""
+    x, shape, weight, eps = (*node.args, *(None, None)[len(node.args) - 2 :])
+    if len(shape) != 1:  # type: ignore[arg-type]
+        raise Miss("normalizes over more than the last axis")
     if not is_weight(weight):
-        raise Miss("the weight is computed at run time")
-    shape = weight.meta["shape"]
-    replace(graph, node, _canonical.linear.default, (x, weight, rest[0] if rest else None), weight_shape=shape)
+        raise Miss("the norm's factor is not a stored vector")
+    eps = torch.finfo(node.meta["dtype"]).eps if eps is None else eps
+    replace(graph, node, _canonical.rms_norm.default, (x, weight, float(eps)))  # type: ignore[arg-type]
 
 
-def _transpose_product_weights(graph: Graph) -> None:
-    """Turns ``W[in, out]`` around under its own name where nothing but products ``x @ W`` reads it."""
-    for node in graph.fx.nodes:
-        if not is_weight(node) or len(node.meta["shape"]) != 2 or graph.weights.tied(str(node.target)):
-            continue
-        positions = [user.args.index(node) for user in node.users if is_op(user, *_PRODUCTS)]
-        if len(positions) == len(node.users) and all(
-            position == (2 if is_op(user, _aten.addmm.default) else 1)
-            for user, position in zip(node.users, positions, strict=True)
-        ):
-            name, shape = str(node.target), tuple(reversed(node.meta["shape"]))
-            graph.weights.derive(name, (name,), torch.t, dtype=graph.weights.info(name).dtype, shape=shape)
-            node.meta.update(shape=shape, transposed=True)
+def _linear(graph: Graph, node: fx.Node) -> None:
+    x, weight, bias = (*node.args, *(None,)[len(node.args) - 2 :])
+    if not is_weight(weight) or len(weight.meta["shape"]) != 2:
+        raise Miss("the weight is computed at run time, or no matrix")
+    if bias is not None and not is_weight(bias):
+        raise Miss("the bias is computed at run time")
+    replace(graph, node, _canonical.linear.default, (x, weight, bias), weight_shape=weight.meta["shape"])
 
 
 def _product_with_weight(graph: Graph, node: fx.Node) -> None:
-    """``x @ W (+ b)`` with a stored ``W[in, out]``: the weight is kept transposed."""
+    """``x @ W (+ b)`` with a stored ``W[in, out]``: the weight is kept transposed.
+
+    Where nothing but such products reads the weight, it keeps its name.
+    """
+    if not any(is_weight(source) or is_turned_weight(source) for source in node.all_input_nodes):
+        return  # a product of two activations
+    _, weight, _ = _product_operands(node)
+    if is_turned_weight(weight):
+        _put_linear(graph, node, weight.args[0])  # type: ignore[arg-type]
+        return
+    readers = list(weight.users)
+    if not graph.weights.tied(str(weight.target)) and all(_is_plain_product(user, weight) for user in readers):
+        name, shape = str(weight.target), tuple(reversed(weight.meta["shape"]))
+        graph.weights.derive(name, (name,), torch.t, dtype=graph.weights.info(name).dtype, shape=shape)
+        weight.meta["shape"] = shape
+        for reader in readers:
+            _put_linear(graph, reader, weight)
+        return
+    with graph.fx.inserting_before(node):
+        turned = graph.fx.call_function(_aten.t.default, (weight,))
+    turned.meta.update(dtype=weight.meta["dtype"], shape=tuple(reversed(weight.meta["shape"])))
+    name = f"{str(weight.target).removesuffix('.weight')}.transposed.weight"
+    _put_linear(graph, node, replace_by_derived(graph, turned, (str(weight.target),), name, torch.t))
+
+
+def _product_operands(node: fx.Node) -> tuple[Any, fx.Node, Any]:
+    """``x``, the stored matrix (or its transpose) and the bias of a product."""
     bias: Any = None
     if is_op(node, _aten.addmm.default):
         bias, x, weight = node.args[:3]
-        if node.kwargs or not is_weight(bias) or len(bias.meta["shape"]) != 1:
-            raise Miss("scaled, or the bias is not a stored vector")
+        if node.kwargs or len(node.args) > 3:
+            raise Miss("the product or the bias is scaled")
+        if not is_weight(bias) or len(bias.meta["shape"]) != 1:
+            raise Miss("the bias is not a stored vector")
     else:
         x, weight = node.args[:2]
-    if not is_weight(weight) or len(weight.meta["shape"]) != 2:
-        if isinstance(weight, fx.Node) and len(weight.meta["shape"]) == 2:
-            raise Miss("the weight is computed at run time")
-        return  # a product of two activations
-    if not weight.meta.get("transposed"):
-        name, (columns, rows) = str(weight.target), weight.meta["shape"]
-        with graph.fx.inserting_before(node):
-            transpose = graph.fx.call_function(_aten.t.default, (weight,))
-        transpose.meta.update(dtype=weight.meta["dtype"], shape=(rows, columns))
-        weight = _replace_by_derived(graph, transpose, (name,), f"{name.removesuffix('.weight')}.transposed.weight")
+    if not (is_weight(weight) and len(weight.meta["shape"]) == 2 or is_turned_weight(weight)):
+        raise Miss("the right factor is not a stored matrix")
+    if is_weight(x):
+        raise Miss("a product of two stored tensors")
+    return x, weight, bias  # type: ignore[return-value]
+
+
+def _is_plain_product(node: fx.Node, weight: fx.Node) -> bool:
+    if not is_op(node, *PRODUCTS):
+        return False
+    try:
+        return _product_operands(node)[1] is weight
+    except Miss:
+        return False
+
+
+def _put_linear(graph: Graph, product: fx.Node, weight: fx.Node) -> None:
+    x, _, bias = _product_operands(product)
     shape = weight.meta["shape"]
-    linear = replace(graph, node, _canonical.linear.default, (x, weight, bias), weight_shape=shape)
+    linear = replace(graph, product, _canonical.linear.default, (x, weight, bias), weight_shape=shape)
     _lift_over_flattening(graph, linear)
 
 
@@ -337,29 +228,38 @@ def _kv_append(graph: Graph, cat: fx.Node) -> None:
     port = graph.signature.inputs[graph.inputs.index(operands[0])]
     if port.role != "past":
         return
-    if len(cat.meta["shape"]) != 4 or cat.args[1] not in (2, -2):
+    if len(cat.meta["shape"]) != 4 or cat.args[1:2] not in ((2,), (-2,)):
         raise Miss("a cache is appended along another axis than the sequence")
     replace(graph, cat, _canonical.kv_append.default, tuple(operands))
 
 
 def _attention(forms: dict[fx.Node, MaskForm | str], graph: Graph, node: fx.Node) -> None:
+    query: Any
+    key: Any
+    value: Any
     query, key, value, *rest = node.args
     names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     options: dict[str, Any] = {**dict(zip(names, rest, strict=False)), **node.kwargs}
     if options.get("dropout_p"):
         raise Miss("attention with dropout")
-    head_dim: Any = query.meta["shape"][-1]  # type: ignore[union-attr]
-    scale = options.get("scale")
-    scale = head_dim**-0.5 if scale is None else scale
+    if any(len(operand.meta["shape"]) != 4 for operand in (query, key, value)):
+        raise Miss("attention without a batch and a head axis")
+    *_, length, width = query.meta["shape"]
+    scale, causal, window = options.get("scale"), bool(options.get("is_causal")), None
+    if scale is None:
+        if not isinstance(width, int):
+            raise Miss("the width of a head varies")
+        scale = width**-0.5
+    if causal and key.meta["shape"][2] != length:
+        raise Miss("a causal mask that counts from the first key, where a cache makes more keys than queries")
     key, value = _without_repeated_heads(key), _without_repeated_heads(value)
     mask = options.get("attn_mask")
-    causal, window = bool(options.get("is_causal")), None
     if mask is not None:
         if mask not in forms:  # layers share their mask
             forms[mask] = closed_form(graph, mask)
         form = forms[mask]
         if isinstance(form, str):
-            graph.unrecognized.append({"node": node.name, "pattern": "attention-mask", "reason": form})
+            note(graph, node, "attention-mask", form)
         else:
             causal, window, mask = form.causal, form.window, form.padding
     replace(graph, node, _canonical.attention.default, (query, key, value, mask, float(scale), causal, window, None))
@@ -391,9 +291,10 @@ def _users(node: fx.Node, count: int) -> list[fx.Node]:
 def _rules() -> tuple[Rule, ...]:
     return (
         Rule("rms-norm", (_aten.rsqrt.default,), _rms_norm),
+        Rule("rms-norm", (_aten.rms_norm.default,), _fused_rms_norm),
         Rule("layer-norm", (_aten.layer_norm.default,), _layer_norm),
         Rule("linear", (_aten.linear.default,), _linear),
-        Rule("product-with-weight", _PRODUCTS, _product_with_weight),
+        Rule("product-with-weight", PRODUCTS, _product_with_weight),
         Rule("rotary", (_aten.add.Tensor,), _rotary),
         Rule("kv-append", (_aten.cat.default,), _kv_append),
         Rule("attention", (_aten.scaled_dot_product_attention.default,), partial(_attention, {})),
@@ -404,17 +305,14 @@ _LEFTOVERS = {
     _aten.softmax.int: "attention written out: only scaled_dot_product_attention is recognised",
     _aten.conv1d.default: "convolutions are not quantized",
     _aten.bmm.default: "a product of two computed values",
+    _aten.dropout.default: "dropout is active: every run gives another result",
 }
 
 
 def _note_leftovers(graph: Graph) -> None:
     for node in graph.fx.nodes:
         if node.op == "call_function" and node.target in _LEFTOVERS:
-            reason = _LEFTOVERS[node.target]
-            graph.unrecognized.append({"node": node.name, "pattern": str(node.target), "reason": reason})
+            note(graph, node, str(node.target), _LEFTOVERS[node.target])
     for port, node in zip(graph.signature.inputs, graph.inputs, strict=True):
         if port.role == "past" and not any(is_op(user, _canonical.kv_append.default) for user in node.users):
-            reason = f"the cache {port.name} is not appended to"
-            graph.unrecognized.append({"node": node.name, "pattern": "kv-append", "reason": reason})
-
-
+            note(graph, node, "kv-append", f"the cache {port.name} is not appended to")

@@ -7,12 +7,17 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.execute import Stretch
-from qcompiler.graph import Graph, ancestors
-from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL
+from qcompiler.graph import Graph, ancestors, is_op
+from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL, Dim, Port
 
 __all__ = ["MaskForm", "closed_form"]
 
 _aten = torch.ops.aten
+_CPU = torch.device("cpu")
+_HIDDEN = -1e4
+"""Added to a logit, this or less hides a key."""
+_LARGEST_WINDOW = 1 << 20
+_LARGEST_SQUARE = 1 << 10  # without a cache, a probe beyond a window has that many queries, too
 
 
 @dataclass(frozen=True)
@@ -24,36 +29,67 @@ class MaskForm:
     padding: fx.Node | None
 
 
+class _Strange(Exception):
+    """The mask has no closed form, for this reason."""
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Sizes, and what the mask allowed there (bool ``[B, H or 1, S, T]``) for which padding (bool ``[B, T]``)."""
+
+    queries: int
+    past: int
+    padding: Tensor
+    allowed: Tensor
+
+
 def closed_form(graph: Graph, mask: fx.Node) -> MaskForm | str:
     """The closed form a mask equals on every probe, or the reason there is none.
 
-    Probes vary batch, length, past length (0 included) and padding on either side; every integer constant of the sub-graph is
-    tried as a sliding window and probed just beyond its length.
+    Probes vary batch, length, past length (0 included), positions, and padding on either side. Every integer constant of the
+    sub-graph may be a sliding window, give or take one, so lengths beyond each are probed.
     """
+    try:
+        return _closed_form(graph, mask)
+    except _Strange as strange:
+        return str(strange)
+
+
+def _closed_form(graph: Graph, mask: fx.Node) -> MaskForm:
     nodes = ancestors([mask])
-    if any(node.op == "get_attr" and node.meta["dtype"].is_floating_point for node in nodes):
-        return "the mask depends on weights"
     ports = dict(zip(graph.inputs, graph.signature.inputs, strict=True))
-    if any(node.op == "placeholder" and ports[node].role == "ids" and _reads_values(node, nodes) for node in nodes):
-        return "the mask depends on the token ids"
-    stretch = Stretch(list(graph.fx.nodes), [mask])
+    _check_sources(nodes, ports)
     padding_input = next((node for node in nodes if node in ports and ports[node].role == "mask"), None)
-    constants = sorted({c for node in nodes for c in _integers(node.args) if 1 < c < 1 << 20})
-    probes = [(2, 4, 0), (2, 1, 5), (3, 3, 2)] if graph.signature.has_cache else [(2, 4, 0), (3, 1, 0), (1, 7, 0)]
-    probes += [(1, 2, c + 1) if graph.signature.has_cache else (1, c + 2, 0) for c in constants if c < 1 << 14]
-    observed = [(probe, *_run(graph, stretch, mask, probe, padding_input)) for probe in probes]
-    for causal in (True, False):
-        for window in (None, *constants) if causal else (None,):
-            if all(
-                torch.equal(allowed, _expected(padding, probe, causal, window).expand_as(allowed))
-                for probe, allowed, padding in observed
-            ):
-                return MaskForm(causal, window, _padding_node(graph, padding_input))
-    return "the mask is neither causal, nor a causal window, nor padding alone"
+    constants = {c for node in nodes for c in _integers(node.args) if 1 < c < _LARGEST_WINDOW}
+    if graph.signature.has_cache:
+        sizes = [(2, 4, 0), (2, 1, 5), (3, 3, 2), *((1, 2, c + 2) for c in constants)]
+    else:
+        sizes = [(2, 4, 0), (3, 1, 0), (3, 7, 0), *((1, c + 3, 0) for c in constants)]
+        if any(constant > _LARGEST_SQUARE for constant in constants):
+            raise _Strange(f"the mask uses numbers too large to be probed: {max(constants)}")
+    stretch = Stretch(list(graph.fx.nodes), [mask])
+    loaded = stretch.load(graph.weights.read, _CPU)
+    probes = []
+    for batch, queries, past in sizes:
+        for shift in (0, 1) if any(node in ports and ports[node].role == "positions" for node in nodes) else (0,):
+            padding = _padding(batch, past + queries, padded=padding_input is not None)
+            values = {node: _value(port, queries, past, padding, shift) for node, port in ports.items()}
+            probes.append(_Probe(queries, past, padding, _allowed(stretch, loaded, values, mask, padding, queries)))
+    candidates = sorted({c + step for c in constants for step in (-1, 0, 1) if c + step > 0})
+    for causal, window in ((True, None), *((True, window) for window in candidates), (False, None)):
+        if all(_agrees(probe, causal, window) for probe in probes):
+            return MaskForm(causal, window, None if padding_input is None else _padding_node(graph, padding_input))
+    raise _Strange("the mask is neither causal, nor a causal window, nor padding alone")
 
 
-def _reads_values(ids: fx.Node, nodes: set[fx.Node]) -> bool:
-    return any(user in nodes and user.target is not _aten.sym_size.int for user in ids.users)
+def _check_sources(nodes: set[fx.Node], ports: dict[fx.Node, Port]) -> None:
+    """Refuses masks that probes cannot exhaust: those that depend on weights or on values other than the padding."""
+    for node in nodes:
+        if node.op == "get_attr" and node.meta["dtype"].is_floating_point:
+            raise _Strange("the mask depends on weights")
+        reads_values = any(user in nodes and not is_op(user, _aten.sym_size.int) for user in node.users)
+        if node in ports and reads_values and ports[node].role not in ("mask", "positions"):
+            raise _Strange(f"the mask depends on the values of {ports[node].name}")
 
 
 def _integers(value: Any) -> list[int]:
@@ -66,64 +102,72 @@ def _integers(value: Any) -> list[int]:
     return []
 
 
-def _run(
-    graph: Graph, stretch: Stretch, mask: fx.Node, probe: tuple[int, int, int], padding_input: fx.Node | None
-) -> tuple[Tensor, Tensor]:
-    """What the mask allows on one probe, and the padding that went in (bool ``[B, T]``)."""
-    batch, queries, past = probe
-    total = past + queries
-    padding = torch.ones(batch, total, dtype=torch.bool)
-    if padding_input is not None and batch > 1:
-        padding[1, : total // 3] = False
-        padding[-1, total - 1 - total // 4 :] = False
-        padding[-1, 0] = True
-    sizes: dict[Any, int] = {BATCH: batch, SEQUENCE: queries, PAST: past, TOTAL: total}
-    values: dict[fx.Node, Any] = {}
-    for node, port in zip(graph.inputs, graph.signature.inputs, strict=True):
-        shape = [sizes.get(dim, dim) for dim in port.shape]
-        if port.role == "positions":
-            values[node] = torch.arange(past, total).expand(batch, queries)
-        elif node is padding_input:
-            values[node] = padding.long()
-        elif port.role == "past":
-            values[node] = torch.zeros(shape)  # type: ignore[arg-type]
-        else:
-            values[node] = torch.zeros(shape, dtype=getattr(torch, port.dtype))  # type: ignore[arg-type]
-    cpu = torch.device("cpu")
-    result: Tensor = stretch.run(values, stretch.load(graph.weights.read, cpu), cpu)[mask]
-    allowed = result if result.dtype == torch.bool else result > -1e4
-    return allowed.expand(batch, -1, queries, total) if allowed.dim() == 4 else allowed, padding
+def _padding(batch: int, total: int, *, padded: bool) -> Tensor:
+    """Which tokens are real: the first row has all, the second lacks some on the left, the third some on the right."""
+    real = torch.ones(batch, total, dtype=torch.bool)
+    if padded:
+        real[1:2, : (total + 1) // 3] = False
+        real[2:3, total - total // 3 :] = False
+    return real
 
 
-def _expected(padding: Tensor, probe: tuple[int, int, int], causal: bool, window: int | None) -> Tensor:
-    _, queries, past = probe
-    allowed = padding[:, None, None, :].expand(-1, 1, queries, -1)
+def _value(port: Port, queries: int, past: int, padding: Tensor, shift: int) -> Tensor:
+    batch, total = padding.shape
+    if port.role == "mask":
+        return padding.long()
+    if port.role == "positions":  # consecutive, or counted from the first real token, and far off
+        counted = torch.arange(total).expand(batch, total) if not shift else (padding.long().cumsum(1) - 1).clamp(min=1)
+        return counted[:, past:] + 7 * shift
+    sizes: dict[Dim, int] = {BATCH: batch, SEQUENCE: queries, PAST: past, TOTAL: total}
+    if any(isinstance(dim, str) and dim not in sizes for dim in port.shape):
+        raise _Strange(f"the size of {port.name} is none of a language model's")
+    return torch.zeros([sizes.get(dim, dim) for dim in port.shape], dtype=getattr(torch, port.dtype))  # type: ignore[misc]
+
+
+def _allowed(
+    stretch: Stretch, loaded: Any, values: dict[fx.Node, Any], mask: fx.Node, padding: Tensor, queries: int
+) -> Tensor:
+    """What the mask lets each query see, as bool ``[B, H or 1, S, T]``."""
+    batch, total = padding.shape
+    try:
+        result: Tensor = stretch.run(values, loaded, _CPU)[mask]
+        result = result[(None,) * (4 - result.dim())].expand(batch, -1, queries, total)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise _Strange(f"the mask cannot be computed on probes: {str(error).splitlines()[0]}") from error
+    if result.dtype != torch.bool:
+        hides = result <= _HIDDEN
+        if not bool((hides | (result == 0)).all()):
+            raise _Strange("the mask adds other values than zero and minus infinity")
+        return ~hides
+    return result
+
+
+def _agrees(probe: _Probe, causal: bool, window: int | None) -> bool:
+    total = probe.past + probe.queries
+    expected = probe.padding[:, None, None, :].expand(-1, 1, probe.queries, -1)
     if causal:
-        key = torch.arange(past + queries)
-        query = torch.arange(past, past + queries)[:, None]
-        allowed = allowed & (key <= query)
+        key, query = torch.arange(total), torch.arange(probe.past, total)[:, None]
+        expected = expected & (key <= query)
         if window is not None:
-            allowed = allowed & (key > query - window)
-    return allowed
+            expected = expected & (key > query - window)
+    return torch.equal(probe.allowed, expected.expand_as(probe.allowed))
 
 
-def _padding_node(graph: Graph, source: fx.Node | None) -> fx.Node | None:
+def _padding_node(graph: Graph, source: fx.Node) -> fx.Node:
     """``attention_mask`` as a boolean ``[B, 1, 1, T]``; made once and shared by all layers."""
-    if source is None:
-        return None
-    for user in source.users:
-        if user.meta.get("padding") == "bool":
-            (first,) = user.users
-            (second,) = first.users
-            return second
     batch, total = source.meta["shape"]
-    last = graph.inputs[-1]
-    with graph.fx.inserting_after(last):
-        boolean = graph.fx.call_function(_aten.to.dtype, (source, torch.bool))
-    boolean.meta.update(dtype=torch.bool, shape=(batch, total), padding="bool")
-    previous = boolean
-    for shape in ((batch, 1, total), (batch, 1, 1, total)):
-        with graph.fx.inserting_after(previous):
-            previous = graph.fx.call_function(_aten.unsqueeze.default, (previous, 1))
-        previous.meta.update(dtype=torch.bool, shape=shape)
-    return previous
+    steps: tuple[tuple[Any, tuple[Any, ...], tuple[Dim, ...]], ...] = (
+        (_aten.to.dtype, (torch.bool,), (batch, total)),
+        (_aten.unsqueeze.default, (1,), (batch, 1, total)),
+        (_aten.unsqueeze.default, (1,), (batch, 1, 1, total)),
+    )
+    value, place = source, graph.inputs[-1]
+    for target, rest, shape in steps:
+        made = next((user for user in value.users if is_op(user, target) and user.args == (value, *rest)), None)
+        if made is None:
+            with graph.fx.inserting_after(place):
+                made = graph.fx.call_function(target, (value, *rest))
+            made.meta.update(dtype=torch.bool, shape=shape)
+            place = made
+        value = made
+    return value

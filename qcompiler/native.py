@@ -1,6 +1,8 @@
 """The native artifact: the quantized graph as data (no code, no pickle), saved, loaded and run."""
 
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.companions import companion_files
-from qcompiler.errors import ArtifactError, InputError, QCompilerError
+from qcompiler.errors import ArtifactError, InputError, RecipeError, VerificationError
 from qcompiler.execute import Stretch
 from qcompiler.feed import feed
 from qcompiler.graph import Graph
+from qcompiler.report import strict_json
 from qcompiler.staging import StagedFiles
+from qcompiler.verify import verify_structure
 from qcompiler.weights import WeightStore
 
 __all__ = ["MANIFEST", "SCHEMA", "NativeArtifact", "load_native", "save_native"]
@@ -23,12 +27,15 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 _GRAPH = "graph.json"
 _REPORT = "report.json"
+_PARTIAL = ".partial-"
 
 
 def save_native(graph: Graph, directory: str | Path, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> None:
     """Writes a graph to a directory, which must not exist or be empty.
 
-    The manifest is written last: a directory without one is no artifact. Weights are streamed, one at a time in memory.
+    Everything is written and synced to a hidden directory inside it first, and moved from there at the end, the
+    manifest last: a directory without one is no artifact. Nothing is left behind if writing fails. Weights are
+    streamed, one at a time in memory.
 
     Args:
         graph: quantized or not.
@@ -41,23 +48,41 @@ def save_native(graph: Graph, directory: str | Path, manifest: Mapping[str, Any]
         ResourceError: if the disk is full.
     """
     root = Path(directory)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise InputError("the output is not empty", where=root, remedy="choose a new directory")
-    source = graph.provenance.get("companions")
-    with StagedFiles(root) as staged:
-        for name, path in companion_files(Path(source) if source else None).items():
-            with staged.file(name) as write:
-                write(path.read_bytes())
-        for name, content in ((_GRAPH, graph.to_dict()), (_REPORT, report)):
-            with staged.file(name) as write:
-                write(_json(content))
-    graph.weights.save(root, names=graph.weight_names())
-    with StagedFiles(root) as staged, staged.file(MANIFEST) as write:
-        write(_json({"schema": SCHEMA, **manifest}))
+    try:
+        is_new = not root.exists()
+        if not is_new and (not root.is_dir() or any(root.iterdir())):
+            raise InputError("the output is not empty", where=root, remedy="choose a new directory")
+        root.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=root))
+    except OSError as error:
+        raise InputError("the output cannot be written", where=root, got=error.strerror) from error
+    moved: list[Path] = []
+    try:
+        source = graph.provenance.get("companions")
+        with StagedFiles(partial) as staged:
+            for name, path in companion_files(Path(source) if source else None).items():
+                with staged.file(name) as write:
+                    write(path.read_bytes())
+            for name, content in ((_GRAPH, graph.to_dict()), (_REPORT, report)):
+                with staged.file(name) as write:
+                    write(_json(content))
+        graph.weights.save(partial, names=graph.weight_names())
+        for path in sorted(partial.iterdir()):
+            moved.append(path.replace(root / path.name))
+        partial.rmdir()
+        with StagedFiles(root) as staged, staged.file(MANIFEST) as write:  # syncs the directory: the moves too
+            write(_json({"schema": SCHEMA, **manifest}))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for path in moved:
+            path.unlink(missing_ok=True)
+        if is_new:
+            root.rmdir()
+        raise
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, allow_nan=False, default=str) + "\n").encode()
+    return (json.dumps(strict_json(content), indent=1, allow_nan=False, default=str) + "\n").encode()
 
 
 def load_native(directory: str | Path) -> tuple[Graph, dict[str, Any], dict[str, Any]]:
@@ -77,19 +102,21 @@ def load_native(directory: str | Path) -> tuple[Graph, dict[str, Any], dict[str,
             expected=f"schema {SCHEMA}",
             remedy="compile the model again",
         )
-    provenance = dict(manifest.get("provenance") or {})
-    provenance["companions"] = str(root)
+    provenance = manifest.get("provenance")
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("parameters"), int):
+        raise ArtifactError("the manifest is damaged", where=root / MANIFEST, expected="a provenance with parameters")
+    weights = WeightStore.from_directory(root)
     try:
-        graph = Graph.from_dict(_read_json(root / _GRAPH), WeightStore.from_directory(root), provenance)
-    except QCompilerError:
+        graph = Graph.from_dict(_read_json(root / _GRAPH), weights, {**provenance, "companions": str(root)})
+        verify_structure(graph)
+    except ArtifactError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except VerificationError as error:
+        raise ArtifactError(error.what, where=error.where or root / _GRAPH, got=error.got) from error
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, RecipeError) as error:
         raise ArtifactError(
             "the graph file is damaged", where=root / _GRAPH, got=f"{type(error).__name__}: {error}"
         ) from error
-    missing = [name for name in graph.weight_names() if name not in graph.weights]
-    if missing:
-        raise ArtifactError("the graph names tensors that are not stored", where=root, got=", ".join(missing[:4]))
     report = _read_json(root / _REPORT) if (root / _REPORT).is_file() else {}
     return graph, manifest, report
 

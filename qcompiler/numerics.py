@@ -1,7 +1,7 @@
 """Reference arithmetic of quantization: plain, exact, and what every faster implementation is compared with.
 
-Weights are ``[out, in]``. Scales have one column per group along ``in``: ``[out, groups]`` for ``per_group``, ``[out, 1]`` for
-``per_channel`` and ``[1, 1]`` for ``per_tensor``; zero points have the shape of their scale.
+Weights are ``[out, in]``. Scales have one column per group along ``in``: ``[out, groups]`` for ``per_group``,
+``[out, 1]`` for ``per_channel`` and ``[1, 1]`` for ``per_tensor``; zero points have the shape of their scale.
 """
 
 import math
@@ -31,9 +31,9 @@ _SLICE_ELEMENTS = 1 << 18  # worked on at once where one slice after another wil
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounds positive scales to the dtype they are stored in and returns them in float32.
 
-    A scale of zero (an all-zero group) becomes 1; one that the dtype would flush to zero or infinity becomes its smallest
-    or largest positive number, so that every stored scale is positive and finite. Subnormal numbers are used in float16
-    alone, where small weights need them (int8 below 0.008) and every processor reads them.
+    A scale of zero (an all-zero group) becomes 1; one that the dtype would flush to zero or infinity becomes its
+    smallest or largest positive number, so that every stored scale is positive and finite. Subnormal numbers are used
+    in float16 alone, where small weights need them (int8 below 0.008) and every processor reads them.
     """
     info = torch.finfo(dtype)
     smallest = info.tiny * info.eps if dtype == torch.float16 else info.tiny
@@ -125,9 +125,9 @@ def _full_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
 def min_max_qparams(x: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point that cover the range of each group.
 
-    Symmetric: ``scale = amax / ((2^b - 1) / 2)`` (``amax / 7.5`` at 4 bits: the largest magnitude is clipped by half a step
-    on the positive side, and every other value gains resolution). Asymmetric: the range is widened to hold zero, and
-    ``scale = (max - min) / (2^b - 1)``.
+    Symmetric: ``scale = amax / ((2^b - 1) / 2)`` (``amax / 7.5`` at 4 bits: the largest magnitude is clipped by half a
+    step on the positive side, and every other value gains resolution). Asymmetric: the range is widened to hold zero,
+    and ``scale = (max - min) / (2^b - 1)``.
 
     Args:
         x: float ``[rows, width]``.
@@ -157,9 +157,10 @@ def mse_qparams(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point with a small squared rounding error per group, never a larger one than `min_max_qparams`.
 
-    Codes are made for a grid of shrunken ranges, dense near the full one. For given codes ``q`` (zero point taken off) the best
-    scale is known, ``s = Σwqx / Σwq²``, and so is its error, ``Σwx² - (Σwqx)² / Σwq²``: the codes with the least win, and
-    their scale is kept if, rounded to the stored dtype and with codes made anew, it beats the full range.
+    Codes are made for a grid of shrunken ranges, dense near the full one. For given codes ``q`` (zero point taken off)
+    the best scale is known, ``s = Σwqx / Σwq²``, and so is its error, ``Σwx² - (Σwqx)² / Σwq²``: the codes with the
+    least win, and their scale is kept if, rounded to the stored dtype and with codes made anew, it beats the full
+    range.
 
     Args:
         x: float ``[rows, width]``.
@@ -216,7 +217,7 @@ def _search_scale(
         shrinks: the candidates.
         memory: ``[4, >= rows, groups, group]``, overwritten.
     """
-    values, weighted, codes, product = memory[:, : len(groups)]
+    values, weighted, codes, product = memory[:, : len(groups)].unbind()
     unit = _full_scale(*_group_range(groups, spec), spec)
     unit = torch.where(unit > 0, unit, 1.0)
     torch.div(groups, unit[..., None], out=values)
@@ -238,7 +239,9 @@ def _search_scale(
         relative = (scale / unit)[..., None]
         make_codes(relative)
         codes.mul_(relative).sub_(values).square_()
-        return (codes if weight is None else codes.mul_(weight)).sum(-1)
+        if weight is not None:
+            codes.mul_(weight)
+        return codes.sum(-1)
 
     best_gain, best = torch.zeros_like(unit), torch.ones_like(unit)
     for shrink in shrinks:
@@ -258,8 +261,8 @@ def _search_scale(
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Packs integer codes into a dense little-endian bit stream per row.
 
-    Code ``i`` of a row occupies bits ``[i*bits, (i+1)*bits)``, least significant first; signed codes are stored in two's
-    complement. At 4 bits that is ONNX's layout: the first element in the low nibble.
+    Code ``i`` of a row occupies bits ``[i*bits, (i+1)*bits)``, least significant first; signed codes are stored in
+    two's complement. At 4 bits that is ONNX's layout: the first element in the low nibble.
 
     Args:
         codes: int8 or uint8 ``[..., width]``.
@@ -269,8 +272,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         uint8 ``[..., ceil(width * bits / 8)]``.
     """
     width = codes.shape[-1]
-    values = codes.view(torch.uint8) & ((1 << bits) - 1)
     count, size = _byte_period(bits)
+    values: Tensor = codes.view(torch.uint8) & ((1 << bits) - 1)
     values = torch.nn.functional.pad(values, (0, -width % count)).unflatten(-1, (-1, count))
     packed = values.new_zeros(*values.shape[:-1], size)
     for i in range(count):
@@ -278,7 +281,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         packed[..., byte] |= values[..., i] << offset
         if offset + bits > 8:
             packed[..., byte + 1] |= values[..., i] >> (8 - offset)
-    return packed.flatten(-2)[..., : -(-width * bits // 8)].contiguous()
+    packed = packed.flatten(-2)
+    return packed[..., : -(-width * bits // 8)].contiguous()
 
 
 def unpack_bits(packed: Tensor, bits: int, width: int, *, signed: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Statistics gathered from activations: ``update`` with each batch, ``merge`` with another process's, read ``result``."""
+"""Statistics gathered from activations: ``update`` with a batch, ``merge`` with another process's, read ``result``."""
 
 from typing import Protocol, Self
 
@@ -17,7 +17,7 @@ class Statistic(Protocol):
         """Takes one batch, ``[..., channels]``."""
 
     def merge(self, other: Self) -> None:
-        """Adds what another instance has seen."""
+        """Adds what another instance has seen, and leaves that one alone."""
 
 
 class Gram:
@@ -44,7 +44,7 @@ class Gram:
     def merge(self, other: "Gram") -> None:
         """Adds the other's sum and rows."""
         if other._sum is not None:
-            self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
+            self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
             self.rows += other.rows
 
     def result(self) -> Tensor:

@@ -1,6 +1,7 @@
 """What a pass is: its declared effect, its place in a pipeline, and what it is given and gives back in a sweep."""
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,9 +130,8 @@ class PassContext:
 
     def generator(self, site: Site) -> torch.Generator:
         """Random numbers that depend on the seed and the site alone."""
-        import zlib
-
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(site.name.encode()))
+        digest = hashlib.sha256(f"{self.seed}/{site.name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,8 @@ class Pass:
         effect: what it may change.
         requires, establishes, invalidates: facts about the graph, by which a pipeline proves its order.
         barrier: it decides only after it has seen everything, so the passes behind it need a sweep of their own.
+        rewrites_upstream: it changes nodes of the segment ahead of the sites it rewrites (folds a scale into the norm
+            they read from), so the segment is run again from its start after every change.
     """
 
     effect: ClassVar[Effect]
@@ -152,11 +154,12 @@ class Pass:
     establishes: ClassVar[frozenset[str]] = frozenset()
     invalidates: ClassVar[frozenset[str]] = frozenset()
     barrier: ClassVar[bool] = False
+    rewrites_upstream: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
-        """The pass's name in reports and logs: ``SmoothQuant`` → ``smooth-quant``, ``GPTQ`` → ``gptq``."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", type(self).__name__).lower()
+        """The name in reports and logs: ``SmoothQuant`` → ``smooth-quant``, ``KVCache`` → ``kv-cache``."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(self).__name__).lower()
 
     @property
     def works_in_sweep(self) -> bool:
@@ -171,6 +174,10 @@ class Pass:
     def implied_passes(self) -> tuple["Pass", ...]:
         """Passes this one stands for when given alone: ``GPTQ(bits=4)`` implies an ``Assign``."""
         return ()
+
+    def agrees_with(self, implied: "Pass") -> bool:
+        """Whether this pass, given by the user, also does what another one implies (a pass of the same type)."""
+        return self == implied
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         """Rewrites the whole graph, before the sweep of its stage."""

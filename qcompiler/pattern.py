@@ -9,7 +9,7 @@ from torch import fx
 
 from qcompiler.graph import Graph, is_op
 
-__all__ = ["Miss", "Rule", "apply_rules", "expect", "is_weight", "other_operand", "replace"]
+__all__ = ["Miss", "Rule", "apply_rules", "expect", "is_weight", "note", "other_operand", "replace"]
 
 
 class Miss(Exception):
@@ -35,12 +35,19 @@ def apply_rules(graph: Graph, rules: Sequence[Rule]) -> None:
     """Applies each rule once at each of its anchors, in order; misses are noted in ``graph.unrecognized``."""
     for rule in rules:
         for node in list(graph.fx.nodes):
-            if is_op(node, *rule.anchors):
+            if is_op(node, *rule.anchors) and not node._erased:  # a rewrite may take other anchors along
                 try:
                     rule.rewrite(graph, node)
                 except Miss as miss:
-                    graph.unrecognized.append({"node": node.name, "pattern": rule.name, "reason": str(miss)})
+                    note(graph, node, rule.name, str(miss))
         graph.fx.eliminate_dead_code()
+
+
+def note(graph: Graph, node: fx.Node, pattern: str, reason: str) -> None:
+    """Writes down, once, what was not recognised and why."""
+    entry = {"node": node.name, "pattern": pattern, "reason": reason}
+    if entry not in graph.unrecognized:
+        graph.unrecognized.append(entry)
 
 
 def expect(node: object, *targets: Any, what: str) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from qcompiler.errors import PipelineError
 from qcompiler.pass_base import CANONICAL, WEIGHTS_QUANTIZED, Pass
@@ -35,15 +36,20 @@ class Pipeline:
             them put at the front; one given explicitly must agree with what is implied.
 
     Raises:
-        PipelineError: if a pass needs a fact nobody before it establishes, if two passes quantize the weights, or if
-            implied and given passes disagree. Every violation is listed.
+        PipelineError: if something is no pass, if implied and given passes disagree, if a pass needs a fact nobody
+            before it establishes, or if two passes quantize the weights. Of the first of these that occurs, every
+            violation is listed.
     """
 
     def __init__(self, passes: Iterable[Pass]) -> None:
-        given = tuple(passes)
-        for item in given:
-            if not isinstance(item, Pass):
-                raise PipelineError("a recipe is a sequence of passes", got=repr(item), expected="instances of Pass")
+        given: tuple[Any, ...] = tuple(passes)
+        wrong = [repr(item) for item in given if not isinstance(item, Pass) or not _does_something(item)]
+        if wrong:
+            raise PipelineError(
+                "a recipe is a sequence of passes",
+                got=", ".join(wrong),
+                expected="instances of Pass that implement run or rewrite",
+            )
         self.passes = _with_implied(given)
         _prove(self.passes)
         self.stages = _stages(self.passes)
@@ -54,20 +60,26 @@ class Pipeline:
         return any(stage.is_calibrated for stage in self.stages)
 
 
+def _does_something(item: Pass) -> bool:
+    return item.works_in_sweep or type(item).run is not Pass.run
+
+
 def _with_implied(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
-    implied = [(item, wanted) for item in passes for wanted in item.implied_passes()]
     front: list[Pass] = []
-    for item, wanted in implied:
-        rivals = [other for other in (*passes, *front) if type(other) is type(wanted)]
-        if any(other != wanted for other in rivals):
-            raise PipelineError(
-                "two passes disagree about the same thing",
-                where=type(item).__name__,
-                got=f"{wanted} is implied, and {next(o for o in rivals if o != wanted)} is there",
-                remedy=f"give {type(wanted).__name__} alone, or the shorthand alone",
-            )
-        if not rivals:
-            front.append(wanted)
+    problems = []
+    for item in passes:
+        for wanted in item.implied_passes():
+            rivals = [other for other in (*front, *passes) if type(other) is type(wanted)]
+            refused = [other for other in rivals if not other.agrees_with(wanted)]
+            problems += [f"{type(item).__name__} implies {wanted}, and {other} is there" for other in refused]
+            if not rivals:
+                front.append(wanted)
+    if problems:
+        raise PipelineError(
+            "passes disagree about the same thing",
+            got="; ".join(problems),
+            remedy="give the shorthand alone, or leave its options out",
+        )
     return (*front, *passes)
 
 

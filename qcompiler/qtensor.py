@@ -35,7 +35,7 @@ class Affine:
 
     @property
     def stored_bits(self) -> int:
-        """Bits on disk: packed codes, scales and zero points."""
+        """Bits of packed codes, scales and zero points (a file rounds each row of codes up to whole bytes)."""
         bits = self.codes.numel() * self.spec.bits + self.scale.numel() * self.scale_dtype.itemsize * 8
         return bits + (0 if self.zero_point is None else self.zero_point.numel() * self.spec.bits)
 

@@ -1,5 +1,6 @@
 """What a compilation did, as plain JSON values: `report.json`, and the summary printed at the end."""
 
+import math
 import platform
 import resource
 import sys
@@ -9,10 +10,11 @@ from typing import Any
 
 import torch
 
+from qcompiler.errors import ArtifactError
 from qcompiler.graph import Graph, is_op
 from qcompiler.pass_base import SiteReport, Skip
 
-__all__ = ["CompileReport", "machine", "peak_rss_bytes"]
+__all__ = ["CompileReport", "machine", "peak_rss_bytes", "quantized_bits_per_weight", "strict_json"]
 
 
 def peak_rss_bytes() -> int:
@@ -89,25 +91,40 @@ class CompileReport:
         return 8 * self.bytes_after / self.parameters if self.parameters else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values (a ratio that is infinite becomes None)."""
+        """The report as plain JSON values; a number that is infinite or not one becomes None."""
         fields = asdict(self)
         fields["bits_per_weight"] = self.bits_per_weight
-        for site in fields["sites"]:
-            for key, value in site.items():
-                if isinstance(value, float) and not abs(value) < float("inf"):
-                    site[key] = None
-        return {"schema": 1, "machine": machine(), **fields}
+        found: dict[str, Any] = strict_json({"schema": 1, "machine": machine(), **fields})
+        return found
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "CompileReport":
-        """Rebuilds a report from `to_dict`."""
-        known = {key: value for key, value in fields.items() if key in cls.__dataclass_fields__}
-        known["sites"] = [
-            SiteReport(**{**site, "sqnr_db": float("inf") if site["sqnr_db"] is None else site["sqnr_db"]})
-            for site in known.get("sites", [])
-        ]
-        known["skipped"] = [Skip(**skip) for skip in known.get("skipped", [])]
-        return cls(**known)
+        """Rebuilds a report from `to_dict`.
+
+        Raises:
+            ArtifactError: if the fields are not those of a report.
+        """
+        try:
+            known = {key: value for key, value in fields.items() if key in cls.__dataclass_fields__}
+            known["sites"] = [
+                SiteReport(**{**site, "sqnr_db": math.inf if site["sqnr_db"] is None else site["sqnr_db"]})
+                for site in known.get("sites", [])
+            ]
+            known["skipped"] = [Skip(**skip) for skip in known.get("skipped", [])]
+            return cls(**known)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ArtifactError("damaged report", got=f"{type(error).__name__}: {error}") from error
+
+
+def strict_json(value: Any) -> Any:
+    """Plain JSON values in which a number that is infinite or not one is None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): strict_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(item) for item in value]
+    return value
 
 
 def quantized_bits_per_weight(graph: Graph) -> float | None:

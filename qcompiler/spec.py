@@ -29,8 +29,8 @@ class QuantSpec:
             input channels); the last group is short where the size does not divide the width.
         group_size: elements per group; given exactly when the granularity is ``per_group``.
         symmetric: no zero point.
-        scale_dtype: the dtype scales are stored in (``float32``, ``float16`` or ``bfloat16``); ``None`` means the dtype of
-            the tensor that is quantized. Scales are rounded to it *before* codes are computed.
+        scale_dtype: the dtype scales are stored in (``float32``, ``float16`` or ``bfloat16``); ``None`` means the dtype
+            of the tensor that is quantized. Scales are rounded to it *before* codes are computed.
 
     Raises:
         RecipeError: for a combination that means nothing.
@@ -80,8 +80,10 @@ class QuantSpec:
         return torch.int8 if self.symmetric else torch.uint8
 
     def scale_torch_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
-        """The dtype scales are stored in, for a tensor of ``weight_dtype``."""
-        return weight_dtype if self.scale_dtype is None else _SCALE_DTYPES[self.scale_dtype]
+        """The dtype scales are stored in, for a tensor of ``weight_dtype`` (one that is no scale dtype: float32)."""
+        if self.scale_dtype is not None:
+            return _SCALE_DTYPES[self.scale_dtype]
+        return weight_dtype if weight_dtype in _SCALE_DTYPES.values() else torch.float32
 
     def group_of(self, width: int) -> int:
         """Elements along the last axis (of length ``width``) that share one scale."""
@@ -119,13 +121,13 @@ class Scheme:
     ) -> "Scheme":
         """Reads a scheme name such as ``w4a16``, ``w8a16``, ``w4a16-g64``, ``w3a16-channel`` or ``w4a16-g128-asym``.
 
-        Without a group in the name, ``group_size`` decides (``-1``: per channel); without that, up to four bits take groups
-        of 128 and eight bits one scale per output channel.
+        Without a group in the name, ``group_size`` decides (``-1``: per channel); without that, up to four bits take
+        groups of 128 and eight bits one scale per output channel.
 
         Raises:
-            RecipeError: for a name that is not a scheme.
+            RecipeError: for a name that is not a scheme, or one that says two things at once.
         """
-        match = _SCHEME.fullmatch(name)
+        match = _SCHEME.fullmatch(str(name))
         if match is None or f"int{match['w']}" not in _INT_BITS or match["a"] != "16":
             raise RecipeError(
                 "unknown scheme",
@@ -138,7 +140,11 @@ class Scheme:
         if group_size is not None:
             granularity, size = ("per_channel", None) if group_size == -1 else ("per_group", group_size)
         is_symmetric = True if symmetric is None else symmetric
-        for option in filter(None, match["options"].split("-")):
+        options = match["options"].split("-")[1:]
+        signs = sum(option in ("sym", "asym") for option in options)
+        if signs > 1 or len(options) - signs > 1:
+            raise RecipeError("a scheme name that says two things at once", got=name)
+        for option in options:
             if option in ("sym", "asym"):
                 is_symmetric = option == "sym"
             elif option in ("channel", "tensor"):

@@ -1,10 +1,12 @@
 """One pass over the graph, segment by segment: gather statistics, rewrite, hand the outputs on.
 
-Memory is one segment's weights, its statistics, and the calibration values at the current cut, whatever the depth. Inside a segment the
-batches advance only as far as the next wave's statistics need, and go on from there with rewritten weights, so every node
-runs once; only where a rewrite touches what has run already does the segment start again from its inputs.
+Memory is one segment's weights, its statistics, and the calibration values at the current cut, whatever the depth.
+Inside a segment the batches advance only as far as the next wave's statistics need, and go on from there with rewritten
+weights, so every node runs once; only where a rewrite touches what has run already does the segment start again from
+its inputs.
 """
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompiler.errors import CalibrationError
+from qcompiler.errors import CalibrationError, PipelineError, ResourceError
 from qcompiler.execute import Stretch
-from qcompiler.graph import Graph, Site
+from qcompiler.graph import Graph
 from qcompiler.observers import Statistic
-from qcompiler.pass_base import Pass, PassContext, SiteReport, Skip, Tap, Wave
+from qcompiler.pass_base import WEIGHTS_QUANTIZED, Pass, PassContext, SiteReport, Skip, Tap, Wave
 from qcompiler.segments import Segment, SegmentedGraph, segment_graph
+from qcompiler.spec import Scheme
 from qcompiler.values import Parked, ValuePark
 
 __all__ = ["Batch", "SweepReport", "sweep"]
@@ -65,27 +68,30 @@ def sweep(
         passes: the swept passes of one stage, in order.
         batches: calibration inputs; empty where no pass is calibrated.
         context: device and seed.
-        work_dir: rewritten tensors are written there after each segment, and read from there afterwards.
+        work_dir: rewritten tensors are written to a new directory in it after each segment, and read from there
+            afterwards.
         value_budget: bytes of calibration values held in memory; a quarter of the machine's by default.
         progress: called before every segment.
 
     Raises:
         CalibrationError: if a pass is calibrated and there are no batches.
+        PipelineError: if a pass asks for statistics where it asked for none when the sweep began.
+        ResourceError: if the work directory cannot be written.
     """
     if any(item.is_calibrated for item in passes) and not batches:
         raise CalibrationError("a calibrated pass needs calibration data", got="no batches")
     start = time.perf_counter()
+    directory = _new_directory(work_dir)
     cut = segment_graph(graph)
-    park = ValuePark(value_budget if value_budget is not None else default_value_budget(), work_dir)
-    runner = _Runner(graph, cut, passes, batches, context, park)
+    park = ValuePark(value_budget if value_budget is not None else default_value_budget(), directory)
     try:
+        runner = _Runner(graph, cut, passes, batches, context, park)
         for segment in cut.segments:
             if progress is not None:
                 names = ", ".join(site.name for site in segment.sites)
                 progress(segment.index, len(cut.segments), names)
-            runner.process(segment)
-            if segment.sites:
-                graph.weights.spill(work_dir, f"segment-{segment.index:05d}")
+            if runner.process(segment):
+                graph.weights.spill(directory, f"segment-{segment.index:05d}")
         if progress is not None:
             progress(len(cut.segments), len(cut.segments), "")
     finally:
@@ -94,6 +100,19 @@ def sweep(
     report.segments, report.seconds = len(cut.segments), time.perf_counter() - start
     report.bytes_spilled = park.bytes_spilled
     return report
+
+
+def _new_directory(work_dir: Path) -> Path:
+    """A directory of this sweep's own: tensors written by an earlier one are still read from there."""
+    for number in itertools.count():
+        try:
+            (work_dir / f"sweep-{number:02d}").mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ResourceError("the work directory cannot be written", where=work_dir, got=error) from error
+        return work_dir / f"sweep-{number:02d}"
+    raise AssertionError("unreachable")
 
 
 class _Runner:
@@ -110,42 +129,69 @@ class _Runner:
         self.graph, self.batches, self.park, self.device = graph, batches, park, context.device
         self._passes, self._context = passes, context
         self._prologue = Stretch(list(graph.fx.nodes), [*cut.prologue])
-        self._prologue_values: dict[tuple[torch.Size, ...], dict[fx.Node, Any]] = {}
+        sizes = torch.ops.aten.sym_size.int
+        self._prologue_reads = {
+            source for node in self._prologue.nodes if node.target is not sizes for source in node.all_input_nodes
+        }
+        self._prologue_values: dict[tuple[object, ...], dict[fx.Node, Any]] = {}
         self._prologue_weights = self._prologue.load(graph.weights.read, self.device)
-        is_calibrated = bool(batches) and any(item.is_calibrated for item in passes)
-        rewritten = [s.index for s in cut.segments if any(self._is_assigned(site) for site in s.sites)]
-        self._last_run = max(rewritten, default=-1) if is_calibrated else -1
+        calibrated = [s.index for s in cut.segments if any(self._taps(item, s) for item in passes)] if batches else []
+        self._last_run = max(calibrated, default=-1)
         """Behind this segment nothing is calibrated, so nothing need be computed."""
         self.frontier: list[Parked] = [park.put({}) for _ in batches]
+        self._skip_outside(cut)
 
-    def _is_assigned(self, site: Site) -> bool:
-        scheme = self.graph.schemes.get(site.name)
-        return scheme is None or scheme.weight is not None
+    def _taps(self, item: Pass, segment: Segment) -> list[Tap]:
+        return [tap for wave in item.waves(segment, self.graph) for tap in item.statistics(wave, self.graph)]
 
-    def process(self, segment: Segment) -> None:
+    def _skip_outside(self, cut: SegmentedGraph) -> None:
+        """Leaves sites in float that lie in no segment, and so are never reached."""
+        inside = {site.name for segment in cut.segments for site in segment.sites}
+        for item in self._passes:
+            for site in self.graph.sites() if WEIGHTS_QUANTIZED in item.establishes else ():
+                if site.name not in inside and self.graph.schemes.get(site.name, Scheme()) != Scheme():
+                    self.graph.schemes[site.name] = Scheme()
+                    reason = "used in several segments, or not on the way to the first output"
+                    self.report.skips.append(Skip(site.name, item.name, reason))
+
+    def process(self, segment: Segment) -> bool:
+        """Applies every pass to a segment; tells whether one of them changed it."""
         position = _Position(self, segment)
-        is_needed = segment.index <= self._last_run
+        is_modified = False
         for index, item in enumerate(self._passes):
-            pending = list(item.waves(segment, self.graph))
-            position.keep_start = index < len(self._passes) - 1
-            while pending:
-                wave = pending[0]
-                taps = item.statistics(wave, self.graph) if is_needed else []
-                gathered = position.gather(taps, pending) if taps else {}
-                pending.pop(0)
+            waves = list(item.waves(segment, self.graph))
+            position.keep_start = item.rewrites_upstream or index < len(self._passes) - 1
+            for number, wave in enumerate(waves):
+                gathered: dict[Tap, Statistic] = {}
+                if taps := item.statistics(wave, self.graph):
+                    if segment.index > self._last_run:
+                        raise PipelineError(
+                            "a pass asks for statistics where it asked for none when the sweep began",
+                            where=f"{item.name}: {', '.join(site.name for site in wave)}",
+                        )
+                    later = [tap for other in waves[number + 1 :] for tap in item.statistics(other, self.graph)]
+                    gathered = position.gather(taps, later, waves[number:])
                 result = item.rewrite(wave, gathered, self._context)
                 self.report.sites += result.sites
                 self.report.skips += result.skips
                 if result.modified:
-                    position.rewind_if_run(wave)
+                    is_modified = True
+                    position.rewind_behind(wave, upstream=item.rewrites_upstream)
         self.frontier = position.finish() if segment.index < self._last_run else position.abandon()
+        return is_modified
 
     def outside_values(self, batch: Batch) -> dict[fx.Node, Any]:
-        """Graph inputs, and what depends on their shapes or positions alone (computed once per shape)."""
-        shapes = tuple(value.shape for value in batch.values())
-        if shapes not in self._prologue_values:
-            self._prologue_values[shapes] = self._prologue.run(batch, self._prologue_weights, self.device)
-        return {**batch, **self._prologue_values[shapes]}
+        """Graph inputs, and what does not depend on the tokens (computed once per shape, mask and positions)."""
+        key: list[object] = []
+        for node, value in batch.items():
+            key.append(value.shape)
+            if node in self._prologue_reads:
+                key.append(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        values = self._prologue_values.get(tuple(key))
+        if values is None:
+            values = self._prologue.run(batch, self._prologue_weights, self.device)
+            self._prologue_values[tuple(key)] = values
+        return {**batch, **values}
 
 
 class _Position:
@@ -158,8 +204,14 @@ class _Position:
         self._start_run: set[fx.Node] = set()
         self._run: set[fx.Node] = set()
 
-    def gather(self, taps: Sequence[Tap], pending: Sequence[Wave]) -> dict[Tap, Statistic]:
-        """Runs the batches up to the taps and returns the statistics gathered there."""
+    def gather(self, taps: Sequence[Tap], later: Sequence[Tap], pending: Sequence[Wave]) -> dict[Tap, Statistic]:
+        """Runs the batches up to the taps and returns the statistics gathered there.
+
+        Args:
+            taps: what is wanted now.
+            later: what the same pass will want in this segment.
+            pending: the waves that are yet to be rewritten, this one included.
+        """
         gathered = {tap: tap.kind() for tap in dict.fromkeys(taps)}
         if any(tap.value in self._run and tap.value not in self._held() for tap in gathered):
             self._rewind()
@@ -168,19 +220,21 @@ class _Position:
             for tap, statistic in gathered.items():
                 statistic.update(values[tap.value])
 
-        later = {node for wave in pending for site in wave for node in site.nodes}
-        self._advance([tap.value for tap in gathered], observe, later)
+        may_be_rewritten = {node for wave in pending for site in wave for node in site.nodes}
+        self._advance([tap.value for tap in gathered], observe, [tap.value for tap in later], may_be_rewritten)
         return gathered
 
-    def rewind_if_run(self, wave: Wave) -> None:
-        """Takes the batches back if a rewritten site has been run already."""
-        if any(node in self._run for site in wave for node in site.nodes):
+    def rewind_behind(self, wave: Wave, *, upstream: bool) -> None:
+        """Takes the batches back if something rewritten has been run already."""
+        if upstream or any(node in self._run for site in wave for node in site.nodes):
             self._rewind()
 
     def finish(self) -> list[Parked]:
         """Runs to the end of the segment and returns what later ones read."""
         self.keep_start = False
-        self._advance(self._segment.outputs, None, set())
+        self._advance(self._segment.outputs, None, (), set())
+        if self._start is not self._values:
+            self._drop(self._start)
         return self._values
 
     def abandon(self) -> list[Parked]:
@@ -194,13 +248,15 @@ class _Position:
         self,
         targets: Sequence[fx.Node],
         observe: Callable[[Mapping[fx.Node, Any]], None] | None,
+        wanted_later: Sequence[fx.Node],
         may_be_rewritten: set[fx.Node],
     ) -> None:
         runner, held = self._runner, self._held()
         remaining = [node for node in self._segment.nodes() if node not in self._run]
         done = self._run.union(Stretch(remaining, targets).nodes)
         ahead = Stretch([node for node in remaining if node not in done], self._segment.outputs)
-        kept = [n for n in dict.fromkeys([*ahead.inputs, *self._segment.outputs]) if n in done or n in held]
+        wanted = dict.fromkeys([*ahead.inputs, *self._segment.outputs, *wanted_later])
+        kept = [node for node in wanted if node in done or node in held]
         stretch = Stretch(remaining, [*targets, *kept])
         loaded = stretch.load(runner.graph.weights.read, runner.device)
         leaves_start = self._values is self._start and (self.keep_start or bool(may_be_rewritten & done))

@@ -20,6 +20,7 @@ class _InFile:
     path: Path
     dtype: torch.dtype
     shape: torch.Size
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ValuePark:
         """Bytes written to files so far."""
 
     def put(self, values: Mapping[fx.Node, Any]) -> Parked:
-        """Puts values away and returns their handle.
+        """Puts values away and returns their handle. Tensors must not be written to while they are kept.
 
         Raises:
             ResourceError: if a file cannot be written.
@@ -70,7 +71,7 @@ class ValuePark:
         return {node: _read(v) if isinstance(v, _InFile) else v for node, v in parked.entries.items()}
 
     def drop(self, parked: Parked) -> None:
-        """Forgets a handle and frees what it held."""
+        """Forgets a handle, once, and frees what it held."""
         self._held -= parked.bytes_in_memory
         for value in parked.entries.values():
             if isinstance(value, _InFile):
@@ -82,23 +83,31 @@ class ValuePark:
 
     def _write(self, value: Tensor) -> _InFile:
         path = Path(self._temporary.name) / str(next(self._numbers))
-        data = value.detach().cpu().contiguous()
         try:
-            data.view(torch.uint8 if data.dim() else data.dtype).numpy().tofile(path)
+            _bytes_of(value.detach().cpu().contiguous()).tofile(path)
         except OSError as error:
+            path.unlink(missing_ok=True)
             raise ResourceError(
                 "calibration values do not fit on the disk",
                 where=path,
                 got=error,
                 remedy="free space, give a --work-dir on another disk, or raise the memory budget",
             ) from error
-        return _InFile(path, value.dtype, value.shape)
+        return _InFile(path, value.dtype, value.shape, value.device)
+
+
+def _bytes_of(contiguous: Tensor) -> Any:
+    """The memory of a tensor as a NumPy array."""
+    return contiguous.reshape(-1).view(torch.uint8).numpy()
 
 
 def _read(stored: _InFile) -> Tensor:
-    buffer = torch.empty(stored.shape, dtype=stored.dtype)
+    value = torch.empty(stored.shape, dtype=stored.dtype)
     with open(stored.path, "rb", buffering=0) as file:
-        view = memoryview(buffer.view(torch.uint8 if buffer.dim() else buffer.dtype).numpy()).cast("B")
+        view = memoryview(_bytes_of(value))
         while len(view):
-            view = view[file.readinto(view) :]
-    return buffer
+            count = file.readinto(view)
+            if not count:
+                raise ResourceError("a file of calibration values was cut short", where=stored.path)
+            view = view[count:]
+    return value.to(stored.device)

@@ -199,6 +199,34 @@ def test_self_generated_is_the_models_own_text(booklm, caplog):
     assert float(entropy) < 6  # of uniform tokens: 8.3
 
 
+class Ending:
+    """A model of 12 tokens without a cache that nearly always wants to end the text."""
+
+    vocab_size, max_positions, has_cache, path = 12, None, False, None
+
+    def __init__(self, **config):
+        self.provenance = {"config": config}
+
+    def forward(self, ids):
+        return torch.zeros(*ids.shape, 12).index_fill(-1, torch.tensor([1, 2]), 20.0)
+
+
+def test_special_tokens_are_not_generated():
+    ids = Calibration.self_generated(8, 20).bind(artifact=Ending(bos_token_id=0, eos_token_id=1, pad_token_id=2)).ids
+    assert ids[:, 0].tolist() == [0] * 8
+    assert set(ids[:, 1:].flatten().tolist()) == set(range(3, 12))
+
+
+def test_without_bos_the_end_token_opens_a_sequence():
+    assert Calibration.self_generated(8, 4).bind(artifact=Ending(eos_token_id=1)).ids[:, 0].tolist() == [1] * 8
+
+
+def test_without_either_sequences_start_at_random():
+    bound = Calibration.self_generated(40, 2).bind(artifact=Ending())
+    assert len(set(bound.ids[:, 0].tolist())) > 6
+    assert "random token" in bound.notes[1]
+
+
 def test_self_generated_depends_on_the_seed_alone(booklm):
     artifact = HFArtifact(booklm)
     first, again, other = (

@@ -1,0 +1,282 @@
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from qcompiler import numerics
+from qcompiler.spec import QuantSpec
+
+SPECS = [
+    QuantSpec(f"int{bits}", granularity, group, symmetric)
+    for bits in (2, 3, 4, 8)
+    for granularity, group in (("per_group", 16), ("per_channel", None), ("per_tensor", None))
+    for symmetric in (True, False)
+]
+SCALE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+specs = st.builds(
+    lambda bits, group, symmetric: QuantSpec(f"int{bits}", "per_group" if group else "per_channel", group, symmetric),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from([None, 1, 3, 8, 16, 100]),
+    st.booleans(),
+)
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Tensor:
+    """Normal values with outliers, shifted, of any magnitude; some groups are all zero."""
+    rows, width = draw(st.integers(1, 5)), draw(st.integers(1, 40))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(rows, width, generator=generator) ** draw(st.sampled_from([1, 3]))
+    x = (x + draw(st.sampled_from([0.0, 2.0, -5.0]))) * 10.0 ** draw(st.integers(-3, 2))
+    x[:, draw(st.integers(0, width)) :] = 0
+    return x
+
+
+def naive_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
+    codes = torch.empty(x.shape, dtype=spec.code_dtype)
+    group = spec.group_size or x.shape[1]
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            at = (min(i, len(scale) - 1), j // group)
+            quotient = (x[i, j] / scale[at]).item()
+            code = round(quotient) + (0 if zero is None else int(zero[at]))  # Python rounds half to even
+            codes[i, j] = min(max(code, spec.quant_min), spec.quant_max)
+    return codes
+
+
+def squared_error(x: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, importance: Tensor) -> Tensor:
+    """float64 ``[rows or 1, groups]``."""
+    error = (numerics.fake_quantize(x, *qparams, spec).double() - x.double()).square() * importance.double()
+    if spec.granularity == "per_tensor":
+        return error.sum().reshape(1, 1)
+    return torch.stack([part.sum(-1) for part in error.split(spec.group_of(x.shape[1]), dim=-1)], dim=-1)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("width", [48, 41])  # the second leaves a short last group
+def test_quantize_equals_naive_loop(spec, width):
+    x = torch.randn(5, width)
+    scale, zero = numerics.min_max_qparams(x, spec, torch.float32)
+    scale = scale * 0.7  # so that some codes are clamped
+    codes = numerics.quantize(x, scale, zero, spec)
+    assert codes.dtype == spec.code_dtype
+    assert torch.equal(codes, naive_quantize(x, scale, zero, spec))
+    assert codes.min() == spec.quant_min or codes.max() == spec.quant_max
+
+
+def test_rounds_half_to_even():
+    spec = QuantSpec("int4", "per_tensor", None)
+    x = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]])
+    assert numerics.quantize(x, torch.ones(1, 1), None, spec).tolist() == [[-2, -2, 0, 0, 2, 2]]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_dequantize_equals_naive_loop(spec):
+    x = torch.randn(4, 41)
+    scale, zero = numerics.min_max_qparams(x, spec, torch.float32)
+    codes = numerics.quantize(x, scale, zero, spec)
+    group = spec.group_size or 41
+    expected = torch.empty(4, 41)
+    for i in range(4):
+        for j in range(41):
+            at = (min(i, len(scale) - 1), j // group)
+            expected[i, j] = (int(codes[i, j]) - (0 if zero is None else int(zero[at]))) * scale[at]
+    assert torch.equal(numerics.dequantize(codes, scale, zero, spec), expected)
+
+
+def test_slices_change_nothing(monkeypatch):
+    x, importance = torch.randn(9, 40), torch.rand(40)
+    for spec in SPECS:
+        whole = numerics.mse_qparams(x, spec, torch.float16, importance=importance)
+        codes = numerics.quantize(x, *whole, spec)
+        with monkeypatch.context() as patch:
+            patch.setattr(numerics, "_SLICE_ELEMENTS", 100)
+            sliced = numerics.mse_qparams(x, spec, torch.float16, importance=importance)
+            assert torch.equal(sliced[0], whole[0])
+            assert torch.equal(numerics.quantize(x, *whole, spec), codes)
+            assert torch.equal(
+                numerics.dequantize(codes, *whole, spec), (numerics.fake_quantize(x, *whole, spec))
+            )
+
+
+@settings(max_examples=150, deadline=None)
+@given(matrices(), specs, st.sampled_from(SCALE_DTYPES))
+def test_min_max_covers(x, spec, scale_dtype):
+    scale, zero = numerics.min_max_qparams(x, spec, scale_dtype)
+    group = spec.group_of(x.shape[1])
+    assert scale.dtype == torch.float32
+    assert scale.shape == (x.shape[0], math.ceil(x.shape[1] / group))
+    assert (scale > 0).all()
+    assert scale.isfinite().all()
+    assert torch.equal(scale, scale.to(scale_dtype).float())
+    assert (zero is None) == spec.symmetric
+    if zero is not None:
+        assert zero.dtype == torch.uint8
+        assert zero.shape == scale.shape
+        assert zero.max() <= spec.quant_max
+    # Half a step everywhere, and where rounding the scale or the zero point made the range shorter, that much more.
+    span = numerics.expand_groups(scale, x.shape[1], group)
+    slack = (0.5 if spec.symmetric else 1.0) + 2**spec.bits * torch.finfo(scale_dtype).eps
+    assert ((numerics.fake_quantize(x, scale, zero, spec) - x).abs() <= span * slack + 1e-30).all()
+
+
+def test_min_max_reference_values():
+    spec = QuantSpec("int4", "per_channel", None)
+    x = torch.tensor([[-7.5, 3.0], [0.75, -0.3]])
+    assert numerics.min_max_qparams(x, spec, torch.float32)[0].flatten().tolist() == pytest.approx([1.0, 0.1])
+    scale, zero = numerics.min_max_qparams(
+        torch.tensor([[-0.5, 1.0], [2.0, 3.0], [-3.0, -1.0]]),
+        QuantSpec("int4", "per_channel", None, symmetric=False),
+        torch.float32,
+    )
+    assert scale.flatten().tolist() == pytest.approx([0.1, 0.2, 0.2])  # the range always holds zero
+    assert zero is not None
+    assert zero.flatten().tolist() == [5, 0, 15]
+
+
+def test_zero_is_exact():
+    x = torch.tensor([[0.0, 1.3, 2.9, -0.7]])
+    for spec in SPECS:
+        assert numerics.fake_quantize(x, *numerics.min_max_qparams(x, spec, torch.float16), spec)[0, 0] == 0
+
+
+@pytest.mark.parametrize("choose", [numerics.min_max_qparams, numerics.mse_qparams])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_all_zero_groups(choose, spec):
+    x = torch.zeros(2, 32)
+    scale, zero = choose(x, spec, torch.float16)
+    assert (scale == 1).all()
+    assert (numerics.fake_quantize(x, scale, zero, spec) == 0).all()
+
+
+@pytest.mark.parametrize("choose", [numerics.min_max_qparams, numerics.mse_qparams])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-30, 1e-12, 1e-7, 1e5, 1e30, 3e38])
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+def test_scales_stay_positive_and_finite(choose, symmetric, magnitude, scale_dtype):
+    x = torch.linspace(-1, 1, 64).reshape(2, 32) * magnitude
+    spec = QuantSpec("int4", "per_channel", None, symmetric)
+    scale, zero = choose(x, spec, scale_dtype)
+    assert (scale > 0).all()
+    assert scale.isfinite().all()
+    assert numerics.fake_quantize(x, scale, zero, spec).isfinite().all()
+
+
+def test_small_weights_keep_their_resolution_in_float16():
+    x = torch.randn(4, 64) * 1e-4  # the scale, 2e-6, is subnormal
+    spec = QuantSpec("int8", "per_channel", None)
+    found = numerics.fake_quantize(x, *numerics.min_max_qparams(x, spec, torch.float16), spec)
+    assert numerics.sqnr_db(x, found) > 35
+
+
+def test_round_scale():
+    given_scales = torch.tensor([0.0, -1.0, 1e-30, 0.1, 1e30, math.inf, math.nan])
+    rounded = numerics.round_scale(given_scales, torch.float16)
+    assert rounded.tolist() == [1.0, 1.0, 2.0**-24, torch.tensor(0.1).half().item(), 65504.0, 65504.0, 1.0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(matrices(), specs, st.sampled_from(SCALE_DTYPES), st.booleans())
+def test_search_is_never_worse_than_min_max(x, spec, scale_dtype, weighted):
+    importance = torch.rand(x.shape[1]) ** 4 if weighted else torch.ones(x.shape[1])
+    found = numerics.mse_qparams(x, spec, scale_dtype, importance=importance if weighted else None)
+    full = numerics.min_max_qparams(x, spec, scale_dtype)
+    assert torch.equal(found[0], found[0].to(scale_dtype).float())
+    assert found[0].shape == full[0].shape
+    least, most = (squared_error(x, qparams, spec, importance) for qparams in (found, full))
+    assert (least <= most * (1 + 1e-4) + 1e-30).all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", ["per_group", "per_channel", "per_tensor"])
+@pytest.mark.parametrize(("bits", "tolerance", "gain"), [(2, 1.01, 1.5), (3, 1.01, 1.2), (4, 1.01, 1.05), (8, 1.04, 1)])
+def test_search_comes_near_exhaustive_search(bits, tolerance, gain, granularity, symmetric, weighted):
+    spec = QuantSpec(f"int{bits}", granularity, 128 if granularity == "per_group" else None, symmetric)
+    x = torch.randn(8, 512)
+    importance = torch.rand(512) if weighted else torch.ones(512)
+    found = numerics.mse_qparams(x, spec, torch.float32, importance=importance if weighted else None)
+    full, zero = numerics.min_max_qparams(x, spec, torch.float32)
+    grid = [squared_error(x, (full * keep, zero), spec, importance) for keep in torch.linspace(0.2, 1.0, 200)]
+    best = torch.stack(grid).amin(0).sum()
+    error = squared_error(x, found, spec, importance).sum()
+    assert error <= tolerance * best
+    assert squared_error(x, (full, zero), spec, importance).sum() >= gain * error
+
+
+def test_padding_of_a_short_last_group_does_not_count():
+    spec = QuantSpec("int3", "per_group", 16)
+    x = torch.randn(8, 20)
+    found, _ = numerics.mse_qparams(x, spec, torch.float32)
+    alone, _ = numerics.mse_qparams(x[:, 16:], QuantSpec("int3", "per_channel", None), torch.float32)
+    torch.testing.assert_close(found[:, 1:], alone)
+
+
+def test_columns_without_importance_do_not_count():
+    spec = QuantSpec("int4", "per_channel", None)
+    x = torch.randn(4, 64)
+    x[:, 0] = 9.0
+    importance = torch.ones(64)
+    importance[0] = 0
+    scale, _ = numerics.mse_qparams(x, spec, torch.float32, importance=importance)
+    assert (scale < 0.5 * numerics.min_max_qparams(x, spec, torch.float32)[0]).all()
+
+
+def test_inputs_are_left_alone():
+    x, importance = torch.randn(4, 40, dtype=torch.float64), torch.rand(40)
+    copies = x.clone(), importance.clone()
+    for spec in SPECS:
+        codes = numerics.quantize(x, *numerics.mse_qparams(x, spec, torch.float32, importance=importance), spec)
+        numerics.sqnr_db(x, codes)
+        numerics.pack_bits(codes, spec.bits)
+    assert torch.equal(x, copies[0])
+    assert torch.equal(importance, copies[1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 8), st.booleans(), st.integers(1, 40), st.integers(1, 3), st.integers(0, 2**31))
+def test_pack_round_trip(bits, signed, width, rows, seed):
+    low = -(1 << (bits - 1)) if signed else 0
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(low, low + (1 << bits), (rows, 2, width), generator=generator)
+    codes = codes.to(torch.int8 if signed else torch.uint8)
+    packed = numerics.pack_bits(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (rows, 2, math.ceil(width * bits / 8))
+    assert packed.is_contiguous()
+    for row, stored in zip(codes.reshape(-1, width).tolist(), packed.reshape(-1, packed.shape[-1]), strict=True):
+        stream = sum((code % (1 << bits)) << (bits * i) for i, code in enumerate(row))
+        assert bytes(stored.tolist()) == stream.to_bytes(len(stored), "little")
+    assert torch.equal(numerics.unpack_bits(packed, bits, width, signed=signed), codes)
+
+
+def test_pack_takes_any_strides():
+    codes = torch.randint(-8, 8, (6, 10), dtype=torch.int8)
+    assert torch.equal(numerics.pack_bits(codes.T, 4), numerics.pack_bits(codes.T.contiguous(), 4))
+
+
+@pytest.mark.parametrize(("dtype", "signed"), [("INT4", True), ("UINT4", False), ("INT2", True), ("UINT2", False)])
+def test_pack_agrees_with_onnx(dtype, signed):
+    onnx = pytest.importorskip("onnx")
+    bits = int(dtype[-1])
+    low = -(1 << (bits - 1)) if signed else 0
+    codes = torch.randint(low, low + (1 << bits), (16,), dtype=torch.int8 if signed else torch.uint8)
+    tensor = onnx.helper.make_tensor("codes", getattr(onnx.TensorProto, dtype), [16], codes.tolist())
+    assert bytes(numerics.pack_bits(codes, bits).tolist()) == onnx.numpy_helper.tobytes_little_endian(
+        onnx.numpy_helper.to_array(tensor)
+    ) or bytes(numerics.pack_bits(codes, bits).tolist()) == (tensor.raw_data or bytes(tensor.int32_data))
+
+
+def test_sqnr():
+    reference = torch.tensor([3.0, 4.0])
+    assert numerics.sqnr_db(reference, reference + 0.5) == pytest.approx(10 * math.log10(25 / 0.5))
+    assert numerics.sqnr_db(reference, reference) == math.inf
+    assert numerics.sqnr_db(torch.zeros(2), torch.ones(2)) == -math.inf
+    large = torch.randn(600, 1000)  # longer than one slice
+    noisy = large + 0.1 * torch.randn(600, 1000)
+    expected = 10 * math.log10(large.double().square().sum() / (large.double() - noisy.double()).square().sum())
+    assert numerics.sqnr_db(large, noisy) == pytest.approx(expected, abs=1e-9)
