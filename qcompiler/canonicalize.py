@@ -1,7 +1,8 @@
 """Rewrites an exported graph to the canonical operators of `qcompiler.ops`, by structure alone.
 
-After `qcompiler.simplify`, the rules below turn decomposed norms, linears, rotary embeddings, cache appends and attention into one
-node each. What no rule recognises stays as ATen operators, which every target also takes, and is listed in ``graph.unrecognized``.
+After `qcompiler.simplify`, the rules below turn decomposed norms, linears, rotary embeddings, cache appends and
+attention into one node each. What no rule recognises stays as ATen operators, which every target also takes, and is
+listed in ``graph.unrecognized``.
 """
 
 from functools import partial
@@ -12,7 +13,7 @@ from torch import fx
 
 from qcompiler.graph import Graph, is_op
 from qcompiler.masks import MaskForm, closed_form
-from qcompiler.pattern import Miss, Rule, apply_rules, expect, is_weight, note, other_operand, replace
+from qcompiler.pattern import Miss, Rule, apply_rules, arguments, expect, is_weight, note, other_operand, replace
 from qcompiler.signature import Dim
 from qcompiler.simplify import (
     PRODUCTS,
@@ -41,7 +42,7 @@ def canonicalize(graph: Graph) -> Graph:
     return graph
 
 
-# --- rules -------------------------------------------------------------------------------------------------------------
+# --- rules ------------------------------------------------------------------------------------------------------------
 
 
 def _rms_norm(graph: Graph, rsqrt: fx.Node) -> None:
@@ -55,13 +56,13 @@ def _rms_norm(graph: Graph, rsqrt: fx.Node) -> None:
     mean = expect(mean, _aten.mean.dim, what="a mean")
     if list(mean.args[1]) not in ([-1], [len(mean.meta["shape"]) - 1]) or mean.args[2:3] != (True,):  # type: ignore[arg-type]
         raise Miss("the mean is not over the last axis")
-    square = mean.args[0]
-    if is_op(square, _aten.pow.Tensor_Scalar) and square.args[1] == 2:  # type: ignore[union-attr]
-        x = square.args[0]  # type: ignore[union-attr]
-    elif is_op(square, _aten.mul.Tensor) and square.args[0] is square.args[1]:  # type: ignore[union-attr]
-        x = square.args[0]  # type: ignore[union-attr]
-    else:
+    square: Any = mean.args[0]
+    if not (
+        (is_op(square, _aten.pow.Tensor_Scalar) and square.args[1] == 2)
+        or (is_op(square, _aten.mul.Tensor) and square.args[0] is square.args[1])
+    ):
         raise Miss("the mean is not of a square")
+    x = square.args[0]
     (scaled,) = _users(rsqrt, 1)
     scaled = expect(scaled, _aten.mul.Tensor, what="x * rsqrt")
     if other_operand(scaled, rsqrt) is not x:
@@ -77,26 +78,25 @@ def _rms_norm(graph: Graph, rsqrt: fx.Node) -> None:
 
 
 def _layer_norm(graph: Graph, node: fx.Node) -> None:
-    x, shape, *rest = node.args
-    if len(shape) != 1:  # type: ignore[arg-type]
+    x, shape, weight, bias, eps, *_ = arguments(node, 2, None, None, 1e-5, True)
+    if len(shape) != 1:
         raise Miss("normalizes over more than the last axis")
-    weight, bias, eps, *_ = (*rest, *(None, None, 1e-5)[len(rest) :])
     replace(graph, node, _canonical.layer_norm.default, (x, weight, bias, eps))
 
 
 def _fused_rms_norm(graph: Graph, node: fx.Node) -> None:
     """``aten.rms_norm``, which `torch.nn.RMSNorm` calls."""
-    x, shape, weight, eps = (*node.args, *(None, None)[len(node.args) - 2 :])
-    if len(shape) != 1:  # type: ignore[arg-type]
+    x, shape, weight, eps = arguments(node, 2, None, None)
+    if len(shape) != 1:
         raise Miss("normalizes over more than the last axis")
     if not is_weight(weight):
         raise Miss("the norm's factor is not a stored vector")
     eps = torch.finfo(node.meta["dtype"]).eps if eps is None else eps
-    replace(graph, node, _canonical.rms_norm.default, (x, weight, float(eps)))  # type: ignore[arg-type]
+    replace(graph, node, _canonical.rms_norm.default, (x, weight, float(eps)))
 
 
 def _linear(graph: Graph, node: fx.Node) -> None:
-    x, weight, bias = (*node.args, *(None,)[len(node.args) - 2 :])
+    x, weight, bias = arguments(node, 2, None)
     if not is_weight(weight) or len(weight.meta["shape"]) != 2:
         raise Miss("the weight is computed at run time, or no matrix")
     if bias is not None and not is_weight(bias):
@@ -141,7 +141,7 @@ def _product_operands(node: fx.Node) -> tuple[Any, fx.Node, Any]:
             raise Miss("the bias is not a stored vector")
     else:
         x, weight = node.args[:2]
-    if not (is_weight(weight) and len(weight.meta["shape"]) == 2 or is_turned_weight(weight)):
+    if not ((is_weight(weight) and len(weight.meta["shape"]) == 2) or is_turned_weight(weight)):
         raise Miss("the right factor is not a stored matrix")
     if is_weight(x):
         raise Miss("a product of two stored tensors")
@@ -198,7 +198,7 @@ def _rotary(graph: Graph, add: fx.Node) -> None:
                 return
 
 
-def _half_rotated(cat: fx.Node) -> fx.Node | None:
+def _half_rotated(cat: Any) -> fx.Node | None:
     operands: Any = cat.args[0]
     rank = len(cat.meta["shape"])
     axis = cat.args[1] if len(cat.args) > 1 else 0
@@ -209,14 +209,15 @@ def _half_rotated(cat: fx.Node) -> fx.Node | None:
         return None
     x = upper.args[0]
     half = x.meta["shape"][-1] // 2
-    lower_args = (*lower.args[1:], *(0, 0, _LAST, 1)[len(lower.args) - 1 :])
-    upper_args = (*upper.args[1:], *(0, 0, _LAST, 1)[len(upper.args) - 1 :])
+    lower_args = arguments(lower, 1, 0, 0, _LAST, 1)[1:]
+    upper_args = arguments(upper, 1, 0, 0, _LAST, 1)[1:]
     fits = (
         lower.args[0] is x
         and lower_args in ((rank - 1, 0, half, 1), (-1, 0, half, 1))
         and upper_args[0] in (rank - 1, -1)
         and upper_args[1] == half
         and upper_args[2] >= 2 * half
+        and upper_args[3] == 1
     )
     return x if fits else None
 
@@ -234,18 +235,14 @@ def _kv_append(graph: Graph, cat: fx.Node) -> None:
 
 
 def _attention(forms: dict[fx.Node, MaskForm | str], graph: Graph, node: fx.Node) -> None:
-    query: Any
-    key: Any
-    value: Any
-    query, key, value, *rest = node.args
-    names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    options: dict[str, Any] = {**dict(zip(names, rest, strict=False)), **node.kwargs}
-    if options.get("dropout_p"):
+    query, key, value, mask, dropout, causal = arguments(node, 3, None, 0.0, False)
+    if dropout:
         raise Miss("attention with dropout")
     if any(len(operand.meta["shape"]) != 4 for operand in (query, key, value)):
         raise Miss("attention without a batch and a head axis")
     *_, length, width = query.meta["shape"]
-    scale, causal, window = options.get("scale"), bool(options.get("is_causal")), None
+    scale: Any = node.kwargs.get("scale")
+    window = None
     if scale is None:
         if not isinstance(width, int):
             raise Miss("the width of a head varies")
@@ -253,7 +250,6 @@ def _attention(forms: dict[fx.Node, MaskForm | str], graph: Graph, node: fx.Node
     if causal and key.meta["shape"][2] != length:
         raise Miss("a causal mask that counts from the first key, where a cache makes more keys than queries")
     key, value = _without_repeated_heads(key), _without_repeated_heads(value)
-    mask = options.get("attn_mask")
     if mask is not None:
         if mask not in forms:  # layers share their mask
             forms[mask] = closed_form(graph, mask)
@@ -262,12 +258,15 @@ def _attention(forms: dict[fx.Node, MaskForm | str], graph: Graph, node: fx.Node
             note(graph, node, "attention-mask", form)
         else:
             causal, window, mask = form.causal, form.window, form.padding
-    replace(graph, node, _canonical.attention.default, (query, key, value, mask, float(scale), causal, window, None))
+    replace(
+        graph, node, _canonical.attention.default, (query, key, value, mask, float(scale), bool(causal), window, None)
+    )
 
 
 def _without_repeated_heads(node: Any) -> Any:
     """``reshape(expand(unsqueeze(k, 2)))``, grouped-query attention's repeated heads → ``k``."""
-    reshape, expand = node, node.args[0] if node.args else None
+    reshape: Any = node
+    expand: Any = node.args[0] if node.args else None
     if not (is_op(reshape, _aten.reshape.default) and is_op(expand, _aten.expand.default)):
         return node
     unsqueeze = expand.args[0]

@@ -1,8 +1,6 @@
 """`Graph`: an fx graph whose weights stay in a `WeightStore`, with typed views of it and its JSON form."""
 
-import math
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +9,13 @@ from torch import fx
 
 import qcompiler.ops  # noqa: F401  (defines torch.ops.qcompiler)
 from qcompiler.errors import ArtifactError, PipelineError
+from qcompiler.graph_json import decode_nodes, encode_nodes
 from qcompiler.qtensor import Affine
 from qcompiler.signature import Signature
 from qcompiler.spec import Scheme
 from qcompiler.weights import WeightStore
 
-__all__ = ["Graph", "Site", "is_op", "site_name"]
+__all__ = ["Graph", "Site", "ancestors", "is_op", "site_name"]
 
 _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
@@ -191,7 +190,7 @@ class Graph:
         """The graph as JSON: nodes, signature and schemes (no weights, no code)."""
         return {
             "signature": self.signature.to_dict(),
-            "nodes": [_encode_node(node) for node in self.fx.nodes],
+            "nodes": encode_nodes(self.fx),
             "schemes": {site: scheme.to_dict() for site, scheme in self.schemes.items()},
         }
 
@@ -200,119 +199,33 @@ class Graph:
         """Rebuilds a graph from `to_dict`.
 
         Raises:
-            ArtifactError: for an operator this version does not know.
+            ArtifactError: if the fields are damaged, name an operator that a graph may not hold, or a tensor that is
+                not among the weights.
         """
-        graph = fx.Graph()
-        nodes: dict[str, fx.Node] = {}
-        for item in fields["nodes"]:
-            target = _decode_target(item["target"]) if item["op"] == "call_function" else item["target"]
-            node = graph.create_node(
-                item["op"], target, _decode(item["args"], nodes), _decode(item["kwargs"], nodes), item["name"]
+        try:
+            nodes, signature = decode_nodes(fields["nodes"]), Signature.from_dict(fields["signature"])
+            schemes = {site: Scheme.from_dict(scheme) for site, scheme in fields["schemes"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError("damaged graph file", got=f"{type(error).__name__}: {error}") from error
+        graph = cls(nodes, signature, weights, schemes, provenance)
+        ports = (len(signature.inputs), len(signature.outputs))
+        if (len(graph.inputs), len(graph.outputs)) != ports:
+            raise ArtifactError(
+                "the graph's inputs and outputs are not those of its signature",
+                got=(len(graph.inputs), len(graph.outputs)),
+                expected=ports,
             )
-            for key, value in item["meta"].items():
-                node.meta[key] = _decode(value, nodes)
-            nodes[item["name"]] = node
-        return cls(
-            graph,
-            Signature.from_dict(fields["signature"]),
-            weights,
-            {site: Scheme.from_dict(scheme) for site, scheme in fields["schemes"].items()},
-            provenance,
-        )
+        lost = [name for name in graph.weight_names() if name not in weights]
+        if lost:
+            raise ArtifactError("the graph reads tensors that are not there", got=", ".join(lost[:4]))
+        return graph
 
 
 def _is_get_attr(node: object) -> bool:
     return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
-# --- JSON form ---------------------------------------------------------------------------------------------------------
-
-_OPERATORS = ("add", "sub", "mul", "floordiv", "mod", "neg", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "truediv")
-_SYMBOLIC = ("sym_max", "sym_min", "sym_float", "sym_int", "sym_not")
-_META_KEYS = ("dtype", "shape", "weight_shape")
-
-
-def _encode_node(node: fx.Node) -> dict[str, Any]:
-    target = _encode_target(node.target) if node.op == "call_function" else node.target
-    meta = {key: _encode(node.meta[key]) for key in _META_KEYS if key in node.meta}
-    return {
-        "name": node.name,
-        "op": node.op,
-        "target": target,
-        "args": _encode(node.args),
-        "kwargs": _encode(node.kwargs),
-        "meta": meta,
-    }
-
-
-def _encode_target(target: object) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    name = getattr(target, "__name__", "")
-    if name in _OPERATORS and getattr(operator, name) is target:
-        return f"operator.{name}"
-    if name in _SYMBOLIC and getattr(torch, name) is target:
-        return f"torch.{name}"
-    raise ArtifactError("this function cannot be stored in a graph file", got=target)
-
-
-def _decode_target(text: str) -> Callable[..., Any]:
-    namespace, _, rest = text.partition(".")
-    if namespace in ("aten", "qcompiler"):
-        packet, _, overload = rest.rpartition(".")
-        found = getattr(getattr(torch.ops, namespace), packet, None)
-        found = getattr(found, overload, None)
-    elif namespace == "operator" and rest in _OPERATORS:
-        found = getattr(operator, rest)
-    elif namespace == "torch" and rest in _SYMBOLIC:
-        found = getattr(torch, rest)
-    else:
-        found = None
-    if found is None:
-        raise ArtifactError("the graph file names an operator this version does not know", got=text)
-    return found  # type: ignore[no-any-return]
-
-
-_TAGGED: dict[type, str] = {torch.dtype: "dtype", torch.memory_format: "memory_format", torch.layout: "layout"}
-
-
-def _encode(value: object) -> Any:
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": str(value)}
-    if isinstance(value, (list, tuple)):
-        return [_encode(item) for item in value]
-    if isinstance(value, dict):
-        return {"dict": {key: _encode(item) for key, item in value.items()}}
-    if isinstance(value, slice):
-        return {"slice": [_encode(value.start), _encode(value.stop), _encode(value.step)]}
-    tag = _TAGGED.get(type(value))
-    if tag is None:
-        raise ArtifactError("this value cannot be stored in a graph file", got=f"{type(value).__name__} {value!r}")
-    return {tag: str(value).removeprefix("torch.")}
-
-
-def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
-    if isinstance(value, list):
-        return tuple(_decode(item, nodes) for item in value)
-    if not isinstance(value, dict):
-        return value
-    ((tag, content),) = value.items()
-    if tag == "node":
-        return nodes[content]
-    if tag == "float":
-        return float(content)
-    if tag == "dict":
-        return {key: _decode(item, nodes) for key, item in content.items()}
-    if tag == "slice":
-        return slice(*(_decode(item, nodes) for item in content))
-    return getattr(torch, content)
-
-
-def ancestors(nodes: Iterator[fx.Node] | list[fx.Node]) -> set[fx.Node]:
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The given nodes and everything they are computed from."""
     seen: set[fx.Node] = set()
     stack = list(nodes)

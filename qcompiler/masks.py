@@ -46,8 +46,8 @@ class _Probe:
 def closed_form(graph: Graph, mask: fx.Node) -> MaskForm | str:
     """The closed form a mask equals on every probe, or the reason there is none.
 
-    Probes vary batch, length, past length (0 included), positions, and padding on either side. Every integer constant of the
-    sub-graph may be a sliding window, give or take one, so lengths beyond each are probed.
+    Probes vary batch, length, past length (0 included), positions, and padding on either side. Every integer constant
+    of the sub-graph may be a sliding window, give or take one, so lengths beyond each are probed.
     """
     try:
         return _closed_form(graph, mask)
@@ -121,7 +121,9 @@ def _value(port: Port, queries: int, past: int, padding: Tensor, shift: int) -> 
     sizes: dict[Dim, int] = {BATCH: batch, SEQUENCE: queries, PAST: past, TOTAL: total}
     if any(isinstance(dim, str) and dim not in sizes for dim in port.shape):
         raise _Strange(f"the size of {port.name} is none of a language model's")
-    return torch.zeros([sizes.get(dim, dim) for dim in port.shape], dtype=getattr(torch, port.dtype))  # type: ignore[misc]
+    return torch.zeros(
+        [sizes[dim] if isinstance(dim, str) else dim for dim in port.shape], dtype=getattr(torch, port.dtype)
+    )
 
 
 def _allowed(
@@ -165,9 +167,8 @@ def _padding_node(graph: Graph, source: fx.Node) -> fx.Node:
     for target, rest, shape in steps:
         made = next((user for user in value.users if is_op(user, target) and user.args == (value, *rest)), None)
         if made is None:
-            with graph.fx.inserting_after(place):
-                made = graph.fx.call_function(target, (value, *rest))
+            made = graph.fx.call_function(target, (value, *rest))
             made.meta.update(dtype=torch.bool, shape=shape)
-            place = made
-        value = made
+        place.append(made)
+        value = place = made
     return value

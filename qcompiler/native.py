@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.companions import companion_files
-from qcompiler.errors import ArtifactError, InputError, RecipeError, VerificationError
+from qcompiler.errors import ArtifactError, InputError, RecipeError
 from qcompiler.execute import Stretch
 from qcompiler.feed import feed
 from qcompiler.graph import Graph
 from qcompiler.report import strict_json
 from qcompiler.staging import StagedFiles
-from qcompiler.verify import verify_structure
 from qcompiler.weights import WeightStore
 
 __all__ = ["MANIFEST", "SCHEMA", "NativeArtifact", "load_native", "save_native"]
@@ -108,15 +107,11 @@ def load_native(directory: str | Path) -> tuple[Graph, dict[str, Any], dict[str,
     weights = WeightStore.from_directory(root)
     try:
         graph = Graph.from_dict(_read_json(root / _GRAPH), weights, {**provenance, "companions": str(root)})
-        verify_structure(graph)
-    except ArtifactError:
+    except ArtifactError as error:
+        error.where = ": ".join(filter(None, (str(root / _GRAPH), error.where)))
         raise
-    except VerificationError as error:
-        raise ArtifactError(error.what, where=error.where or root / _GRAPH, got=error.got) from error
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, RecipeError) as error:
-        raise ArtifactError(
-            "the graph file is damaged", where=root / _GRAPH, got=f"{type(error).__name__}: {error}"
-        ) from error
+    except RecipeError as error:
+        raise ArtifactError("the graph file is damaged", where=root / _GRAPH, got=error.got) from error
     report = _read_json(root / _REPORT) if (root / _REPORT).is_file() else {}
     return graph, manifest, report
 

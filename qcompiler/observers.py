@@ -1,20 +1,27 @@
 """Statistics gathered from activations: ``update`` with a batch, ``merge`` with another process's, read ``result``."""
 
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["Gram", "Statistic"]
+__all__ = ["CrossGram", "Gram", "Statistic"]
 
 _BLOCK = 256
 
 
 class Statistic(Protocol):
-    """What a pass may ask to be gathered at a value of the graph."""
+    """What a pass may ask to be gathered at a value of the graph.
 
-    def update(self, batch: Tensor) -> None:
-        """Takes one batch, ``[..., channels]``."""
+    Class attributes:
+        needs_reference: it also wants the value the model has there without the approximations made so far; the sweep then
+            runs every batch twice.
+    """
+
+    needs_reference: ClassVar[bool] = False
+
+    def update(self, batch: Tensor, reference: Tensor | None = None) -> None:
+        """Takes one batch, ``[..., channels]``, and the reference value of the same shape where it asked for it."""
 
     def merge(self, other: Self) -> None:
         """Adds what another instance has seen, and leaves that one alone."""
@@ -26,12 +33,14 @@ class Gram:
     Kept in float32 ``[channels, channels]``; only blocks on and above the diagonal are multiplied out.
     """
 
+    needs_reference: ClassVar[bool] = False
+
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self.rows = 0
 
-    def update(self, batch: Tensor) -> None:
-        """Adds ``[..., channels]``."""
+    def update(self, batch: Tensor, reference: Tensor | None = None) -> None:
+        """Adds ``[..., channels]``; the reference does not matter."""
         rows = batch.reshape(-1, batch.shape[-1]).float()
         width = rows.shape[-1]
         if self._sum is None:
@@ -53,3 +62,35 @@ class Gram:
             raise ValueError("nothing was observed")
         upper = self._sum.triu()
         return upper + upper.triu(1).T
+
+
+class CrossGram:
+    """``Y.T @ X``: the reference value of an activation against the value it has in the rewritten model.
+
+    Kept in float32 ``[channels, channels]``.
+    """
+
+    needs_reference: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def update(self, batch: Tensor, reference: Tensor | None = None) -> None:
+        """Adds two values of one shape, ``[..., channels]``."""
+        if reference is None:
+            raise ValueError("a cross moment needs the reference value")
+        rows, other = (t.reshape(-1, t.shape[-1]).float() for t in (batch, reference))
+        if self._sum is None:
+            self._sum = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32, device=batch.device)
+        self._sum.addmm_(other.T, rows)
+
+    def merge(self, other: "CrossGram") -> None:
+        """Adds the other's sum."""
+        if other._sum is not None:
+            self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
+
+    def result(self) -> Tensor:
+        """float32 ``[channels, channels]``; not divided by the number of rows."""
+        if self._sum is None:
+            raise ValueError("nothing was observed")
+        return self._sum

@@ -1,4 +1,4 @@
-"""Local rewrites: a `Rule` starts at an anchor operator, checks what surrounds it, and says why where it does not fit."""
+"""Local rewrites: a `Rule` starts at an anchor operator, checks what surrounds it, and says why it does not fit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import fx
 
 from qcompiler.graph import Graph, is_op
 
-__all__ = ["Miss", "Rule", "apply_rules", "expect", "is_weight", "note", "other_operand", "replace"]
+__all__ = ["Miss", "Rule", "apply_rules", "arguments", "expect", "is_weight", "note", "other_operand", "replace"]
 
 
 class Miss(Exception):
@@ -48,6 +48,12 @@ def note(graph: Graph, node: fx.Node, pattern: str, reason: str) -> None:
     entry = {"node": node.name, "pattern": pattern, "reason": reason}
     if entry not in graph.unrecognized:
         graph.unrecognized.append(entry)
+
+
+def arguments(node: fx.Node, required: int, *defaults: Any) -> tuple[Any, ...]:
+    """The positional arguments of a call, those left out filled in from ``defaults``."""
+    given: tuple[Any, ...] = tuple(node.args)
+    return given + defaults[len(given) - required :]
 
 
 def expect(node: object, *targets: Any, what: str) -> fx.Node:

