@@ -1,7 +1,7 @@
-"""Does peak memory grow with depth? ``python -m benchmarks.memory`` builds one architecture with 8 and with 32 layers and compiles both.
+"""Does peak memory grow with depth? ``python -m benchmarks.memory`` compiles one architecture with 8 and with 32 layers.
 
-Each run is a process of its own: capture, ``w4a16-gptq`` on tokens given, and ONNX. What counts is the peak resident memory of compiling and of
-lowering, less what was resident after imports and capture.
+Each run is a process of its own: capture, ``w4a16-gptq`` on tokens given, and ONNX. What counts is the peak resident
+memory of compiling and of lowering, less what was resident after imports and capture.
 """
 
 import argparse
@@ -119,7 +119,8 @@ def render(rows: list[tuple[int, dict[str, Any]]], options: argparse.Namespace) 
     lines = [
         f"{options.recipe}, hidden {options.hidden}, {options.samples}×{options.length} tokens. {where}.",
         "",
-        "| layers | weights on disk MB | resident after capture MB | compile, above it MB | compile and lowering, above it MB | CPU s |",
+        "| layers | weights on disk MB | resident after capture MB | compile, above it MB "
+        "| compile and lowering, above it MB | CPU s |",
         "|---|---|---|---|---|---|",
     ]
     for layers, row in rows:

@@ -1,7 +1,8 @@
-"""Compiles the shipped model with two recipes, compares them with the original, and generates text from the INT4 ONNX model.
+"""Compiles the shipped model with two recipes, compares them with the original, and generates text from the INT4 model.
 
-``make demo`` runs it. Each recipe is compiled by the ``qcompiler`` command in a process of its own, so that the peak memory shown is its own. No
-text is shipped: calibration text and held-out text are sampled from the original model, which makes the comparison easier than real text would.
+``make demo`` runs it. Each recipe is compiled by the ``qcompiler`` command in a process of its own, so that the peak
+memory shown is its own. No text is shipped: calibration text and held-out text are sampled from the original model, which
+makes the comparison easier than real text would.
 """
 
 import argparse
@@ -45,7 +46,9 @@ def main() -> None:
         measured = run("evaluate", directory, "--text", held_out, "--against", MODEL)
         if index == 0:
             size = f"{compiled['bytes_before'] / 2**20:.1f}"
-            table.add_row("original (bfloat16)", size, "16.00", f"{measured['reference_perplexity']:.2f}", "0", "1", "", "")
+            table.add_row(
+                "original (bfloat16)", size, "16.00", f"{measured['reference_perplexity']:.2f}", "0", "1", "", ""
+            )
         table.add_row(
             recipe,
             f"{compiled['bytes_after'] / 2**20:.1f}",
@@ -63,7 +66,8 @@ def main() -> None:
     console.print(f"\ngenerating with ONNX Runtime from {folder}:")
     generated = qc.generate(folder, PROMPT, max_new_tokens=60, temperature=0.8, top_k=40, seed=3)
     console.print(PROMPT + generated.text, style="italic", highlight=False)
-    console.print(f"\n{len(generated.tokens) / generated.seconds:.0f} tokens per second; {time.perf_counter() - start:.0f} s in all")
+    rate = len(generated.tokens) / generated.seconds
+    console.print(f"\n{rate:.0f} tokens per second; {time.perf_counter() - start:.0f} s in all")
 
 
 def sample_texts(output: Path) -> tuple[Path, Path]:

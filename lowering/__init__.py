@@ -1,0 +1,1 @@
+"""Targets: one folder or file each, writer beside reader."""

@@ -1,21 +1,24 @@
-"""The GPTQ solver: codes for one linear layer, or for several that read the same input, from its weight and the input's Gram matrix.
+"""The GPTQ solver: codes for linear layers that read one input, from their weights and the input's Gram matrix.
 
-Notation: ``W [out, in]`` the weight, ``X [tokens, in]`` the input the quantized model sees, ``G = XᵀX`` its Gram matrix,
-``H = G + damping · mean(diag G) · I``. Rounding ``W`` to ``Q`` changes the layer's output by ``tr((W - Q) G (W - Q)ᵀ)``.
+Notation: ``W [out, in]`` the weight, ``X [tokens, in]`` the input the quantized model sees, ``G = XᵀX`` its Gram
+matrix, ``H = G + damping · mean(diag G) · I``. Rounding ``W`` to ``Q`` changes the output, squared and summed over
+tokens, by ``tr(E G Eᵀ)`` with ``E = W - Q``.
 
-**Error feedback.** GPTQ (arXiv 2210.17323, algorithm 1) rounds one column after the other and lets the later columns make good the
-error so far, with the rows of the upper Cholesky factor ``U`` of ``H⁻¹ = UᵀU``. Here the same codes are found without inverting
-anything. Let ``H = R Rᵀ`` with ``R`` upper triangular, which is ``U⁻¹``. Then ``tr(E H Eᵀ) = |E R|²`` for ``E = W - Q``, column ``i``
-of ``E R`` depends on the first ``i`` columns of ``E`` alone, and it is smallest for::
+**Error feedback.** GPTQ (arXiv 2210.17323, algorithm 1) rounds one column after the other and lets the columns to
+come make good the error so far, by the rows of the upper Cholesky factor ``U`` of ``H⁻¹ = UᵀU``. The same codes are
+found here without inverting anything. Let ``H = R Rᵀ`` with ``R`` upper triangular (``R = U⁻¹``). Then ``tr(E H Eᵀ) =
+|E R|²``, column ``i`` of ``E R`` depends on columns ``0..i`` of ``E`` alone, and given those before it is smallest
+for::
 
     q_i = round(w_i + Σ_{k<i} E_k · R[k, i] / R[i, i])
 
-This is the form called LDLQ in QuIP (arXiv 2307.13304, section 3, theorem 6: equal to GPTQ). It costs one factorisation (``in³/3``
-instead of ``in³``) and *gathers* the feedback instead of scattering it: the errors already made are read, one row is written.
+QuIP (arXiv 2307.13304) calls this form LDLQ and proves it equal to GPTQ. It takes one factorisation (``in³/3``
+multiplications instead of ``in³``), and feedback is gathered, not scattered: errors made are read, one row is written.
 
-**Layout.** Everything in the loop is transposed, ``[in, rows]``, so that a column of the weight is contiguous. Columns are taken in
-blocks of `_BLOCK`: feedback from earlier blocks is one matrix product per block, feedback inside the block one vector-matrix
-product per column. On the CPU the loop runs on numpy views of the same memory, whose calls cost a fraction of torch's.
+**Layout.** In the loop everything is transposed, ``[in, rows]``, so that a column of the weight is contiguous. Columns
+are taken in blocks: feedback from earlier blocks is one matrix product per block, feedback inside the block one
+vector-matrix product per column. On the CPU the loop runs on numpy views of the same memory: a numpy call costs a
+fraction of a torch call, and a column is a few hundred numbers.
 """
 
 from collections.abc import Sequence
@@ -36,10 +39,10 @@ __all__ = ["GPTQSolution", "ScaleSearch", "solve_gptq"]
 
 ScaleSearch = Literal["mse", "minmax"]
 
-_BLOCK = 32  # columns: one vector-matrix product then stays below the size at which BLAS starts threads
-_ROWS = 4096  # rows solved at a time: a block of errors fits the cache
+_BLOCK = 32  # columns; with `_ROWS`, a vector-matrix product stays below the size at which BLAS starts threads
+_ROWS = 4096  # rows solved at a time, so that the errors of a block stay in the cache
 _SEARCH_ELEMENTS = 1 << 18  # weights whose scales are searched at a time: bounds the temporaries
-_SEARCH_STEPS, _SEARCH_SHRINK = 16, 0.8
+_SEARCH_STEPS, _SEARCH_SHRINK = 16, 0.8  # 2 bits want as little as 0.3 of the range; finer steps gain < 0.5 %
 _DAMPING_GROWTH = 10.0
 _DAMPING_FLOOR = 1e-6  # what growth starts from when no damping was asked for
 _DAMPING_LIMIT = 1e3  # beyond this the matrix was no Gram matrix
@@ -51,10 +54,10 @@ class GPTQSolution:
 
     Attributes:
         qtensor: codes and scales.
-        damping: the damping the factorisation succeeded with, as a fraction of the mean diagonal; at least what was asked for.
-        dead_columns: inputs that were zero in every calibration token. Their columns are rounded to nearest.
-        loss: ``tr(E G Eᵀ)``, the squared error of the layer's output summed over calibration tokens; ``E`` is the
-            difference from the target (the weight, or the corrected weight where a cross Gram was given).
+        damping: what the factorisation succeeded with, as a fraction of the mean diagonal; at least what was asked for.
+        dead_columns: how many inputs were zero in every calibration token. Their columns are rounded to nearest.
+        loss: ``tr(E G Eᵀ)``, the squared error of the layer's output summed over calibration tokens. ``E`` is the
+            distance from the target: the weight, or the corrected weight where a cross Gram matrix was given.
         rtn_loss: the same for round to nearest with min-max scales.
     """
 
@@ -85,22 +88,23 @@ def solve_gptq(
     Args:
         weights: float ``[out_i, in]`` each, on one device.
         gram: float32 or float64 ``[in, in]``, ``XᵀX`` over the calibration tokens.
-        spec: the number format; groups are static (scales are chosen before columns are reordered), so codes are stored in
-            the weight's own column order and no group index is needed.
+        spec: the number format. Groups are static: scales are chosen before columns are reordered, so codes are
+            stored in the weight's own column order and no group index is needed.
         scale_dtype: the dtype scales are stored in.
-        act_order: take columns by decreasing Gram diagonal, so that the inputs that carry most are rounded first, while there
-            are many columns left to make good their error.
-        damping: what is added to the diagonal, as a fraction of its mean over the columns that are not dead. Grown tenfold
+        act_order: take columns by decreasing Gram diagonal: inputs that carry most are rounded first, while many
+            columns are left to make good their error.
+        damping: added to the diagonal, as a fraction of its mean over the columns that are not dead. Grown tenfold
             until the factorisation succeeds.
-        scale_search: ``mse``: per group, the least squared rounding error weighted by ``diag(H)``; ``minmax``: the range.
-        sweeps: passes of cyclic coordinate descent on ``tr(E H Eᵀ)`` over the codes found, each column re-rounded given all
-            the others (QuantEase, arXiv 2309.01885, section 3). Never raises the damped loss.
-        cross: optional float ``[in, in]``, ``YᵀX`` where ``Y`` is the input the *original* model sees at this place. The
-            target then becomes ``W + correction · W (YᵀX - XᵀX) H⁻¹``, which for ``correction = 1`` minimises
-            ``|X Qᵀ - Y Wᵀ|²``: the layer also makes good what the layers before it changed (the objective of GPTAQ,
-            arXiv 2504.02692, equation 5, solved in closed form ahead of the loop instead of column by column).
-        correction: how much of that shift to apply, in [0, 1]; below 1 it is shrunk, for it fits the noise of the
-            calibration tokens too.
+        scale_search: ``mse``: per group, the least squared rounding error weighted by ``diag(H)``; ``minmax``: the
+            range.
+        sweeps: passes of coordinate descent on ``tr(E H Eᵀ)`` over the codes found, each column rounded anew given
+            all others (the update of QuantEase, arXiv 2309.01885, started from GPTQ's codes). Never raises that loss.
+        cross: optional float ``[in, in]``, ``YᵀX`` where ``Y`` is the input the *original* model sees at this place.
+            The target becomes ``W + correction · W (YᵀX - XᵀX) H⁻¹``. With ``correction`` 1 that minimises ``|X Qᵀ -
+            Y Wᵀ|²``: the layer also makes good what was changed before it. This is the objective of GPTAQ (arXiv
+            2504.02692), solved once ahead of the loop instead of column by column.
+        correction: how much of that shift to apply, in [0, 1]. The whole of it also fits the noise of the calibration
+            tokens.
 
     Returns:
         One solution per weight, in order.
@@ -344,9 +348,9 @@ def _round_block(
 ) -> None:
     """The loop over the columns of one block: writes ``steps`` and ``residual = base - steps * scale``.
 
-    Column ``j`` is rounded to the step nearest ``wanted[j] + Σ_{k<j} feedback[j, k] · residual[k]``. All tensors but
-    ``feedback`` ``[block, block]`` are ``[block, rows]`` and their rows contiguous; ``wanted`` is overwritten; ``residual``
-    may be ``base``.
+    Column ``j`` is rounded to the step nearest ``wanted[j] + Σ_{k<j} feedback[j, k] · residual[k]``. ``feedback`` is
+    ``[block, block]``, every other tensor ``[block, rows]`` with contiguous rows. ``wanted`` is overwritten;
+    ``residual`` may be ``base``.
     """
     if wanted.device.type != "cpu":
         _round_block_torch(wanted, base, feedback, residual, steps, grid, groups)

@@ -34,8 +34,8 @@ __all__ = ["GPTQ"]
 class GPTQ(Pass):
     """Quantizes weights one input channel at a time, compensating each error with the channels that are left.
 
-    ``linear(x, W)`` becomes ``linear(x, dequantize(codes, scale))`` with codes that keep ``||X W' - X Q'||`` small for the
-    calibration inputs ``X``, through the Gram matrix ``X'X`` alone. Sites are taken in true sequence: the inputs of
+    ``linear(x, W)`` becomes ``linear(x, dequantize(codes, scale))`` with codes that keep ``||X W' - X Q'||`` small for
+    the calibration inputs ``X``, through the Gram matrix ``X'X`` alone. Sites are taken in true sequence: the inputs of
     ``o`` are gathered with ``q``, ``k`` and ``v`` quantized already, those of ``down`` with ``gate`` and ``up``.
     Sites that read the same value share one Gram matrix, one factorization and one column loop.
 
@@ -50,8 +50,8 @@ class GPTQ(Pass):
         sweeps: passes of coordinate descent over the finished codes, each column rounded anew given all others
             (arXiv 2309.01885).
         correction: how far each layer also makes good what quantizing the layers before it changed in its input, from 0
-            to 1 (arXiv 2504.02692). Above 0 the calibration batches also run through the original weights, which doubles
-            the time of the sweep.
+            to 1 (arXiv 2504.02692). Above 0 the calibration batches also run through the original weights, which
+            doubles the time of the sweep.
 
     Source: arXiv 2210.17323, algorithm 1; act-order and static groups from its reference implementation.
     """

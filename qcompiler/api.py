@@ -1,4 +1,7 @@
-"""The public functions: capture, compile, lower, load, evaluate, generate. With `qcompiler.cli`, the only module that sees every room."""
+"""The public functions: capture, compile, lower, load, evaluate, generate.
+
+With `qcompiler.cli`, the only module that sees every room.
+"""
 
 import tempfile
 import time
@@ -23,7 +26,7 @@ from qcompiler.generate import Generation
 from qcompiler.generate import generate as generate_text
 from qcompiler.graph import Graph
 from qcompiler.hf import HFArtifact, load_tokenizer
-from qcompiler.native import MANIFEST, NativeArtifact, load_native, save_native
+from qcompiler.native import MANIFEST, NativeArtifact, load_held_out, load_native, save_native
 from qcompiler.parity import check_parity
 from qcompiler.pass_base import Pass, PassContext
 from qcompiler.passes.assign import Assign
@@ -51,7 +54,10 @@ __all__ = [
 
 Recipe = str | Sequence[Pass]
 Progress = Callable[[int, int, str], None]
-_BATCH_TOKENS = 4096  # tokens run through a segment at once: large enough for the matrix products, small enough for caches
+_BATCH_TOKENS = (
+    4096  # tokens run through a segment at once: large enough for the matrix products, small enough for caches
+)
+_HELD_OUT_ROWS = 16
 _TARGETS = ("onnx",)
 
 
@@ -89,16 +95,18 @@ class CompileResult:
         graph: the quantized graph.
         report: what was done.
         manifest: recipe, seed, versions and source.
+        held_out: int64 ``[n, length]``, tokens that calibration did not see; what `evaluate` measures with by default.
     """
 
     graph: Graph
     report: CompileReport
     manifest: dict[str, Any]
+    held_out: Tensor | None = None
     _workspace: Any = field(default=None, repr=False)
 
     def save(self, directory: str | Path) -> None:
         """Writes the native artifact to a new or empty directory; see `qcompiler.native`."""
-        save_native(self.graph, directory, self.manifest, self.report.to_dict())
+        save_native(self.graph, directory, self.manifest, self.report.to_dict(), self.held_out)
 
     def artifact(self, device: str | torch.device = "cpu") -> Artifact:
         """The compiled model, ready to run."""
@@ -125,11 +133,12 @@ def compile(
     Args:
         model: what `capture` takes, or a graph it returned; a graph is rewritten in place.
         recipe: a name (`qcompiler.passes.recipes`) or passes in order.
-        calibration: text, tokens or self-generated; for a plain module, an iterable of input tuples. Without it, a recipe
-            that needs calibration generates its own tokens from the model's directory, and says so.
+        calibration: text, tokens or self-generated; for a plain module, an iterable of input tuples. Without it, a
+            recipe that needs calibration lets the model generate its own tokens, and says so.
         targets: where the result is meant to go; schemes they refuse are errors before anything is computed.
         overrides: glob pattern of sites → scheme or None, added to the recipe's `Assign`.
-        memory_budget: bytes of calibration values held in memory; a quarter of the machine's by default. More goes to disk.
+        memory_budget: bytes of calibration values held in memory, more goes to disk; by default a quarter of the
+            machine's.
         device: ``cpu``, ``cuda`` or ``auto``.
         seed: the only source of randomness.
         strict: a site that is left alone without being asked for is an error.
@@ -151,6 +160,7 @@ def compile(
     context = PassContext(graph, _device(device), seed)
     workspace = tempfile.TemporaryDirectory(prefix="qcompiler-", dir=work_dir)
     batches: list[Batch] | None = None
+    held_out: Tensor | None = None
     for stage in pipeline.stages:
         for item in stage.whole_graph:
             result = item.run(graph, context)
@@ -160,7 +170,7 @@ def compile(
         check_schemes(graph.schemes, widths, specs)
         if stage.is_calibrated and batches is None:
             at = time.perf_counter()
-            batches = _batches(graph, calibration, seed, context.device, report)
+            batches, held_out = _batches(graph, calibration, seed, context.device, report)
             report.seconds["calibration"] = time.perf_counter() - at
         done = sweep(
             graph,
@@ -191,7 +201,7 @@ def compile(
         "calibration": report.calibration,
         "provenance": {k: v for k, v in graph.provenance.items() if k != "companions"},
     }
-    return CompileResult(graph, report, manifest, workspace)
+    return CompileResult(graph, report, manifest, held_out, workspace)
 
 
 def _passes(recipe: Recipe) -> Sequence[Pass]:
@@ -231,15 +241,17 @@ def _batches(
     seed: int,
     device: torch.device,
     report: CompileReport,
-) -> list[Batch]:
+) -> tuple[list[Batch], Tensor | None]:
+    """Calibration inputs on the device, and the tokens set apart for measuring."""
     if graph.signature.input("ids") is None:
         if calibration is None or isinstance(calibration, Calibration):
             raise CalibrationError(
-                "a model without token ids is calibrated with its own inputs", expected="an iterable of tuples of tensors"
+                "a model without token ids is calibrated with its own inputs",
+                expected="an iterable of tuples of tensors",
             )
         values = [feed_tensors(graph, [t.to(device) for t in tensors]) for tensors in calibration]
         report.calibration = {"source": "inputs", "samples": len(values)}
-        return list(values)
+        return list(values), None
     if calibration is not None and not isinstance(calibration, Calibration):
         raise CalibrationError(
             "a language model is calibrated with tokens",
@@ -250,15 +262,18 @@ def _batches(
     report.calibration = bound.to_dict()
     report.notes += bound.notes
     rows = max(1, _BATCH_TOKENS // bound.ids.shape[1])
-    return [feed(graph, ids.to(device)) for ids in bound.ids.split(rows)]
+    return [feed(graph, ids.to(device)) for ids in bound.ids.split(rows)], bound.held_out
 
 
 def _bind(graph: Graph, calibration: Calibration) -> CalibrationTokens:
     companions = graph.provenance.get("companions")
-    limits = _limits(graph)
     if companions is not None:
-        return calibration.bind(companions)
-    return calibration.bind(vocab_size=limits[0], max_positions=limits[1])
+        return calibration.bind(companions, hold_out=_HELD_OUT_ROWS)
+    vocab_size, max_positions = _limits(graph)
+    artifact = NativeArtifact(graph) if calibration.source == "self-generated" else None
+    return calibration.bind(
+        artifact=artifact, vocab_size=vocab_size, max_positions=max_positions, hold_out=_HELD_OUT_ROWS
+    )
 
 
 def _limits(graph: Graph) -> tuple[int | None, int | None]:
@@ -289,7 +304,7 @@ def load(directory: str | Path) -> CompileResult:
     root = _native_directory(Path(directory))
     graph, manifest, report = load_native(root)
     manifest.pop("schema")
-    return CompileResult(graph, CompileReport.from_dict(report), manifest)
+    return CompileResult(graph, CompileReport.from_dict(report), manifest, load_held_out(root))
 
 
 def _native_directory(path: Path) -> Path:
@@ -401,9 +416,25 @@ def evaluate(
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity, and KL divergence to the original; see `qcompiler.evaluate`."""
+    """Perplexity, and KL divergence to the original; see `qcompiler.evaluate`.
+
+    Without text or tokens, the tokens are those the native artifact keeps from its calibration.
+
+    Raises:
+        InputError: without text, for an artifact that keeps no tokens; see also `qcompiler.evaluate`.
+    """
+    opened = _open(artifact)
+    if text is None and tokens is None:
+        tokens = artifact.held_out if isinstance(artifact, CompileResult) else _held_out(opened.path)
+        if tokens is None:
+            raise InputError(
+                "there is no text to evaluate with, and this artifact keeps none",
+                where=opened.path,
+                expected="a text, or an artifact that was calibrated",
+                remedy="give --text FILE",
+            )
     return evaluate_artifact(
-        _open(artifact),
+        opened,
         text=text,
         tokens=tokens,
         against=None if against is None else _open(against),
@@ -411,6 +442,14 @@ def evaluate(
         max_tokens=max_tokens,
         progress=progress,
     )
+
+
+def _held_out(path: Path | None) -> Tensor | None:
+    """The tokens of a native artifact, or of the one that a lowered model lies beside."""
+    if path is None:
+        return None
+    found = load_held_out(path)
+    return found if found is not None else load_held_out(path.parent / "native")
 
 
 def generate(artifact: str | Path | Artifact | CompileResult, prompt: str, **options: Any) -> Generation:

@@ -38,11 +38,14 @@ class CalibrationTokens:
         ids: int64 ``[samples, length]``.
         source: ``text``, ``tokens`` or ``self-generated``.
         notes: what the user should know about them.
+        held_out: int64 ``[n, length]`` of the same kind that calibration does not see, where some were asked for and
+            there were enough.
     """
 
     ids: Tensor
     source: str
     notes: tuple[str, ...] = ()
+    held_out: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON fields for a report; the tokens themselves as a SHA-256 of their little-endian bytes."""
@@ -155,6 +158,7 @@ class Calibration:
         artifact: Artifact | None = None,
         vocab_size: int | None = None,
         max_positions: int | None = None,
+        hold_out: int = 0,
         trust_remote_code: bool = False,
     ) -> CalibrationTokens:
         """The tokens for one model.
@@ -165,6 +169,7 @@ class Calibration:
             artifact: the original model, to generate with.
             vocab_size: token ids must be below it.
             max_positions: a window must not be longer.
+            hold_out: how many further windows to set apart for measuring.
             trust_remote_code: run code the directory brings along.
 
         Raises:
@@ -190,14 +195,14 @@ class Calibration:
             assert self.text is not None
             if tokenizer is None:
                 raise InputError("calibration text needs a tokenizer", where="Calibration", remedy="give the tokenizer")
-            ids, notes = self._windows(encode(tokenizer, self.text))
+            ids, notes = self._windows(encode(tokenizer, self.text), hold_out)
         elif self.source == "tokens":
             assert self.given is not None
-            ids, notes = (self.given[: self.samples], ()) if self.given.dim() == 2 else self._windows(self.given)
+            ids, notes = (self.given, ()) if self.given.dim() == 2 else self._windows(self.given, hold_out)
         else:
             if artifact is None and model is not None:
                 artifact = HFArtifact(model, trust_remote_code=trust_remote_code)
-            ids, notes = self._generate(artifact, tokenizer, model)
+            ids, notes = self._generate(artifact, tokenizer, model, hold_out)
         if vocab_size is not None and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
             raise CalibrationError(
                 "calibration tokens outside the model's vocabulary",
@@ -208,9 +213,12 @@ class Calibration:
             )
         for note in notes:
             _log.warning("%s", note)
-        return CalibrationTokens(ids.contiguous(), self.source, notes)
+        rest = ids[self.samples :][:hold_out] if self.samples is not None else ids[:0]
+        return CalibrationTokens(
+            ids[: self.samples].contiguous(), self.source, notes, rest.contiguous() if len(rest) else None
+        )
 
-    def _windows(self, stream: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    def _windows(self, stream: Tensor, hold_out: int) -> tuple[Tensor, tuple[str, ...]]:
         """Windows of ``[n]`` that do not overlap, at random: slots of one grid, whose offset is random too."""
         assert self.samples is not None and self.length is not None  # noqa: PT018
         slots = len(stream) // self.length
@@ -228,10 +236,10 @@ class Calibration:
         generator = torch.Generator().manual_seed(self.seed)
         offset = int(torch.randint(len(stream) - slots * self.length + 1, (), generator=generator))
         grid = stream[offset : offset + slots * self.length].view(slots, self.length)
-        return grid[torch.randperm(slots, generator=generator)[: self.samples]], notes
+        return grid[torch.randperm(slots, generator=generator)[: self.samples + hold_out]], notes
 
     def _generate(
-        self, artifact: Artifact | None, tokenizer: Any, model: str | Path | None
+        self, artifact: Artifact | None, tokenizer: Any, model: str | Path | None, hold_out: int
     ) -> tuple[Tensor, tuple[str, ...]]:
         if artifact is None:
             raise InputError(
@@ -240,18 +248,19 @@ class Calibration:
                 remedy="capture the model from a directory, or calibrate on text",
             )
         assert self.samples is not None and self.length is not None  # noqa: PT018
+        count = self.samples + hold_out
         bos, special = _special_tokens(tokenizer, model, artifact)
         notes: tuple[str, ...] = (_SELF_GENERATED_NOTE,)
         generator = torch.Generator().manual_seed(self.seed)
         if bos is None:
             notes += ("the model has no BOS token: each generated sequence starts from a random token",)
-            starts = torch.randint(artifact.vocab_size, (self.samples, 1), generator=generator)
+            starts = torch.randint(artifact.vocab_size, (count, 1), generator=generator)
         else:
-            starts = torch.full((self.samples, 1), bos, dtype=torch.int64)
+            starts = torch.full((count, 1), bos, dtype=torch.int64)
         sampler = Sampler(temperature=1.0, suppress=special)
         rows: list[Tensor] = []
         for index, start in enumerate(starts.split(_ROWS_AT_ONCE)):
-            _log.info("generating calibration text: %d of %d sequences", index * _ROWS_AT_ONCE, self.samples)
+            _log.info("generating calibration text: %d of %d sequences", index * _ROWS_AT_ONCE, count)
             seed = int(torch.randint(1 << 62, (), generator=generator))
             new = decode_stepwise(artifact, start, self.length - 1, sampler, seed)
             rows.append(torch.cat([start, *(chosen[:, None] for chosen in new)], dim=1))

@@ -27,7 +27,9 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Compiles language models to low-bit ones, and measures them."
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code the model directory brings along.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run modelling code the model directory brings along.")
+]
 
 
 @app.command()
@@ -39,11 +41,14 @@ def compile(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
     override: Annotated[
-        list[str] | None, typer.Option("--set", help="PATTERN=SCHEME for sites, such as 'lm_head=w8a16' or '*.0.*=none'.")
+        list[str] | None,
+        typer.Option("--set", help="PATTERN=SCHEME for sites, such as 'lm_head=w8a16' or '*.0.*=none'."),
     ] = None,
     to: Annotated[list[str] | None, typer.Option(help="A target, such as onnx or onnx:opset=23,float=float16.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what the output directory holds.")] = False,
-    memory_budget: Annotated[str | None, typer.Option(help="For calibration values, such as 4GB; more goes to disk.")] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="For calibration values, such as 4GB; more goes to disk.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     seed: Annotated[int, typer.Option(help="The only source of randomness.")] = 0,
     strict: Annotated[bool, typer.Option(help="A site left alone unasked is an error.")] = False,
@@ -93,7 +98,9 @@ def compile(
 @app.command()
 def evaluate(
     artifact: Annotated[Path, typer.Argument(help="OUT, OUT/native, OUT/onnx, or a Hugging Face directory.")],
-    text: Annotated[Path | None, typer.Option(help="A UTF-8 text; by default the held-out tokens of the artifact.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text; by default the held-out tokens of the artifact.")
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="The original model, for KL divergence and agreement.")] = None,
     cached: Annotated[bool, typer.Option(help="Decode the second half of each window with the cache.")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.")] = None,
@@ -124,7 +131,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the most likely tokens of this total probability.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the most likely tokens of this total probability.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -234,7 +243,7 @@ def _emit(content: dict[str, Any]) -> None:
     print(json.dumps(content, allow_nan=False, default=str), flush=True)
 
 
-# --- options -----------------------------------------------------------------------------------------------------------
+# --- options ---------------------------------------------------------------------------------------------------------
 
 
 def _override(text: str) -> tuple[str, str | None]:
@@ -308,7 +317,7 @@ def _write_errors(output: Path) -> Iterator[None]:
         raise InputError("the output cannot be written", where=output, got=os.strerror(error.errno or 0)) from error
 
 
-# --- what people see ---------------------------------------------------------------------------------------------------
+# --- what people see -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -318,7 +327,14 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, description: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

@@ -106,5 +106,5 @@ class Stretch:
 
 
 def _call(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)  # type: ignore[type-var]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
     return node.target(*args, **kwargs)  # type: ignore[operator]

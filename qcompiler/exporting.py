@@ -1,6 +1,7 @@
 """`torch.export` and what is made of its result: a plain fx graph over named tensors. `ExportedProgram` stays here."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +122,8 @@ def export(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, name:
     with torch.no_grad(), trouble(name), _without_fake_tensor_cache(), _AttentionStandIn():
         program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes, strict=False)
         if _has_effects(program.graph):
-            program = program.run_decompositions({})
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch uses its own old interfaces
+                program = program.run_decompositions({})
     for node in program.graph.nodes:
         if node.op == "get_attr" or (
             node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)

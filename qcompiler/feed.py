@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from qcompiler.errors import InputError
 from qcompiler.graph import Graph
+from qcompiler.signature import SEQUENCE
 
 __all__ = ["feed", "feed_tensors"]
 
@@ -21,12 +22,17 @@ def feed(graph: Graph, ids: Tensor, past: Sequence[Tensor] | None = None) -> dic
         past: the cache, in the order of the graph's ``past`` inputs; None for an empty one.
 
     Raises:
-        InputError: if the graph takes no token ids.
+        InputError: if the graph takes no token ids, or not so many.
     """
     if graph.signature.input("ids") is None:
         raise InputError("this graph takes no token ids", got=[port.name for port in graph.signature.inputs])
     batch, length = ids.shape
     before = past[0].shape[2] if past else 0
+    limit = graph.provenance.get("limits", {}).get(SEQUENCE)
+    if limit is not None and length > limit:
+        raise InputError(
+            "the text is longer than the model allows", got=f"{length} tokens", expected=f"at most {limit}"
+        )
     caches = iter(past or ())
     values: dict[fx.Node, Any] = {}
     for node, port in zip(graph.inputs, graph.signature.inputs, strict=True):

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch.fx import Graph as FxGraph
+from torch.fx import Node
 
 import qcompiler.ops  # noqa: F401  (defines torch.ops.qcompiler)
 from qcompiler.errors import ArtifactError, PipelineError
@@ -23,7 +24,7 @@ _canonical = torch.ops.qcompiler
 
 def is_op(node: object, *targets: object) -> bool:
     """Whether ``node`` is a call of one of ``targets`` (operator overloads or functions)."""
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
 def site_name(weight_name: str) -> str:
@@ -44,12 +45,12 @@ class Site:
 
     name: str
     weight: str
-    nodes: tuple[fx.Node, ...]
+    nodes: tuple[Node, ...]
     out_features: int
     in_features: int
 
     @property
-    def inputs(self) -> tuple[fx.Node, ...]:
+    def inputs(self) -> tuple[Node, ...]:
         """The distinct activations it reads."""
         return tuple(dict.fromkeys(node.args[0] for node in self.nodes))  # type: ignore[misc]
 
@@ -58,7 +59,7 @@ class Site:
         """The name of the bias tensor, if there is one."""
         arguments = self.nodes[0].args
         bias = arguments[2] if len(arguments) > 2 else None
-        return str(bias.target) if isinstance(bias, fx.Node) else None
+        return str(bias.target) if isinstance(bias, Node) else None
 
 
 @dataclass(eq=False)
@@ -77,7 +78,7 @@ class Graph:
         unrecognized: what canonicalization left as it was, each with its reason.
     """
 
-    fx: fx.Graph
+    fx: FxGraph
     signature: Signature
     weights: WeightStore
     schemes: dict[str, Scheme] = field(default_factory=dict)
@@ -85,18 +86,18 @@ class Graph:
     unrecognized: list[dict[str, str]] = field(default_factory=list)
 
     @property
-    def inputs(self) -> list[fx.Node]:
+    def inputs(self) -> list[Node]:
         """The placeholder nodes, in the order of ``signature.inputs``."""
         return [node for node in self.fx.nodes if node.op == "placeholder"]
 
     @property
-    def outputs(self) -> list[fx.Node]:
+    def outputs(self) -> list[Node]:
         """The nodes returned, in the order of ``signature.outputs``."""
         return list(self.fx.output_node().args[0])  # type: ignore[arg-type]
 
     def sites(self) -> list[Site]:
         """Every linear layer, in execution order."""
-        nodes: dict[str, list[fx.Node]] = {}
+        nodes: dict[str, list[Node]] = {}
         for node in self.fx.nodes:
             if is_op(node, _canonical.linear.default):
                 name = self._weight_name(node)
@@ -109,14 +110,14 @@ class Graph:
         return found
 
     @staticmethod
-    def _weight_name(linear: fx.Node) -> str | None:
+    def _weight_name(linear: Node) -> str | None:
         weight = linear.args[1]
-        assert isinstance(weight, fx.Node)
+        assert isinstance(weight, Node)
         if weight.op == "get_attr":
             return str(weight.target)
         if is_op(weight, _canonical.dequantize.default):
             codes = weight.args[0]
-            assert isinstance(codes, fx.Node)
+            assert isinstance(codes, Node)
             return str(codes.target).removesuffix("_codes")
         return None
 
@@ -173,13 +174,13 @@ class Graph:
         for node in site.nodes:
             old = node.args[1]
             node.update_arg(1, weight_node)
-            assert isinstance(old, fx.Node)
+            assert isinstance(old, Node)
             if not old.users:
                 self.fx.erase_node(old)
         if not any(node.target == site.weight for node in self.fx.nodes if node.op == "get_attr"):
             store.remove(site.weight)
 
-    def _get_attr(self, name: str) -> fx.Node:
+    def _get_attr(self, name: str) -> Node:
         info = self.weights.info(name)
         node = self.fx.create_node("get_attr", name)
         dtype = getattr(torch, info.dtype, torch.int8 if info.dtype.startswith("int") else torch.uint8)
@@ -222,12 +223,12 @@ class Graph:
 
 
 def _is_get_attr(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr"
+    return isinstance(node, Node) and node.op == "get_attr"
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
     """The given nodes and everything they are computed from."""
-    seen: set[fx.Node] = set()
+    seen: set[Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()

@@ -20,16 +20,23 @@ from qcompiler.report import strict_json
 from qcompiler.staging import StagedFiles
 from qcompiler.weights import WeightStore
 
-__all__ = ["MANIFEST", "SCHEMA", "NativeArtifact", "load_native", "save_native"]
+__all__ = ["MANIFEST", "SCHEMA", "NativeArtifact", "load_held_out", "load_native", "save_native"]
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 _GRAPH = "graph.json"
 _REPORT = "report.json"
+_HELD_OUT = "held_out.json"
 _PARTIAL = ".partial-"
 
 
-def save_native(graph: Graph, directory: str | Path, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+def save_native(
+    graph: Graph,
+    directory: str | Path,
+    manifest: Mapping[str, Any],
+    report: Mapping[str, Any],
+    held_out: Tensor | None = None,
+) -> None:
     """Writes a graph to a directory, which must not exist or be empty.
 
     Everything is written and synced to a hidden directory inside it first, and moved from there at the end, the
@@ -39,8 +46,9 @@ def save_native(graph: Graph, directory: str | Path, manifest: Mapping[str, Any]
     Args:
         graph: quantized or not.
         directory: made if missing.
-        manifest: provenance; ``schema`` is added.
+        manifest: recipe, seed, versions; ``schema`` is added, and the graph's ``provenance`` where it has none.
         report: what ``report.json`` holds.
+        held_out: int64 ``[n, length]``, tokens that calibration did not see, to measure the artifact with.
 
     Raises:
         InputError: if the directory is not empty or cannot be written.
@@ -62,7 +70,10 @@ def save_native(graph: Graph, directory: str | Path, manifest: Mapping[str, Any]
             for name, path in companion_files(Path(source) if source else None).items():
                 with staged.file(name) as write:
                     write(path.read_bytes())
-            for name, content in ((_GRAPH, graph.to_dict()), (_REPORT, report)):
+            files = {_GRAPH: graph.to_dict(), _REPORT: report}
+            if held_out is not None:
+                files[_HELD_OUT] = {"source": "not used in calibration", "ids": held_out.tolist()}
+            for name, content in files.items():
                 with staged.file(name) as write:
                     write(_json(content))
         graph.weights.save(partial, names=graph.weight_names())
@@ -70,7 +81,8 @@ def save_native(graph: Graph, directory: str | Path, manifest: Mapping[str, Any]
             moved.append(path.replace(root / path.name))
         partial.rmdir()
         with StagedFiles(root) as staged, staged.file(MANIFEST) as write:  # syncs the directory: the moves too
-            write(_json({"schema": SCHEMA, **manifest}))
+            provenance = {key: value for key, value in graph.provenance.items() if key != "companions"}
+            write(_json({"schema": SCHEMA, "provenance": provenance, **manifest}))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for path in moved:
@@ -105,8 +117,9 @@ def load_native(directory: str | Path) -> tuple[Graph, dict[str, Any], dict[str,
     if not isinstance(provenance, dict) or not isinstance(provenance.get("parameters"), int):
         raise ArtifactError("the manifest is damaged", where=root / MANIFEST, expected="a provenance with parameters")
     weights = WeightStore.from_directory(root)
+    fields = _read_json(root / _GRAPH)
     try:
-        graph = Graph.from_dict(_read_json(root / _GRAPH), weights, {**provenance, "companions": str(root)})
+        graph = Graph.from_dict(fields, weights, {**provenance, "companions": str(root)})
     except ArtifactError as error:
         error.where = ": ".join(filter(None, (str(root / _GRAPH), error.where)))
         raise
@@ -116,6 +129,22 @@ def load_native(directory: str | Path) -> tuple[Graph, dict[str, Any], dict[str,
     return graph, manifest, report
 
 
+def load_held_out(directory: str | Path) -> Tensor | None:
+    """The tokens kept to measure an artifact with, int64 ``[n, length]``; None where there are none.
+
+    Raises:
+        ArtifactError: if their file is damaged.
+    """
+    path = Path(directory) / _HELD_OUT
+    if not path.is_file():
+        return None
+    try:
+        ids = torch.tensor(_read_json(path)["ids"], dtype=torch.int64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError("the held-out tokens are damaged", where=path, got=error) from error
+    return ids
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -123,7 +152,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ArtifactError(
             "this is not a native artifact, or an incomplete one", where=path.parent, got=f"no {path.name}"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ArtifactError("this file cannot be read", where=path, got=error.strerror) from error
+    except ValueError as error:
         raise ArtifactError("damaged JSON", where=path, got=error) from error
     if not isinstance(content, dict):
         raise ArtifactError("damaged JSON", where=path, got=type(content).__name__, expected="an object")

@@ -14,8 +14,8 @@ class Statistic(Protocol):
     """What a pass may ask to be gathered at a value of the graph.
 
     Class attributes:
-        needs_reference: it also wants the value the model has there without the approximations made so far; the sweep then
-            runs every batch twice.
+        needs_reference: it also wants the value the model has there without the approximations made so far; the sweep
+            then runs every batch twice.
     """
 
     needs_reference: ClassVar[bool] = False

@@ -1,21 +1,21 @@
 """The canonical operators, ``torch.ops.qcompiler.*``: what a captured graph is rewritten to and every lowering reads.
 
-Each is defined once, as its reference arithmetic, composed of differentiable torch operators: shapes under fake tensors, autograd
-and any device follow from that. Faster kernels register themselves for a device and must agree with it.
+Each is defined once, as its reference arithmetic, composed of differentiable torch operators: shapes under fake tensors,
+autograd and any device follow from that. Faster kernels register themselves for a device and must agree with it.
 
 | operator | meaning |
 |---|---|
 | ``linear(x, weight, bias?)`` | ``x @ weight.T + bias``; weight ``[out, in]`` |
 | ``rms_norm(x, weight, eps)`` | ``x / sqrt(mean(x^2) + eps) * weight`` over the last axis (arXiv 1910.07467) |
 | ``layer_norm(x, weight?, bias?, eps)`` | mean and variance over the last axis (arXiv 1607.06450) |
-| ``rotary(x, cos, sin, interleaved)`` | rotary position embedding of ``x[B, H, S, D]`` (arXiv 2104.09864); cos and sin broadcast to x |
+| ``rotary(x, cos, sin, interleaved)`` | rotary embedding of ``x[B, H, S, D]`` (arXiv 2104.09864); cos, sin broadcast to x |
 | ``kv_append(past, new)`` | ``[B, H, P, D]`` and ``[B, H, S, D]`` → ``[B, H, P + S, D]`` |
-| ``attention(q, k, v, mask?, scale, causal, window?, softcap?)`` | q ``[B, Hq, S, D]``, k and v ``[B, Hkv, T, D]``, Hq a multiple of Hkv; see `_attention` |
+| ``attention(q, k, v, mask?, scale, causal, window?, softcap?)`` | softmax attention with grouped heads; see `_attention` |
 | ``quantize(x, scale, zero_point?, axis, block, dtype)`` | ONNX QuantizeLinear |
 | ``dequantize(codes, scale, zero_point?, axis, block, out_dtype)`` | ONNX DequantizeLinear |
 
-For the last two, a 0-D scale is per tensor; a 1-D one per slice of ``axis`` (``block`` 0); one of the rank of the data is blocked,
-``block`` elements of ``axis`` sharing a scale, the last block possibly short.
+For the last two, a 0-D scale is per tensor; a 1-D one per slice of ``axis`` (``block`` 0); one of the rank of the data is
+blocked, ``block`` elements of ``axis`` sharing a scale, the last block possibly short.
 """
 
 import torch
@@ -63,7 +63,7 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def _kv_append(past: Tensor, new: Tensor) -> Tensor:
-    return torch.cat((past, new), dim=2)
+    return torch.cat((past, new), dim=2) if past.shape[2] else new
 
 
 def _attention(
@@ -79,7 +79,8 @@ def _attention(
     """Softmax attention.
 
     Args:
-        q, k, v: ``[B, Hq, S, D]``, ``[B, Hkv, T, D]``, ``[B, Hkv, T, Dv]``; query head h reads key head ``h * Hkv // Hq``.
+        q, k, v: ``[B, Hq, S, D]``, ``[B, Hkv, T, D]``, ``[B, Hkv, T, Dv]``, Hq a multiple of Hkv; query head h reads key
+            head ``h * Hkv // Hq``.
         mask: boolean (True: attend) or additive, broadcastable to ``[B, Hq, S, T]``; combined with ``causal``.
         scale: factor of ``q @ k.T``.
         causal: query ``s`` sees keys ``0 .. T - S + s`` (aligned to the end, so a cache just makes T longer).
@@ -93,7 +94,7 @@ def _attention(
     repeats = q.shape[1] != k.shape[1]
     if softcap is None and window is None and causal and queries == keys and _attends_everywhere(mask):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeats)
-    if causal and queries > 1 or window is not None:
+    if (causal and queries > 1) or window is not None:
         key = torch.arange(keys, device=q.device)
         query = torch.arange(queries, device=q.device)[:, None] + (keys - queries)
         allowed = key <= query
@@ -165,7 +166,8 @@ for _schema, _reference in (
         _quantize,
     ),
     (
-        "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, int axis, int block, ScalarType out_dtype) -> Tensor",
+        "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, int axis, int block, ScalarType out_dtype) "
+        "-> Tensor",
         _dequantize,
     ),
 ):

@@ -98,9 +98,7 @@ def test_slices_change_nothing(monkeypatch):
             sliced = numerics.mse_qparams(x, spec, torch.float16, importance=importance)
             assert torch.equal(sliced[0], whole[0])
             assert torch.equal(numerics.quantize(x, *whole, spec), codes)
-            assert torch.equal(
-                numerics.dequantize(codes, *whole, spec), (numerics.fake_quantize(x, *whole, spec))
-            )
+            assert torch.equal(numerics.dequantize(codes, *whole, spec), (numerics.fake_quantize(x, *whole, spec)))
 
 
 @settings(max_examples=150, deadline=None)

@@ -89,9 +89,7 @@ class Quantize(Scale):
         RTN().rewrite(wave, {}, PassContext(graph, CPU, 0))
 
 
-def run(
-    graph: Graph, passes: Sequence[Pass], batches: Sequence[Batch], work_dir: Path, **options: Any
-) -> SweepReport:
+def run(graph: Graph, passes: Sequence[Pass], batches: Sequence[Batch], work_dir: Path, **options: Any) -> SweepReport:
     return sweep(graph, passes, batches, PassContext(graph, CPU, 0), work_dir=work_dir, **options)
 
 
@@ -371,7 +369,9 @@ def test_sites_in_no_segment_are_skipped_with_a_reason(tmp_path):
     assert skipped == {"main", "side", "last"} - inside
     for name in skipped:
         assert graph.schemes[name] == Scheme()
-        assert Skip(name, "quantizer", "used in several segments, or not on the way to the first output") in report.skips
+        assert (
+            Skip(name, "quantizer", "used in several segments, or not on the way to the first output") in report.skips
+        )
 
 
 def test_progress(tmp_path):

@@ -38,7 +38,9 @@ def _effective(model: nn.Module) -> dict[str, Tensor]:
     """All weights that the quantized model computes with: codes times scales where a module is quantized."""
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
-    weights = {name: tensor for name, tensor in model.named_parameters() if not name.split(".")[-1].startswith("weight_")}
+    weights = {
+        name: tensor for name, tensor in model.named_parameters() if not name.split(".")[-1].startswith("weight_")
+    }
     for name, module in model.named_modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is not None and scheme.weights is not None:

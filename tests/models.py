@@ -1,0 +1,160 @@
+"""Tiny models with random weights, captured once per process, and what tests do with them."""
+
+import copy
+import dataclasses
+import functools
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from qcompiler.canonicalize import canonicalize
+from qcompiler.capture import capture_module
+from qcompiler.execute import Stretch
+from qcompiler.graph import Graph
+from qcompiler.weights import WeightStore
+
+VOCABULARY = 61
+POSITIONS = 48
+WINDOW = 4
+FAMILIES = ("llama", "mistral", "gpt2", "bert")
+DECODERS = ("llama", "mistral", "gpt2")
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.3,  # logits far enough apart to tell a wrong graph from rounding
+}
+
+
+def build(family: str, *, layers: int = 2, **options: Any) -> nn.Module:
+    """A model in evaluation mode, float32, every parameter random (norms and biases, too)."""
+    torch.manual_seed(7)
+    common = {**_COMMON, "num_hidden_layers": layers}
+    model: nn.Module
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**{**common, "num_key_value_heads": 2, **options}))
+    elif family == "mistral":
+        grouped = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": WINDOW}
+        model = MistralForCausalLM(MistralConfig(**{**common, **grouped, **options}))
+    elif family == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": POSITIONS, "initializer_range": 0.3}
+        ends = {"bos_token_id": 0, "eos_token_id": 0}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **ends, **options))
+    elif family == "bert":
+        model = BertForMaskedLM(BertConfig(**{**common, **options}))
+    else:
+        raise ValueError(family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@functools.cache
+def model_of(family: str) -> nn.Module:
+    """The model of a family; not to be changed."""
+    return build(family)
+
+
+@functools.cache
+def _captured(family: str) -> Graph:
+    return capture_module(model_of(family))
+
+
+def raw_graph(family: str) -> Graph:
+    """A copy of the graph as captured, before canonicalization."""
+    return copy_graph(_captured(family))
+
+
+@functools.cache
+def canonical_graph(family: str) -> Graph:
+    """The canonical graph of a family; not to be changed."""
+    return canonicalize(raw_graph(family))
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """A graph with nodes, weight names and reports of its own; tensors are shared."""
+    store = WeightStore()
+    store._tensors = dict(graph.weights._tensors)
+    return dataclasses.replace(
+        graph,
+        fx=copy.deepcopy(graph.fx),
+        weights=store,
+        schemes=dict(graph.schemes),
+        provenance=dict(graph.provenance),
+        unrecognized=list(graph.unrecognized),
+    )
+
+
+def run(graph: Graph, **values: Tensor) -> dict[str, Tensor]:
+    """The outputs by port name, for inputs by port name (dots as underscores)."""
+    cpu = torch.device("cpu")
+    stretch = Stretch(graph.fx.nodes, graph.outputs)
+    by_port = {
+        port.name.replace(".", "_"): node for port, node in zip(graph.signature.inputs, graph.inputs, strict=True)
+    }
+    assert by_port.keys() == values.keys()
+    given = {by_port[name]: value for name, value in values.items()}
+    results = stretch.run(given, stretch.load(graph.weights.read, cpu), cpu)
+    return {port.name: results[node] for port, node in zip(graph.signature.outputs, graph.outputs, strict=True)}
+
+
+def language_inputs(
+    graph: Graph, ids: Tensor, mask: Tensor, past: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Inputs of a language model: ``mask`` covers the cache, too; positions count every token."""
+    values = {}
+    before = mask.shape[1] - ids.shape[1]
+    for port in graph.signature.inputs:
+        name = port.name.replace(".", "_")
+        if port.role == "ids":
+            values[name] = ids
+        elif port.role == "mask":
+            values[name] = mask
+        elif port.role == "positions":
+            values[name] = torch.arange(before, mask.shape[1]).expand(ids.shape)
+        elif port.role == "past":
+            present = port.name.replace("past_key_values", "present")
+            empty = torch.zeros(ids.shape[0], int(port.shape[1]), 0, int(port.shape[3]))
+            values[name] = empty if past is None else past[present]
+        else:
+            values[name] = torch.zeros_like(ids)
+    return values
+
+
+def padding_mask(batch: int, length: int, side: str) -> Tensor:
+    """int64 ``[batch, length]``: row i lacks i tokens on that side ("none" for none)."""
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    for row in range(batch):
+        if side == "left":
+            mask[row, :row] = 0
+        elif side == "right":
+            mask[row, length - row :] = 0
+    return mask
+
+
+def tolerance(reference: Tensor, operations: int = 256) -> float:
+    """The rounding that so many float32 operations of the reference's size may add up to."""
+    return operations * torch.finfo(torch.float32).eps * float(reference.abs().max())
+
+
+def operators(graph: Graph) -> Counter[str]:
+    """How often each operator occurs: ``{"qcompiler.linear": 15, "aten.add": 4}``."""
+    calls = (node.target for node in graph.fx.nodes if node.op == "call_function")
+    return Counter(str(target).rsplit(".", 1)[0] for target in calls if isinstance(target, torch._ops.OpOverload))

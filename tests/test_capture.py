@@ -1,0 +1,356 @@
+"""Directories and modules become graphs that compute what transformers computes; what cannot be captured says why."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qcompiler.canonicalize import canonicalize
+from qcompiler.capture import capture_directory, capture_module
+from qcompiler.errors import InputError, UnsupportedModelError, WeightError
+from qcompiler.signature import PAST, SEQUENCE, TOTAL
+from tests.models import (
+    DECODERS,
+    FAMILIES,
+    POSITIONS,
+    VOCABULARY,
+    build,
+    canonical_graph,
+    language_inputs,
+    model_of,
+    operators,
+    padding_mask,
+    raw_graph,
+    run,
+    tolerance,
+)
+
+
+def reference(model, ids, mask):
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits
+
+
+def assert_same_logits(graph, model, ids, mask):
+    logits = run(graph, **language_inputs(graph, ids, mask))["logits"]
+    expected = reference(model, ids, mask)
+    assert logits.shape == (*ids.shape, VOCABULARY)
+    real = mask.bool()
+    torch.testing.assert_close(logits[real], expected[real], rtol=0, atol=tolerance(expected))
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(family, batch, side):
+    ids = torch.randint(VOCABULARY, (batch, 11))
+    assert_same_logits(canonical_graph(family), model_of(family), ids, padding_mask(batch, 11, side))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_graph_before_canonicalization_computes_the_same(family):
+    ids = torch.randint(VOCABULARY, (2, 7))
+    assert_same_logits(raw_graph(family), model_of(family), ids, padding_mask(2, 7, "left"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_token(family):
+    assert_same_logits(canonical_graph(family), model_of(family), torch.tensor([[5]]), torch.tensor([[1]]))
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoding_through_the_cache_equals_one_pass(family, side):
+    graph = canonical_graph(family)
+    ids, mask = torch.randint(VOCABULARY, (3, 12)), padding_mask(3, 12, side)
+    expected = reference(model_of(family), ids, mask)
+    past, start = None, 0
+    for end in (4, 9, 10, 11, 12):  # prefill, a block, single tokens
+        out = run(graph, **language_inputs(graph, ids[:, start:end], mask[:, :end], past))
+        past = {name: value for name, value in out.items() if name.startswith("present")}
+        real = mask[:, start:end].bool()
+        torch.testing.assert_close(out["logits"][real], expected[:, start:end][real], rtol=0, atol=tolerance(expected))
+        start = end
+    assert past["present.1.value"].shape == (3, graph.signature.outputs[1].shape[1], 12, 8)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_ports_of_a_decoder(family):
+    signature = canonical_graph(family).signature
+    names = [port.name for port in signature.inputs]
+    assert names[:3] == ["input_ids", "attention_mask", "position_ids"]
+    assert names[3:] == [f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")]
+    assert [p.name for p in signature.outputs] == [
+        "logits",
+        *(f"present.{i}.{part}" for i in range(2) for part in ("key", "value")),
+    ]
+    heads = 4 if family == "gpt2" else 2
+    assert signature.inputs[1].shape == ("batch", TOTAL)
+    assert signature.inputs[3].shape == ("batch", heads, PAST, 8)
+    assert signature.outputs[1].shape == ("batch", heads, TOTAL, 8)
+    assert signature.outputs[0].shape == ("batch", SEQUENCE, VOCABULARY)
+
+
+def test_ports_of_an_encoder():
+    graph = canonical_graph("bert")
+    assert [(p.name, p.role) for p in graph.signature.inputs] == [
+        ("input_ids", "ids"),
+        ("attention_mask", "mask"),
+        ("token_type_ids", "other"),
+    ]
+    assert not graph.signature.has_cache
+    assert graph.provenance["limits"] == {SEQUENCE: POSITIONS}
+
+
+def test_provenance():
+    graph = canonical_graph("llama")
+    model = model_of("llama")
+    assert graph.provenance["parameters"] == sum(p.numel() for p in model.parameters())
+    assert graph.provenance["config"]["model_type"] == "llama"
+    assert graph.provenance["source"] == "LlamaForCausalLM"
+
+
+def test_every_tensor_has_dtype_and_shape():
+    for family in FAMILIES:
+        graph = canonical_graph(family)
+        for node in graph.fx.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                assert {"dtype", "shape"} <= node.meta.keys(), node
+        for node, port in zip(graph.outputs, graph.signature.outputs, strict=True):
+            assert node.meta["shape"] == port.shape
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sharded_and_tied_in_each_dtype(tmp_path, dtype):
+    model = build("llama", layers=1, tie_word_embeddings=True).to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    graph = canonicalize(capture_directory(tmp_path))
+    assert graph.weights.info("model.layers.0.mlp.up_proj.weight").dtype == str(dtype).removeprefix("torch.")
+    assert graph.weights.tied("lm_head.weight") == ("model.embed_tokens.weight",)
+    assert {"lm_head", "model.layers.0.mlp.up_proj"} <= {site.name for site in graph.sites()}
+    assert_same_logits(graph, model.float(), torch.randint(VOCABULARY, (2, 6)), padding_mask(2, 6, "left"))
+
+
+def test_names_without_the_base_model_s_prefix(tmp_path):
+    model = build("gpt2", layers=1)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(file).items()}
+    assert "h.0.attn.c_attn.weight" in tensors
+    save_file(tensors, file)
+    graph = canonicalize(capture_directory(tmp_path))
+    assert "transformer.h.0.attn.c_attn" in {site.name for site in graph.sites()}
+    assert_same_logits(graph, model, torch.randint(VOCABULARY, (1, 6)), padding_mask(1, 6, "none"))
+
+
+def test_names_with_a_prefix_the_model_lacks(tmp_path):
+    model = build("llama", layers=1).model
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({f"model.{name}": t for name, t in load_file(file).items()}, file)
+    graph = capture_directory(tmp_path)
+    assert graph.signature.outputs[0].name == "last_hidden_state"
+    ids = torch.randint(VOCABULARY, (1, 4))
+    hidden = run(graph, **language_inputs(graph, ids, torch.ones_like(ids)))["last_hidden_state"]
+    with torch.no_grad():
+        torch.testing.assert_close(hidden, model(input_ids=ids).last_hidden_state)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A directory, and functions that change its config and its tensors."""
+    build("llama", layers=1).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_config(directory, **fields):
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def edit_tensors(directory, change):
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def test_a_missing_parameter(checkpoint):
+    edit_tensors(checkpoint, lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight"))
+    with pytest.raises(WeightError, match=r"lacks parameters[\s\S]*model\.layers\.0\.mlp\.up_proj\.weight"):
+        capture_directory(checkpoint)
+
+
+def test_a_vocabulary_that_does_not_match(checkpoint):
+    edit_config(checkpoint, vocab_size=VOCABULARY + 3)
+    with pytest.raises(WeightError, match=r"shape") as caught:
+        capture_directory(checkpoint)
+    assert caught.value.got == f"({VOCABULARY}, 32)"
+    assert caught.value.expected == f"({VOCABULARY + 3}, 32)"
+
+
+def test_quantized_checkpoints_are_refused(checkpoint):
+    edit_config(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UnsupportedModelError, match="quantized already") as caught:
+        capture_directory(checkpoint)
+    assert caught.value.got == "gptq"
+
+
+def test_codes_in_the_place_of_weights_are_refused(checkpoint):
+    def store_codes(tensors):
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(torch.int8)
+
+    edit_tensors(checkpoint, store_codes)
+    with pytest.raises(UnsupportedModelError, match="quantized already") as caught:
+        capture_directory(checkpoint)
+    assert caught.value.got == "int8"
+
+
+@pytest.mark.parametrize("text", ["{", '"llama"', "[]", "{}", '{"architectures": ["LlamaForCausalLM"]}'])
+def test_a_broken_config(checkpoint, text):
+    (checkpoint / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"config\.json"):
+        capture_directory(checkpoint)
+
+
+def test_a_missing_config(checkpoint):
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(InputError, match=r"no config\.json"):
+        capture_directory(checkpoint)
+
+
+def test_no_directory(tmp_path):
+    with pytest.raises(InputError, match="no such model directory"):
+        capture_directory(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "unheard-of", "architectures": ["UnheardOf"]},
+        {"num_attention_heads": 0},
+        {"hidden_size": "wide"},
+        {"architectures": ["pipeline"]},
+    ],
+)
+def test_a_config_that_describes_no_model(checkpoint, fields):
+    edit_config(checkpoint, **fields)
+    with pytest.raises(UnsupportedModelError, match="cannot build"):
+        capture_directory(checkpoint)
+
+
+def test_encoder_decoders_are_refused():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=16))
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        capture_module(model)
+
+
+def test_a_model_in_memory_is_left_as_it_is():
+    model = build("llama", layers=1).train().half()
+    capture_module(model)
+    assert model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+
+
+# --- plain modules ----------------------------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(6, 6)
+        self.other_name = self.shared
+        self.head = nn.Linear(6, 3, bias=False)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.other_name(torch.relu(self.shared(x)))))
+
+
+def test_a_module_called_twice_is_one_site():
+    model = Twice()
+    graph = canonicalize(capture_module(model, (torch.randn(4, 6),)))
+    sites = graph.sites()
+    assert [(site.name, len(site.nodes)) for site in sites] == [("shared", 2), ("head", 1)]
+    assert sites[0].bias == "shared.bias"
+    assert [len(site.inputs) for site in sites] == [2, 1]
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(run(graph, input_0=x)["output_0"], model(x).detach())
+
+
+def test_plain_inputs_and_outputs():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 5)
+            self.drop = nn.Dropout(0.5)
+            self.offset = torch.tensor([1.0, 2.0, 3.0, 4.0])  # no buffer
+
+        def forward(self, x, index):
+            y = self.drop(self.fc(x + self.offset)).half().float()
+            y.mul_(2)
+            return y[index], y.sum(-1)
+
+    model = Plain().train()
+    graph = canonicalize(capture_module(model, (torch.randn(1, 4), torch.tensor([0, 0]))))
+    assert model.training
+    assert graph.signature.inputs[0].shape == ("batch", 4)
+    assert [p.dtype for p in graph.signature.inputs] == ["float32", "int64"]
+    assert [p.name for p in graph.signature.outputs] == ["output_0", "output_1"]
+    assert operators(graph)["aten.mul_"] == 0
+    x, index = torch.randn(5, 4), torch.tensor([4, 1])
+    out = run(graph, input_0=x, input_1=index)
+    picked, summed = model.eval()(x, index)
+    torch.testing.assert_close(out["output_0"], picked.detach())
+    torch.testing.assert_close(out["output_1"], summed.detach())
+
+
+def test_a_plain_module_needs_examples():
+    with pytest.raises(InputError, match="example inputs"):
+        capture_module(nn.Linear(2, 2))
+    with pytest.raises(InputError, match="tuple of tensors"):
+        capture_module(nn.Linear(2, 2), ("text",))
+    with pytest.raises(InputError, match="tuple of tensors"):
+        capture_module(nn.Linear(2, 2), torch.randn(2, 2))
+
+
+@pytest.mark.parametrize("kind", ["branch", "raises", "number", "state", "small"])
+def test_what_cannot_be_exported_says_so(kind):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x):
+            if kind == "branch" and x.sum() > 0:
+                return x + 1
+            if kind == "raises":
+                raise KeyError("missing")
+            if kind == "number":
+                return x, 3
+            if kind == "state":
+                self.count += 1
+                return x + self.count
+            if kind == "small" and x.shape[0] > 2:
+                return x * 2
+            return x
+
+    with pytest.raises(UnsupportedModelError) as caught:
+        capture_module(Odd(), (torch.randn(3, 2),))
+    expected = {
+        "branch": "cannot be exported",
+        "raises": "KeyError",
+        "number": "something else than tensors",
+        "state": "changes its buffers",
+        "small": "another path for small sizes",
+    }
+    assert expected[kind] in str(caught.value)
