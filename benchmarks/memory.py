@@ -1,4 +1,5 @@
-"""Does peak memory grow with depth? ``python -m benchmarks.memory`` compiles one architecture with 8 and with 32 layers.
+"""Does peak memory grow with depth? ``python -m benchmarks.memory`` compiles one architecture with 8 and with 32
+layers.
 
 Each run is a process of its own: capture, ``w4a16-gptq`` on tokens given, and ONNX. What counts is the peak resident
 memory of compiling and of lowering, less what was resident after imports and capture.

@@ -1,8 +1,8 @@
 """How far each recipe moves a model from the original, and what it costs.
 
-``python -m benchmarks.quality MODEL --calib FILE --text FILE``. Every run is a process of its own, so that peak memory is
-its own. CPU seconds are those of `qc.compile` over all threads, without import, capture and tokenization. KL divergence
-is in thousandths of a nat per token; the ratio is to ``w4a16-rtn`` of the same command.
+``python -m benchmarks.quality MODEL --calib FILE --text FILE``. Every run is a process of its own, so that peak
+memory is its own. CPU seconds are those of `qc.compile` over all threads, without import, capture and tokenization.
+KL divergence is in thousandths of a nat per token; the ratio is to ``w4a16-rtn`` of the same command.
 """
 
 import argparse

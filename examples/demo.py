@@ -1,8 +1,8 @@
 """Compiles the shipped model with two recipes, compares them with the original, and generates text from the INT4 model.
 
 ``make demo`` runs it. Each recipe is compiled by the ``qcompiler`` command in a process of its own, so that the peak
-memory shown is its own. No text is shipped: calibration text and held-out text are sampled from the original model, which
-makes the comparison easier than real text would.
+memory shown is its own. No text is shipped: calibration text and held-out text are sampled from the original model,
+which makes the comparison easier than real text would.
 """
 
 import argparse

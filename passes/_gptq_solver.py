@@ -168,7 +168,7 @@ def solve_gptq(
         rtn_error = target.split(sizes)[i] - numerics.fake_quantize(weights[i], *nearest, spec)
         solutions.append(
             GPTQSolution(
-                Affine(part_codes.contiguous(), scale, zero, spec, scale_dtype),
+                Affine(part_codes.clone(), scale, zero, spec, scale_dtype),
                 damping=used,
                 dead_columns=width - alive,
                 loss=float(part_loss.sum()),

@@ -3,10 +3,12 @@
 With `qcompiler.cli`, the only module that sees every room.
 """
 
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,6 @@ class CompileResult:
     report: CompileReport
     manifest: dict[str, Any]
     held_out: Tensor | None = None
-    _workspace: Any = field(default=None, repr=False)
 
     def save(self, directory: str | Path) -> None:
         """Writes the native artifact to a new or empty directory; see `qcompiler.native`."""
@@ -119,7 +120,7 @@ def compile(
     recipe: Recipe,
     calibration: Calibration | Iterable[tuple[Tensor, ...]] | None = None,
     *,
-    targets: Sequence[str] = (),
+    targets: Sequence[str | TargetSpec] = (),
     overrides: Mapping[str, str | None] | None = None,
     memory_budget: int | None = None,
     device: str = "auto",
@@ -127,6 +128,7 @@ def compile(
     strict: bool = False,
     work_dir: str | Path | None = None,
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> CompileResult:
     """Quantizes a model in one streamed sweep per stage.
 
@@ -135,7 +137,8 @@ def compile(
         recipe: a name (`qcompiler.passes.recipes`) or passes in order.
         calibration: text, tokens or self-generated; for a plain module, an iterable of input tuples. Without it, a
             recipe that needs calibration lets the model generate its own tokens, and says so.
-        targets: where the result is meant to go; schemes they refuse are errors before anything is computed.
+        targets: where the result is meant to go, by name or as `target_spec` gives them; schemes they refuse are errors
+            before anything is computed.
         overrides: glob pattern of sites → scheme or None, added to the recipe's `Assign`.
         memory_budget: bytes of calibration values held in memory, more goes to disk; by default a quarter of the
             machine's.
@@ -144,21 +147,22 @@ def compile(
         strict: a site that is left alone without being asked for is an error.
         work_dir: where finished segments and spilled values go; a temporary directory by default.
         progress: called with segments done, segments in all, and what is being done.
+        trust_remote_code: run modelling code a directory brings along.
 
     Raises:
         QCompilerError: see `qcompiler.errors`; nothing is left behind.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
     pipeline = Pipeline(_with_overrides(_passes(recipe), overrides))
-    specs = [target_spec(name) for name in targets]
+    specs = [target_spec(target) if isinstance(target, str) else target for target in targets]
     report = CompileReport()
-    graph = model if isinstance(model, Graph) else capture(model)
+    graph = model if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
     report.seconds["capture"] = time.perf_counter() - started
     report.unrecognized = list(graph.unrecognized)
     report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
     report.parameters = int(graph.provenance["parameters"])
     context = PassContext(graph, _device(device), seed)
-    workspace = tempfile.TemporaryDirectory(prefix="qcompiler-", dir=work_dir)
+    workspace = _workspace(work_dir, graph)
     batches: list[Batch] | None = None
     held_out: Tensor | None = None
     for stage in pipeline.stages:
@@ -170,14 +174,14 @@ def compile(
         check_schemes(graph.schemes, widths, specs)
         if stage.is_calibrated and batches is None:
             at = time.perf_counter()
-            batches, held_out = _batches(graph, calibration, seed, context.device, report)
+            batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
             report.seconds["calibration"] = time.perf_counter() - at
         done = sweep(
             graph,
             stage.swept,
             batches if batches is not None and stage.is_calibrated else (),
             context,
-            work_dir=Path(workspace.name),
+            work_dir=workspace,
             value_budget=memory_budget,
             progress=progress,
         )
@@ -201,7 +205,19 @@ def compile(
         "calibration": report.calibration,
         "provenance": {k: v for k, v in graph.provenance.items() if k != "companions"},
     }
-    return CompileResult(graph, report, manifest, held_out, workspace)
+    return CompileResult(graph, report, manifest, held_out)
+
+
+def _workspace(work_dir: str | Path | None, graph: Graph) -> Path:
+    """A new directory that lives as long as the graph's weights, which are read from there once they are rewritten."""
+    try:
+        path = tempfile.mkdtemp(prefix="qcompiler-", dir=work_dir)
+    except OSError as error:
+        raise InputError(
+            "the work directory cannot be written", where=work_dir or tempfile.gettempdir(), got=error.strerror
+        ) from error
+    weakref.finalize(graph.weights, shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
 
 
 def _passes(recipe: Recipe) -> Sequence[Pass]:
@@ -238,9 +254,9 @@ def _device(name: str) -> torch.device:
 def _batches(
     graph: Graph,
     calibration: Calibration | Iterable[tuple[Tensor, ...]] | None,
-    seed: int,
-    device: torch.device,
+    context: PassContext,
     report: CompileReport,
+    trust_remote_code: bool,
 ) -> tuple[list[Batch], Tensor | None]:
     """Calibration inputs on the device, and the tokens set apart for measuring."""
     if graph.signature.input("ids") is None:
@@ -249,7 +265,7 @@ def _batches(
                 "a model without token ids is calibrated with its own inputs",
                 expected="an iterable of tuples of tensors",
             )
-        values = [feed_tensors(graph, [t.to(device) for t in tensors]) for tensors in calibration]
+        values = [feed_tensors(graph, [t.to(context.device) for t in tensors]) for tensors in calibration]
         report.calibration = {"source": "inputs", "samples": len(values)}
         return list(values), None
     if calibration is not None and not isinstance(calibration, Calibration):
@@ -258,18 +274,22 @@ def _batches(
             got=type(calibration).__name__,
             expected="Calibration.from_text, .from_tokens or .self_generated",
         )
-    bound = _bind(graph, calibration if calibration is not None else Calibration.self_generated(seed=seed))
+    bound = _bind(graph, calibration, context.seed, trust_remote_code)
     report.calibration = bound.to_dict()
     report.notes += bound.notes
     rows = max(1, _BATCH_TOKENS // bound.ids.shape[1])
-    return [feed(graph, ids.to(device)) for ids in bound.ids.split(rows)], bound.held_out
+    return [feed(graph, ids.to(context.device)) for ids in bound.ids.split(rows)], bound.held_out
 
 
-def _bind(graph: Graph, calibration: Calibration) -> CalibrationTokens:
+def _bind(graph: Graph, calibration: Calibration | None, seed: int, trust_remote_code: bool) -> CalibrationTokens:
+    vocab_size, max_positions = _limits(graph)
+    if calibration is None:
+        calibration = Calibration.self_generated(seed=seed)
+        if max_positions is not None and max_positions < (calibration.length or 0):
+            calibration = replace(calibration, length=max_positions)
     companions = graph.provenance.get("companions")
     if companions is not None:
-        return calibration.bind(companions, hold_out=_HELD_OUT_ROWS)
-    vocab_size, max_positions = _limits(graph)
+        return calibration.bind(companions, hold_out=_HELD_OUT_ROWS, trust_remote_code=trust_remote_code)
     artifact = NativeArtifact(graph) if calibration.source == "self-generated" else None
     return calibration.bind(
         artifact=artifact, vocab_size=vocab_size, max_positions=max_positions, hold_out=_HELD_OUT_ROWS
@@ -311,16 +331,20 @@ def _native_directory(path: Path) -> Path:
     return path / "native" if (path / "native" / MANIFEST).is_file() else path
 
 
-def target_spec(name: str) -> TargetSpec:
+def target_spec(name: str, *, opset: int | None = None) -> TargetSpec:
     """The target of a name such as ``onnx``.
 
+    Args:
+        name: the target.
+        opset: for ``onnx``, the operator set; by default the one that `lower` takes.
+
     Raises:
-        TargetError: for an unknown one.
+        TargetError: for an unknown one, or an operator set that cannot be written.
     """
     if name == "onnx":
         from qcompiler.lowering.onnx import OnnxTarget
 
-        return OnnxTarget()
+        return OnnxTarget() if opset is None else OnnxTarget(opset)
     raise TargetError("unknown target", got=name, expected=", ".join(_TARGETS))
 
 
@@ -368,9 +392,13 @@ def lower(
         raise TargetError("unknown option of a target", where=target, got=error) from error
     if verify and result.graph.signature.index_of_output("logits") is not None:
         tolerance = 2e-2 if options.get("float_dtype") == "float16" else 1e-3
-        written["parity"] = check_parity(
-            result.artifact(), onnx.OnnxArtifact(Path(directory), accuracy_level=1), tolerance=tolerance
-        )
+        try:
+            written["parity"] = check_parity(
+                result.artifact(), onnx.OnnxArtifact(Path(directory), accuracy_level=1), tolerance=tolerance
+            )
+        except BaseException:  # what was not verified must not look as if it had been
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
     result.report.targets[target] = written
     return written
 

@@ -230,12 +230,14 @@ def _capture_plain(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, s
             else type(example_inputs).__name__,
         )
     inputs = [v.detach().to("cpu", torch.float32 if v.is_floating_point() else v.dtype) for v in example_inputs]
+    skeleton, name = copy_for_tracing(model), type(model).__name__
     if dynamic_shapes is None:
         # a batch of one would be taken for a constant
         inputs = [v.repeat_interleave(2, dim=0) if v.dim() and v.shape[0] == 1 else v for v in inputs]
-        dynamic_shapes = tuple({0: torch.export.Dim.AUTO} if v.dim() else None for v in inputs)
-    skeleton = copy_for_tracing(model)
-    exported = export(skeleton, tuple(inputs), dynamic_shapes, type(model).__name__)
+        axes = tuple({0: torch.export.Dim.AUTO} if v.dim() else None for v in inputs)
+        exported, strip = export(_Positional(skeleton), (tuple(inputs),), (axes,), name), "model."
+    else:
+        exported, strip = export(skeleton, tuple(inputs), dynamic_shapes, name), ""
     symbols: dict[str, Dim] = {}
     input_ports = []
     for index, value in enumerate(exported.inputs):
@@ -245,7 +247,18 @@ def _capture_plain(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, s
                 symbols[str(size)] = BATCH if is_batch else f"dim_{len(symbols)}"
         input_ports.append(_plain_port(f"input_{index}", value, symbols))
     output_ports = [_plain_port(f"output_{i}", value, symbols) for i, value in enumerate(exported.outputs)]
-    return _graph(exported, Signature(tuple(input_ports), tuple(output_ports)), store, skeleton, strip="")
+    return _graph(exported, Signature(tuple(input_ports), tuple(output_ports)), store, skeleton, strip=strip)
+
+
+class _Positional(nn.Module):
+    """A module whose inputs are one tuple, whatever their number and names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
+        return self.model(*inputs)
 
 
 def _plain_port(name: str, value: Tensor, symbols: dict[str, Dim]) -> Port:

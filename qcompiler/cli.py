@@ -5,8 +5,9 @@ import logging
 import os
 import shutil
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,9 @@ __all__ = ["app", "main"]
 
 SCHEMA = 1
 _EXIT_BUG, _EXIT_ERROR, _EXIT_VERIFICATION, _EXIT_INTERRUPTED = 1, 2, 3, 130
+# Typer raises click's usage errors or, in later versions, those of a copy of click it brings along: in either, the base
+# of the one it exports.
+_UsageError: Any = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Compiles language models to low-bit ones, and measures them."
@@ -57,18 +61,20 @@ def compile(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Quantize MODEL and write it to OUTPUT/native, and to OUTPUT/<target> for every --to."""
-    targets = [_target(text) for text in to or []]
+    started = time.perf_counter()
+    targets = _targets(to or [])
     overrides = dict(_override(text) for text in override or [])
     budget = None if memory_budget is None else _bytes(memory_budget)
     calibration = None if calib is None else Calibration.from_text(calib, samples=samples, length=length, seed=seed)
     if calibration is None and (samples, length) != (64, 512):
         calibration = Calibration.self_generated(samples=samples, length=length, seed=seed)
+    _refuse_to_replace(output, model)
     with _staged_directory(output, overwrite) as staged, _progress(as_json) as progress:
         result = api.compile(
-            api.capture(model, trust_remote_code=trust_remote_code),
+            model,
             recipe,
             calibration,
-            targets=[name for name, _ in targets],
+            targets=[api.target_spec(name, opset=options.get("opset")) for name, options in targets],
             overrides=overrides,
             memory_budget=budget,
             device=device,
@@ -76,6 +82,7 @@ def compile(
             strict=strict,
             work_dir=work_dir,
             progress=progress,
+            trust_remote_code=trust_remote_code,
         )
         for name, options in targets:
             written = api.lower(result, name, staged / name, **options)
@@ -86,7 +93,7 @@ def compile(
     fields = report.to_dict()
     summary = {
         "artifacts": {name: str(output / name) for name in ("native", *(name for name, _ in targets))},
-        "seconds": report.seconds["total"],
+        "seconds": time.perf_counter() - started,
         **{key: fields[key] for key in ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight")},
         **{key: fields[key] for key in ("skipped", "sites", "notes")},
     }
@@ -195,8 +202,6 @@ def main(arguments: list[str] | None = None) -> int:
     0: done. 1: a fault of ours. 2: an error of the `QCompilerError` family, or of usage. 3: a verification failed. 130:
     interrupted. With ``--json``, exactly one object goes to stdout in each case.
     """
-    import click
-
     arguments = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in arguments
     command = next((item for item in arguments if not item.startswith("-")), "")
@@ -206,12 +211,12 @@ def main(arguments: list[str] | None = None) -> int:
         if as_json and isinstance(result, dict):
             _emit({"schema": SCHEMA, "command": command, "ok": True, "result": result})
         return result if isinstance(result, int) else 0
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _fail(command, as_json, {"type": "Interrupted", "what": "interrupted"}, "interrupted", _EXIT_INTERRUPTED)
     except QCompilerError as error:
         status = _EXIT_VERIFICATION if isinstance(error, VerificationError) else _EXIT_ERROR
         return _fail(command, as_json, error.to_dict(), f"error: {error}", status)
-    except click.ClickException as error:
+    except _UsageError as error:
         return _fail(command, as_json, {"type": "Usage", "what": error.format_message()}, None, _EXIT_ERROR, error.show)
     except BrokenPipeError:
         return _EXIT_BUG
@@ -253,9 +258,16 @@ def _override(text: str) -> tuple[str, str | None]:
     return pattern, None if scheme.lower() in ("none", "float", "") else scheme
 
 
+def _targets(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    found = [_target(text) for text in texts]
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise TargetError("a target is named twice", got=", ".join(names), expected="each at most once")
+    return found
+
+
 def _target(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
-    api.target_spec(name)
     options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")
@@ -267,6 +279,7 @@ def _target(text: str) -> tuple[str, dict[str, Any]]:
             raise TargetError(
                 "unknown option of a target", where=name, got=item, expected="opset=<number>, float=float32 or float16"
             )
+    api.target_spec(name, opset=options.get("opset"))
     return name, options
 
 
@@ -284,10 +297,18 @@ def _bytes(text: str) -> int:
     return value
 
 
+def _refuse_to_replace(output: Path, model: Path) -> None:
+    """Stops before an overwritten output takes the model with it."""
+    if model.resolve().is_relative_to(output.resolve()):
+        raise InputError("the output would replace the model", where=output, remedy="choose another directory")
+
+
 @contextmanager
 def _staged_directory(output: Path, overwrite: bool) -> Iterator[Path]:
     """A directory that becomes ``output`` when all went well, and vanishes otherwise."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+    if output.exists() and not output.is_dir():
+        raise InputError("the output is a file", where=output, remedy="choose another directory")
+    if output.exists() and any(output.iterdir()) and not overwrite:
         raise InputError(
             "the output exists and is not empty", where=output, remedy="choose another directory, or add --overwrite"
         )

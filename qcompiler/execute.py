@@ -78,7 +78,7 @@ class Stretch:
                     tensor = fetch(str(node.target))
                     env[node] = tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
                 else:
-                    env[node] = _call(node, env)
+                    env[node] = _call(node, env, device)
                 for dead in self._constant_frees.get(node, ()):
                     env.pop(dead, None)
         return env
@@ -97,14 +97,24 @@ class Stretch:
             The values of the kept nodes, those that came from outside included.
         """
         env: dict[fx.Node, Any] = {**loaded, **{node: values[node] for node in self.inputs}}
-        with torch.no_grad(), device:
+        with torch.no_grad():
             for node in self.nodes:
-                env[node] = _call(node, env)
+                env[node] = _call(node, env, device)
                 for dead in self._frees.get(node, ()):
                     del env[dead]
         return {node: env[node] if node in env else values[node] for node in self._keep}
 
 
-def _call(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+def _call(node: fx.Node, env: Mapping[fx.Node, Any], device: torch.device) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)  # type: ignore[type-var]
+    if _makes_a_tensor(node):
+        kwargs = {**kwargs, "device": device}
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _makes_a_tensor(node: fx.Node) -> bool:
+    """Whether a call makes a tensor out of numbers alone, and so must be told where."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    arguments = node.target._schema.arguments
+    return any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)

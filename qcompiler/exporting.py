@@ -76,7 +76,7 @@ class Exported:
         Args:
             signature: the ports, in call order.
             store: the tensors; constants the model makes while it runs are added.
-            names: for each name of a tied tensor, all its names.
+            names: for each name of a parameter, all its names, one per module.
             strip: a prefix of the program's tensor names that the store does not use.
         """
         return _Rebuilder(self, signature, store, names, strip).graph
@@ -275,10 +275,8 @@ class _Rebuilder:
         """A tied tensor goes by the name of the module that uses it."""
         stack = (user.meta.get("nn_module_stack") or {}) if user is not None else {}
         modules = {path.removeprefix(self._strip) for path, _ in stack.values()}
-        for candidate in self._names.get(name, ()):
-            if candidate.rpartition(".")[0] in modules:
-                return candidate
-        return name
+        candidates = self._names.get(name) or [name]
+        return next((c for c in candidates if c.rpartition(".")[0] in modules), candidates[0])
 
     def _describe(self, node: fx.Node, value: Any) -> None:
         if isinstance(value, Tensor):

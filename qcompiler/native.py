@@ -83,12 +83,14 @@ def save_native(
         with StagedFiles(root) as staged, staged.file(MANIFEST) as write:  # syncs the directory: the moves too
             provenance = {key: value for key, value in graph.provenance.items() if key != "companions"}
             write(_json({"schema": SCHEMA, "provenance": provenance, **manifest}))
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         for path in moved:
             path.unlink(missing_ok=True)
         if is_new:
             root.rmdir()
+        if isinstance(error, OSError):
+            raise InputError("the output cannot be written", where=root, got=error.strerror) from error
         raise
 
 

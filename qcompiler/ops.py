@@ -1,14 +1,15 @@
 """The canonical operators, ``torch.ops.qcompiler.*``: what a captured graph is rewritten to and every lowering reads.
 
-Each is defined once, as its reference arithmetic, composed of differentiable torch operators: shapes under fake tensors,
-autograd and any device follow from that. Faster kernels register themselves for a device and must agree with it.
+Each is defined once, as its reference arithmetic, composed of differentiable torch operators: shapes under fake
+tensors, autograd and any device follow from that. Faster kernels register themselves for a device and must agree with
+it.
 
 | operator | meaning |
 |---|---|
 | ``linear(x, weight, bias?)`` | ``x @ weight.T + bias``; weight ``[out, in]`` |
-| ``rms_norm(x, weight, eps)`` | ``x / sqrt(mean(x^2) + eps) * weight`` over the last axis (arXiv 1910.07467) |
+| ``rms_norm(x, weight, eps)`` | ``x / sqrt(mean(x^2) + eps) * weight``, last axis (arXiv 1910.07467) |
 | ``layer_norm(x, weight?, bias?, eps)`` | mean and variance over the last axis (arXiv 1607.06450) |
-| ``rotary(x, cos, sin, interleaved)`` | rotary embedding of ``x[B, H, S, D]`` (arXiv 2104.09864); cos, sin broadcast to x |
+| ``rotary(x, cos, sin, interleaved)`` | rotary embedding of ``x[B, H, S, D]`` (arXiv 2104.09864); cos and sin broadcast |
 | ``kv_append(past, new)`` | ``[B, H, P, D]`` and ``[B, H, S, D]`` → ``[B, H, P + S, D]`` |
 | ``attention(q, k, v, mask?, scale, causal, window?, softcap?)`` | softmax attention with grouped heads; see `_attention` |
 | ``quantize(x, scale, zero_point?, axis, block, dtype)`` | ONNX QuantizeLinear |
@@ -45,7 +46,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
@@ -113,7 +114,8 @@ def _attention(
     logits = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
-    return torch.nan_to_num(torch.softmax(logits.float(), dim=-1)).to(v.dtype) @ v
+    weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return torch.nan_to_num(weights).to(v.dtype) @ v
 
 
 def _attends_everywhere(mask: Tensor | None) -> bool:

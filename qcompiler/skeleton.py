@@ -102,13 +102,13 @@ def copy_for_tracing(model: nn.Module, device: str | None = None) -> nn.Module:
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """For each name of a parameter that several modules share: all its names. A module with two names counts as one."""
+    """For each name of a parameter: its names, one per module that has it. A module known by two names counts once."""
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 names.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-    return {name: group for group in names.values() if len(group) > 1 for name in group}
+    return {name: names[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def _move_to_meta(model: nn.Module) -> dict[str, Tensor]:

@@ -7,20 +7,21 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from qcompiler import numerics
-from qcompiler.spec import QuantSpec
+from qcompiler.spec import Granularity, QuantSpec, Scheme
 
+GROUPS: dict[Granularity, int | None] = {"per_group": 16, "per_channel": None, "per_tensor": None}
 SPECS = [
     QuantSpec(f"int{bits}", granularity, group, symmetric)
     for bits in (2, 3, 4, 8)
-    for granularity, group in (("per_group", 16), ("per_channel", None), ("per_tensor", None))
+    for granularity, group in GROUPS.items()
     for symmetric in (True, False)
 ]
 SCALE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 specs = st.builds(
-    lambda bits, group, symmetric: QuantSpec(f"int{bits}", "per_group" if group else "per_channel", group, symmetric),
+    lambda bits, group, symmetric: Scheme.parse(f"w{bits}a16", group_size=group, symmetric=symmetric).weight,
     st.sampled_from([2, 3, 4, 8]),
-    st.sampled_from([None, 1, 3, 8, 16, 100]),
+    st.sampled_from([-1, 1, 3, 8, 16, 100]),
     st.booleans(),
 )
 

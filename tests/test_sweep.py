@@ -15,7 +15,7 @@ from qcompiler import execute
 from qcompiler import sweep as sweep_module
 from qcompiler.errors import CalibrationError, PipelineError, ResourceError
 from qcompiler.graph import Graph, Site, is_op
-from qcompiler.observers import Gram
+from qcompiler.observers import CrossGram, Gram, Statistic
 from qcompiler.pass_base import WEIGHTS_QUANTIZED, Effect, Pass, PassContext, PassResult, Skip, Tap, Wave
 from qcompiler.passes import GPTQ, RTN
 from qcompiler.segments import Segment, segment_graph
@@ -30,27 +30,31 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Scale(Pass):
-    """Multiplies weights, and notes what it was given: ``log`` gets (factor, site names, Gram matrix by node name)."""
+    """Multiplies weights; ``log`` gets what it was given: (pass, site names, matrix by kind and node name)."""
 
     factor: float = 1.5
-    log: list[tuple["Scale", list[str], dict[str, Tensor]]] = field(default_factory=list)
+    log: list["Entry"] = field(default_factory=list)
+    kinds: tuple[type[Statistic], ...] = (Gram,)
     effect: ClassVar[Effect] = Effect.APPROXIMATE
 
     def waves(self, segment: Segment, graph: Graph) -> list[Wave]:
         return list(segment.waves())
 
     def statistics(self, wave: Wave, graph: Graph) -> list[Tap]:
-        return [Tap(value, Gram) for site in wave for value in site.inputs]
+        return [Tap(value, kind) for site in wave for value in site.inputs for kind in self.kinds]
 
     def rewrite(self, wave: Wave, statistics: Mapping[Tap, Any], context: PassContext) -> PassResult:
-        grams = {tap.value.name: statistic.result() for tap, statistic in statistics.items()}
-        self.log.append((self, [site.name for site in wave], grams))
+        moments = {(tap.kind, tap.value.name): statistic.result() for tap, statistic in statistics.items()}
+        self.log.append((self, [site.name for site in wave], moments))
         self.change(context.graph, wave)
         return PassResult(modified=True)
 
     def change(self, graph: Graph, wave: Wave) -> None:
         for site in wave:
             graph.weights.set(site.weight, graph.weights.read(site.weight) * self.factor)
+
+
+Entry = tuple[Scale, list[str], dict[tuple[type[Statistic], str], Tensor]]
 
 
 class ScaleTogether(Scale):
@@ -67,17 +71,20 @@ class ScaleUnseen(Scale):
 
 
 class FoldIntoNorm(Scale):
-    """Moves the factor from the sites into the norm they read from."""
+    """Moves the factor from the sites that read from a norm into that norm."""
 
+    effect: ClassVar[Effect] = Effect.EXACT
     rewrites_upstream: ClassVar[bool] = True
 
     def change(self, graph: Graph, wave: Wave) -> None:
+        norms: set[str] = set()
         for site in wave:
-            graph.weights.set(site.weight, graph.weights.read(site.weight) / self.factor)
-        for norm in {node for site in wave for node in site.inputs}:
-            if is_op(norm, torch.ops.qcompiler.rms_norm.default):
-                name = str(norm.args[1].target)
-                graph.weights.set(name, graph.weights.read(name) * self.factor)
+            (source,) = site.inputs
+            if is_op(source, torch.ops.qcompiler.rms_norm.default):
+                graph.weights.set(site.weight, graph.weights.read(site.weight) / self.factor)
+                norms.add(str(source.all_input_nodes[1].target))
+        for name in norms:
+            graph.weights.set(name, graph.weights.read(name) * self.factor)
 
 
 class Quantize(Scale):
@@ -101,21 +108,33 @@ def check_against_whole_model(
     make_graph: Callable[[], Graph],
     make_batches: Callable[[Graph], Sequence[Batch]],
     passes: Sequence[Scale],
-    log: list[tuple[Scale, list[str], dict[str, Tensor]]],
+    log: list[Entry],
     work_dir: Path,
     **options: Any,
 ) -> Graph:
-    """Sweeps; then follows the log with a second copy of the model that is run in full before every wave."""
+    """Sweeps; then follows the log with a second copy of the model that is run in full before every wave.
+
+    A third copy takes only the exact rewrites: the reference.
+    """
     graph = make_graph()
     run(graph, passes, make_batches(graph), work_dir, **options)
-    naive = make_graph()
+    naive, exact = make_graph(), make_graph()
     batches = make_batches(naive)
-    for item, names, grams in log:
+    original = [interpret(exact, batch) for batch in batches]
+    for item, names, moments in log:
         everywhere = [interpret(naive, batch) for batch in batches]
-        for node, gram in grams.items():
-            rows = torch.cat([values[node].flatten(0, -2) for values in everywhere]).double()
-            torch.testing.assert_close(gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-4)
+        for (kind, node), moment in moments.items():
+            rows, reference = (
+                torch.cat([values[node].flatten(0, -2) for values in found]).double()
+                for found in (everywhere, original)
+            )
+            expected = (reference if kind is CrossGram else rows).T @ rows
+            torch.testing.assert_close(moment.double(), expected, rtol=1e-4, atol=1e-4)
         item.change(naive, [site_named(naive, name) for name in names])
+        if item.effect is Effect.EXACT:
+            item.change(exact, [site_named(exact, name) for name in names])
+            original = [interpret(exact, batch) for batch in batches]
+    assert sorted(graph.weights.names()) == sorted(naive.weights.names())
     for name in naive.weight_names():
         assert torch.equal(graph.weights.read(name), naive.weights.read(name)), name
     return graph
@@ -126,7 +145,7 @@ LAYER = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
 
 @pytest.mark.parametrize("budget", [0, 1000, 1 << 30])
 def test_sites_are_visited_in_true_sequence(tmp_path, budget):
-    log: list = []
+    log: list[Entry] = []
     graph = check_against_whole_model(
         language_model, token_batches, [Scale(log=log)], log, tmp_path, value_budget=budget
     )
@@ -139,7 +158,7 @@ def test_sites_are_visited_in_true_sequence(tmp_path, budget):
 @pytest.mark.parametrize("make_graph", [residual_mlp, chain])
 @pytest.mark.parametrize("kind", [Scale, ScaleTogether, Quantize, FoldIntoNorm])
 def test_one_pass(tmp_path, make_graph, kind):
-    log: list = []
+    log: list[Entry] = []
     check_against_whole_model(make_graph, input_batches, [kind(log=log)], log, tmp_path)
     assert sorted(name for _, names, _ in log for name in names) == sorted(s.name for s in make_graph().sites())
 
@@ -148,7 +167,7 @@ def test_one_pass(tmp_path, make_graph, kind):
 @pytest.mark.parametrize("kinds", [(Scale, Scale), (ScaleTogether, Quantize), (FoldIntoNorm, Quantize), (Scale,) * 3])
 @pytest.mark.parametrize("make", [(language_model, token_batches), (chain, input_batches)])
 def test_later_passes_start_the_segment_again(tmp_path, make, kinds, budget):
-    log: list = []
+    log: list[Entry] = []
     passes = [kind(factor=1.25 + index / 4, log=log) for index, kind in enumerate(kinds)]
     check_against_whole_model(*make, passes, log, tmp_path, value_budget=budget)
     sites = len(make[0]().sites())
@@ -157,9 +176,23 @@ def test_later_passes_start_the_segment_again(tmp_path, make, kinds, budget):
 
 
 def test_a_pass_without_statistics_among_calibrated_ones(tmp_path):
-    log: list = []
+    log: list[Entry] = []
     passes = [ScaleUnseen(factor=1.1, log=log), Scale(log=log), ScaleUnseen(factor=0.9, log=log)]
     check_against_whole_model(language_model, token_batches, passes, log, tmp_path)
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+@pytest.mark.parametrize("make", [(language_model, token_batches), (residual_mlp, input_batches)])
+@pytest.mark.parametrize("first", [None, FoldIntoNorm])
+def test_the_reference_is_the_model_without_approximations(tmp_path, make, first, budget):
+    log: list[Entry] = []
+    passes = [Quantize(log=log, kinds=(Gram, CrossGram))]
+    if first is not None:
+        passes = [first(log=log), *passes]
+    check_against_whole_model(*make, passes, log, tmp_path, value_budget=budget)
+    moments = [pair for _, _, found in log for pair in found.items()]
+    crossed = [name for (kind, name), _ in moments if kind is CrossGram]
+    assert len(crossed) >= len(segment_graph(make[0]()).segments) - 2
 
 
 def called_twice() -> Graph:
@@ -175,7 +208,7 @@ def called_twice() -> Graph:
 
 @pytest.mark.parametrize("kinds", [(Scale,), (Quantize,), (Scale, Scale)])
 def test_a_layer_that_is_called_twice(tmp_path, kinds):
-    log: list = []
+    log: list[Entry] = []
     passes = [kind(factor=2.0 + index, log=log) for index, kind in enumerate(kinds)]
     check_against_whole_model(called_twice, input_batches, passes, log, tmp_path)
     first = [(names, grams) for item, names, grams in log if item is passes[0]]
@@ -200,7 +233,7 @@ def test_results_do_not_depend_on_budget_or_repetition(tmp_path):
 
 
 def test_results_do_not_depend_on_batch_size(tmp_path):
-    logs: list[list] = [[], []]
+    logs: list[list[Entry]] = [[], []]
     for log, sizes in zip(logs, [(5,), (1, 1, 1, 1, 1)], strict=True):
         graph = language_model()
         run(graph, [Scale(log=log)], token_batches(graph, sizes), tmp_path)
@@ -211,14 +244,14 @@ def test_results_do_not_depend_on_batch_size(tmp_path):
 
 
 def test_batches_of_one_shape_keep_their_own_mask(tmp_path):
-    def batches(graph: Graph) -> list[Batch]:
+    def batches(graph: Graph) -> Sequence[Batch]:
         made = [dict(batch) for batch in token_batches(graph, (2, 2))]
         mask = graph.inputs[1]
         made[1][mask] = made[1][mask].clone()
         made[1][mask][:, :3] = 0
         return made
 
-    log: list = []
+    log: list[Entry] = []
     check_against_whole_model(language_model, batches, [Scale(log=log)], log, tmp_path)
 
 
@@ -318,7 +351,7 @@ def test_a_second_sweep_over_the_same_directory(tmp_path):
 
 
 def test_no_calibration_needs_no_batches(tmp_path, calls):
-    log: list = []
+    log: list[Entry] = []
     graph = language_model()
     expected = graph.weights.read("1.up.weight") * 1.5
     report = run(graph, [ScaleUnseen(log=log)], [], tmp_path)

@@ -1,7 +1,7 @@
 """Small graphs made by hand, in the form capture gives them, and an interpreter that is too simple to be wrong."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -11,6 +11,7 @@ from qcompiler.signature import Port, Signature
 from qcompiler.weights import WeightStore
 
 _aten, _canonical = torch.ops.aten, torch.ops.qcompiler
+_PARTS: tuple[Literal["key", "value"], ...] = ("key", "value")
 
 
 class Maker:
@@ -43,10 +44,9 @@ class Maker:
 
     def graph(self, inputs: list[Port], outputs: dict[Port, fx.Node]) -> Graph:
         self.fx.output(tuple(outputs.values()))
-        names = dict.fromkeys(str(node.target) for node in self.fx.nodes if node.op == "get_attr")
-        parameters = sum(self.weights.read(name).numel() for name in names)
-        for name in names:
-            parameters -= self.weights.read(name).numel() if any(t < name for t in self.weights.tied(name)) else 0
+        names = self.weights.names()
+        owned = [name for name in names if not any(names.index(t) < names.index(name) for t in self.weights.tied(name))]
+        parameters = sum(self.weights.read(name).numel() for name in owned)
         signature = Signature(tuple(inputs), tuple(outputs))
         return Graph(self.fx, signature, self.weights, provenance={"source": "tiny", "parameters": parameters})
 
@@ -99,7 +99,7 @@ def language_model(
     ]
     caches: list[fx.Node] = []
     for layer in range(layers):
-        for part in ("key", "value"):
+        for part in _PARTS:
             caches.append(make.fx.placeholder(f"past_{layer}_{part}"))
             inputs.append(Port(f"past_key_values.{layer}.{part}", "past", "float32", past_shape, layer, part))
     where = make.call(_aten.embedding.default, make.tensor("positions.weight", 64, width, dtype=dtype), positions)
@@ -115,7 +115,7 @@ def language_model(
             rows = make.linear(normed, f"{layer}.{site}", count * head_size, width, dtype=dtype)
             rows = make.call(_aten.unflatten.int, rows, -1, (count, head_size))
             parts.append(make.call(_aten.transpose.int, rows, 1, 2))
-        for index, part in ((1, "key"), (2, "value")):
+        for index, part in enumerate(_PARTS, 1):
             parts[index] = make.call(_canonical.kv_append.default, caches[2 * layer + index - 1], parts[index])
             shape = ("batch", kv_heads, "past_sequence + sequence", head_size)
             present[Port(f"present.{layer}.{part}", "present", "float32", shape, layer, part)] = parts[index]
@@ -161,5 +161,5 @@ def interpret(graph: Graph, batch: Mapping[fx.Node, Any]) -> dict[str, Any]:
             values[node] = tensor.float() if tensor.is_floating_point() else tensor
         elif node.op == "call_function":
             args = fx.node.map_arg(node.args, values.__getitem__)
-            values[node] = node.target(*args)  # type: ignore[operator]
+            values[node] = node.target(*args)
     return {node.name: value for node, value in values.items()}

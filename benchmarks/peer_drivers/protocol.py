@@ -60,8 +60,8 @@ def measured(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     """Runs the quantization call alone: what it returns, and its CPU and wall seconds and memory.
 
     CPU seconds are user and system time of all threads and of child processes that have ended. Memory is resident, in
-    MB (10^6 bytes): ``peak_rss_mb`` of the whole process up to now, imports and model included, and ``grown_mb``, by how
-    much the call raised it above what was resident before.
+    MB (10^6 bytes): ``peak_rss_mb`` of the whole process up to now, imports and model included, and ``grown_mb``, by
+    how much the call raised it above what was resident before.
     """
     before = _status_mb("VmRSS")
     _forget_peak()

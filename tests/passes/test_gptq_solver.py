@@ -140,6 +140,7 @@ def test_weights_solved_together_equal_weights_solved_alone(granularity: str) ->
     together = solve_gptq(weights, gram, spec, torch.bfloat16)
     for weight, solution in zip(weights, together, strict=True):
         alone = solve(weight, gram, spec)
+        assert solution.qtensor.codes.untyped_storage().nbytes() == weight.numel()  # keeps no other weight alive
         torch.testing.assert_close(solution.qtensor.scale, alone.qtensor.scale, rtol=0, atol=0)
         assert_codes(solution.qtensor.codes, *naive_gptq(weight, gram, alone.qtensor, 0.01, True), order_of(gram))
         assert solution.loss == pytest.approx(alone.loss, rel=1e-3)
@@ -195,10 +196,21 @@ def test_dead_columns_are_rounded_to_nearest(symmetric: bool) -> None:
     for options in ({}, {"sweeps": 1}, {"damping": 0.0, "sweeps": 1}, {"cross": gram_of(x, make_inputs())}):
         solution = solve(weight, gram_of(x), spec, **options)
         assert solution.dead_columns == 4
+        assert solution.damping == options.get("damping", 0.01)  # dead columns alone call for none
         found = solution.qtensor
         nearest = numerics.quantize(weight, found.scale, found.zero_point, spec)
         assert torch.equal(found.codes[:, dead], nearest[:, dead])
         assert solution.loss < solution.rtn_loss
+
+
+def test_a_square_that_underflowed_counts_as_dead_whatever_stands_beside_it() -> None:
+    weight, gram, spec = torch.randn(ROWS, WIDTH), gram_of(make_inputs()), spec_of()
+    cross = gram.clone()
+    gram[3, 3] = 0  # while the products with other columns are left
+    solution = solve(weight, gram, spec, cross=cross)
+    assert (solution.dead_columns, solution.damping) == (1, 0.01)
+    nearest = numerics.quantize(weight, solution.qtensor.scale, None, spec)
+    assert torch.equal(solution.qtensor.codes[:, 3], nearest[:, 3])
 
 
 def test_an_input_that_is_always_zero_gives_round_to_nearest() -> None:

@@ -1,0 +1,184 @@
+"""The main job from end to end, through the command line: compile, measure, generate, inspect, load, lower again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qcompiler as qc
+from qcompiler.hf import encode, load_tokenizer
+from tests.tiny_checkpoint import POSITIONS, command, file_bytes, save_checkpoint, write_text
+
+COMPILE_KEYS = {
+    "artifacts",
+    "seconds",
+    "peak_rss_bytes",
+    "bytes_before",
+    "bytes_after",
+    "bits_per_weight",
+    "skipped",
+    "sites",
+    "notes",
+}
+EVALUATE_KEYS = {
+    "perplexity",
+    "reference_perplexity",
+    "kl_divergence",
+    "top1_agreement",
+    "tokens",
+    "bytes",
+    "bits_per_weight",
+    "seconds",
+}
+SITES = 14  # 2 layers of q, k, v, o, gate, up, down
+
+
+@dataclass(frozen=True)
+class Journey:
+    model: Path
+    text: Path
+    out: Path
+    printed: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def journey(tmp_path_factory: pytest.TempPathFactory) -> Journey:
+    root = tmp_path_factory.mktemp("journey")
+    model, calibration, out = save_checkpoint(root / "model"), write_text(root / "calibration.txt"), root / "out"
+    options = ("--samples", 8, "--length", 32, "--set", "*.down_proj=w8a16", "--to", "onnx", "-o", out, "--json")
+    outcome = command("compile", model, "-r", "w4a16-gptq", "--calib", calibration, *options)
+    assert outcome.status == 0, outcome.errors
+    return Journey(model, write_text(root / "text.txt", seed=1), out, outcome.fields)
+
+
+def test_compile_prints_one_object_with_every_key(journey: Journey) -> None:
+    assert {key: journey.printed[key] for key in ("schema", "command", "ok")} == {
+        "schema": 1,
+        "command": "compile",
+        "ok": True,
+    }
+    result = journey.printed["result"]
+    assert set(result) == COMPILE_KEYS
+    assert result["artifacts"] == {"native": str(journey.out / "native"), "onnx": str(journey.out / "onnx")}
+    assert result["seconds"] > 0
+    assert result["peak_rss_bytes"] > 1 << 26
+    assert [skip["site"] for skip in result["skipped"]] == ["lm_head"]
+    schemes = {site["site"]: site["scheme"] for site in result["sites"]}
+    assert len(schemes) == SITES
+    assert {s for name, s in schemes.items() if name.endswith("down_proj")} == {"int8 per_channel symmetric"}
+    assert {s for name, s in schemes.items() if not name.endswith("down_proj")} == {"int4 g128 symmetric"}
+
+
+def test_sizes_are_those_of_the_files(journey: Journey) -> None:
+    result = journey.printed["result"]
+    for key, path in (("bytes_before", journey.model), ("bytes_after", journey.out / "native")):
+        file = (path / "model.safetensors").read_bytes()
+        data = len(file) - 8 - int.from_bytes(file[:8], "little")
+        assert data == pytest.approx(result[key], abs=64)  # padding between tensors
+    # 4096·64 embeddings and as many output weights in 16 bits, the layers in 4 or 8 with scales
+    linear = 2 * (64 * 64 * 2 + 2 * 32 * 64 + 3 * 96 * 64)
+    parameters = 2 * 4096 * 64 + linear + 5 * 64
+    frequencies = 8 * 4  # of the rotary embedding, a constant of the graph
+    assert result["bytes_before"] == 2 * parameters + frequencies
+    assert result["bits_per_weight"] == pytest.approx(8 * result["bytes_after"] / parameters)
+    assert result["bytes_after"] < 2 * (parameters - linear) + 0.75 * linear
+
+
+def test_only_what_was_asked_for_is_left(journey: Journey) -> None:
+    assert sorted(path.name for path in journey.out.iterdir()) == ["native", "onnx"]
+    assert sorted(path.name for path in journey.out.parent.iterdir() if path.is_dir()) == ["model", "out"]
+    for name in ("native", "onnx"):
+        assert (journey.out / name / "tokenizer.json").read_bytes() == (journey.model / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("place", [".", "native", "onnx"])
+def test_every_form_evaluates_alike(journey: Journey, place: str) -> None:
+    arguments = ("--text", journey.text, "--against", journey.model, "--max-tokens", 1024, "--json")
+    result = command("evaluate", journey.out / place, *arguments).result
+    assert set(result) == EVALUATE_KEYS
+    assert result["tokens"] == 1024 // POSITIONS * (POSITIONS - 1)
+    assert result["kl_divergence"] > 0
+    assert 0.5 < result["top1_agreement"] <= 1
+    reference = qc.evaluate(journey.model, text=journey.text, max_tokens=1024).perplexity
+    native = qc.evaluate(journey.out, text=journey.text, max_tokens=1024, against=journey.model)
+    assert result["reference_perplexity"] == pytest.approx(reference, rel=1e-6)
+    assert result["perplexity"] == pytest.approx(native.perplexity, rel=1e-4)
+    assert result["kl_divergence"] == pytest.approx(native.kl_divergence, rel=1e-2)
+
+
+@pytest.mark.parametrize("place", ["native", "onnx"])
+def test_the_cache_changes_nothing(journey: Journey, place: str) -> None:
+    arguments = (journey.out / place, "--text", journey.text, "--max-tokens", 256, "--json")
+    whole, cached = command("evaluate", *arguments).result, command("evaluate", *arguments, "--cached").result
+    assert cached["tokens"] == whole["tokens"]
+    assert cached["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-4)
+
+
+def test_without_text_the_held_out_tokens_are_used(journey: Journey) -> None:
+    result = command("evaluate", journey.out, "--json").result
+    assert [key for key, value in result.items() if value is None] == [
+        "reference_perplexity",
+        "kl_divergence",
+        "top1_agreement",
+    ]
+    held_out = qc.load(journey.out).held_out
+    assert held_out is not None
+    assert held_out.shape == (16, 32)
+    assert result["tokens"] == 16 * 31
+    assert result["perplexity"] == pytest.approx(qc.evaluate(journey.out, tokens=held_out).perplexity)
+    beside = command("evaluate", journey.out / "onnx", "--json").result
+    assert beside["perplexity"] == pytest.approx(result["perplexity"], rel=1e-4)
+
+
+def test_a_model_that_keeps_no_tokens_asks_for_text(journey: Journey) -> None:
+    outcome = command("evaluate", journey.model, "--json")
+    assert outcome.status == 2
+    assert (outcome.error["type"], outcome.error["where"]) == ("InputError", str(journey.model))
+    assert "--text" in outcome.error["remedy"]
+
+
+@pytest.mark.parametrize("place", [".", "onnx"])
+def test_generates(journey: Journey, place: str) -> None:
+    arguments = ("generate", journey.out / place, "--prompt", "The captain said", "--max-new-tokens", 6)
+    result = command(*arguments, "--json").result
+    again = command(*arguments, "--json").result
+    assert len(result["tokens"]) == 6
+    assert result["tokens"] == again["tokens"]
+    plain = command(*arguments)
+    assert plain.status == 0
+    assert plain.output == "The captain said" + result["text"] + "\n"
+
+
+def test_inspect_shows_schemes(journey: Journey) -> None:
+    before, after = (command("inspect", path, "--json").result for path in (journey.model, journey.out))
+    assert [site["site"] for site in before["sites"]] == [site["site"] for site in after["sites"]]
+    assert {site["scheme"] for site in before["sites"]} == {None}
+    assert [site["site"] for site in after["sites"] if site["scheme"] is None] == ["lm_head"]
+    assert before["unrecognized"] == []
+    assert before["inputs"][:3] == ["input_ids", "attention_mask", "position_ids"]
+    assert (before["parameters"], before["bytes"]) == (after["parameters"], journey.printed["result"]["bytes_before"])
+    assert "lm_head" in command("inspect", journey.out).output
+
+
+def test_a_loaded_result_is_saved_to_the_same_bytes(journey: Journey, tmp_path: Path) -> None:
+    result = qc.load(journey.out)
+    result.save(tmp_path / "again")
+    assert file_bytes(tmp_path / "again") == file_bytes(journey.out / "native")
+
+
+def test_a_loaded_result_is_lowered_to_the_same_bytes(journey: Journey, tmp_path: Path) -> None:
+    report = qc.lower(qc.load(journey.out), "onnx", tmp_path / "onnx")
+    assert 0 <= report["parity"]["max_difference"] < 1e-4
+    assert report["parity"]["cached_difference"] < 1e-4
+    assert file_bytes(tmp_path / "onnx") == file_bytes(journey.out / "onnx")
+
+
+def test_generation_is_that_of_the_graph(journey: Journey) -> None:
+    artifact = qc.load(journey.out).artifact()
+    found = qc.generate(journey.out, "The captain said", max_new_tokens=4)
+    ids = encode(load_tokenizer(journey.out / "native"), "The captain said")[None]
+    for expected in found.tokens:
+        assert int(artifact.forward(ids)[0, -1].argmax()) == expected
+        ids = torch.cat([ids, torch.tensor([[expected]])], dim=1)

@@ -1,0 +1,162 @@
+"""The canonical operators against arithmetic written out, under fake tensors and with gradients."""
+
+import math
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from qcompiler import numerics
+from qcompiler.ops import CANONICAL
+from qcompiler.spec import QuantSpec
+
+ops = torch.ops.qcompiler
+
+
+def naive_attention(q, k, v, mask, scale, causal, window=None, softcap=None):
+    """One query and one key at a time; double precision."""
+    out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            shared = h * k.shape[1] // q.shape[1]
+            for s in range(q.shape[2]):
+                position = k.shape[2] - q.shape[2] + s
+                logits = []
+                for t in range(k.shape[2]):
+                    logit = float(q[b, h, s].double() @ k[b, shared, t].double()) * scale
+                    logit = logit if softcap is None else softcap * math.tanh(logit / softcap)
+                    hidden = causal and t > position
+                    hidden |= causal and window is not None and t <= position - window
+                    if mask is not None:
+                        value = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])[b, h, s, t]
+                        hidden |= not bool(value) if mask.dtype == torch.bool else False
+                        logit += 0.0 if mask.dtype == torch.bool else float(value)
+                    logits.append(float("-inf") if hidden else logit)
+                weights = torch.tensor(logits, dtype=torch.float64)
+                if weights.isfinite().any():
+                    out[b, h, s] = torch.softmax(weights, 0) @ v[b, shared].double()
+    return out.float()
+
+
+def inputs(queries, keys, heads=4, shared=2):
+    return torch.randn(2, heads, queries, 8), torch.randn(2, shared, keys, 8), torch.randn(2, shared, keys, 6)
+
+
+def padding(keys):
+    mask = torch.ones(2, 1, 1, keys, dtype=torch.bool)
+    mask[1, ..., :2] = False
+    return mask
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 5), (3, 5)])
+@pytest.mark.parametrize("mask", [None, "bool", "float", "everything"])
+@pytest.mark.parametrize(
+    ("causal", "window", "softcap"),
+    [(True, None, None), (True, 2, None), (True, None, 0.7), (True, 3, 2.0), (False, None, None), (False, None, 0.7)],
+)
+def test_attention(queries, keys, mask, causal, window, softcap):
+    q, k, v = inputs(queries, keys)
+    tensor = {
+        None: None,
+        "bool": padding(keys),
+        "float": torch.randn(2, 4, queries, keys),
+        "everything": torch.ones(2, 1, 1, keys, dtype=torch.bool),
+    }[mask]
+    args = (q, k, v, tensor, 0.4, causal, window, softcap)
+    torch.testing.assert_close(ops.attention(*args), naive_attention(*args), rtol=0, atol=5e-6)
+
+
+def test_attention_to_nothing_is_zero():
+    q, k, v = inputs(2, 3)
+    nothing = torch.zeros(2, 1, 1, 3, dtype=torch.bool)
+    for softcap in (None, 1.0):
+        assert ops.attention(q, k, v, nothing, 0.4, False, None, softcap).abs().max() == 0
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_rms_norm(eps):
+    x, w = torch.randn(2, 3, 5), torch.randn(5)
+    expected = torch.stack([row / math.sqrt(float((row.double() ** 2).mean()) + eps) * w for row in x.reshape(-1, 5)])
+    torch.testing.assert_close(ops.rms_norm(x, w, eps), expected.reshape(x.shape))
+    assert ops.rms_norm(x.bfloat16(), w.bfloat16(), eps).dtype == torch.bfloat16
+
+
+def test_layer_norm():
+    x, w, b = torch.randn(2, 5), torch.randn(5), torch.randn(5)
+    centred = x - x.mean(-1, keepdim=True)
+    expected = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
+    torch.testing.assert_close(ops.layer_norm(x, w, b, 1e-3), expected * w + b)
+    torch.testing.assert_close(ops.layer_norm(x, None, None, 1e-3), expected)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotary_turns_pairs(interleaved):
+    x, angle = torch.randn(1, 2, 3, 4), torch.randn(3, 2)
+    pairs = [(0, 1), (2, 3)] if interleaved else [(0, 2), (1, 3)]
+    cos, sin, expected = torch.empty(3, 4), torch.empty(3, 4), torch.empty_like(x)
+    for i, (a, b) in enumerate(pairs):
+        cos[:, [a, b]], sin[:, [a, b]] = angle[:, i : i + 1].cos(), angle[:, i : i + 1].sin()
+        turned = torch.polar(torch.ones(3), angle[:, i]) * torch.complex(x[..., a], x[..., b])
+        expected[..., a], expected[..., b] = turned.real, turned.imag
+    torch.testing.assert_close(ops.rotary(x, cos, sin, interleaved), expected)
+
+
+def test_kv_append_and_linear():
+    past, new = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 2, 4)
+    present = ops.kv_append(past, new)
+    assert present.shape == (1, 2, 5, 4)
+    assert torch.equal(present[:, :, 3:], new)
+    x, w, b = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
+    torch.testing.assert_close(ops.linear(x, w, b), x @ w.T + b)
+    torch.testing.assert_close(ops.linear(x, w), x @ w.T)
+
+
+LAYOUTS = [
+    ("per_tensor", None, lambda scale: scale.reshape(()), 0, 0),
+    ("per_channel", None, lambda scale: scale[:, 0], 0, 0),
+    ("per_group", 4, lambda scale: scale, 1, 4),
+    ("per_group", 5, lambda scale: scale, 1, 5),  # the last group is short
+]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("granularity", "group", "layout", "axis", "block"), LAYOUTS)
+def test_quantize_and_dequantize_are_the_reference_arithmetic(granularity, group, layout, axis, block, symmetric):
+    spec = QuantSpec("int8", granularity, group, symmetric)
+    x = torch.randn(3, 12)
+    scale, zero_point = numerics.min_max_qparams(x, spec, torch.float32)
+    arranged = None if zero_point is None else layout(zero_point)
+    dtype = torch.int8 if symmetric else torch.uint8
+    codes = ops.quantize(x, layout(scale), arranged, axis, block, dtype)
+    assert torch.equal(codes, numerics.quantize(x, scale, zero_point, spec))
+    values = ops.dequantize(codes, layout(scale), arranged, axis, block, torch.float32)
+    torch.testing.assert_close(values, numerics.dequantize(codes, scale, zero_point, spec), rtol=0, atol=0)
+
+
+def test_quantize_saturates_and_rounds_half_to_even():
+    x = torch.tensor([-1e9, -1.5, -0.5, 0.5, 1.5, 2.5, 1e9])
+    assert ops.quantize(x, torch.tensor(1.0), None, 0, 0, torch.int8).tolist() == [-128, -2, 0, 0, 2, 2, 127]
+    zero_point = torch.tensor(3, dtype=torch.uint8)
+    assert ops.quantize(x, torch.tensor(1.0), zero_point, 0, 0, torch.uint8).tolist() == [0, 1, 3, 3, 5, 5, 255]
+
+
+def test_dequantize_counts_in_the_scale_s_dtype():
+    codes, scale = torch.tensor([7, -8], dtype=torch.int8), torch.tensor(0.1, dtype=torch.float16)
+    values = ops.dequantize(codes, scale, None, 0, 0, torch.float32)
+    assert values.dtype == torch.float32
+    assert torch.equal(values, (codes.half() * scale).float())
+
+
+def test_gradients_and_tracing():
+    q, k, v = (t.double().requires_grad_() for t in inputs(3, 4))
+    assert torch.autograd.gradcheck(lambda *t: ops.attention(*t, None, 0.4, True, 2, 1.5), (q, k, v))
+    x, w = torch.randn(2, 5).double().requires_grad_(), torch.randn(5).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(ops.rms_norm(x, w, 1e-3).sum(), x)
+    assert gradient.abs().max() > 0
+    traced = make_fx(lambda *t: ops.attention(*t, None, 0.4, True), tracing_mode="fake")(*inputs(3, 4))
+    assert traced(*inputs(3, 4)).shape == (2, 4, 3, 6)
+
+
+def test_every_operator_is_defined():
+    for name in CANONICAL:
+        assert getattr(ops, name).default._schema.name == f"qcompiler::{name}"
