@@ -65,8 +65,8 @@ def measure(options: argparse.Namespace, recipe: str, seed: int) -> dict[str, An
     report = result.report
     found: dict[str, Any] = {
         "machine": machine(),
-        "cpu_seconds": report.cpu_seconds,
-        "seconds": report.seconds["total"],
+        "cpu_seconds": report.cpu_seconds["sweep"],
+        "seconds": report.seconds["sweep"],
         "peak_mb": report.peak_rss_bytes / 1e6,
         "bits_per_weight": report.bits_per_weight,
         "texts": {},

@@ -146,7 +146,8 @@ def solve_gptq(
 
     feedback = _feedback(factor)
     del factor
-    ordered_gram = gram[order[:, None], order].float()
+    gram = gram.float()
+    ordered_gram = _permute(gram, order)
     group = spec.group_of(width)
     codes, losses = [], []
     for start in range(0, len(target), _ROWS):
@@ -158,7 +159,6 @@ def solve_gptq(
             _descend(errors, steps, ordered_gram, ridge[order].float(), grid, sweeps)
         losses.append((torch.mm(ordered_gram, errors) * errors).sum(0, dtype=torch.float64))
         codes.append(_to_codes(steps, order, zero_rows[rows], spec))
-    gram = gram.float()
     solutions = []
     for i, (part_codes, part_loss) in enumerate(
         zip(torch.cat(codes).split(sizes), torch.cat(losses).split(sizes), strict=True)
@@ -231,7 +231,7 @@ def _factorise(gram: Tensor, order: Tensor, dead: Tensor, damping: float, mean: 
     Reversing rows and columns of ``L`` gives the upper factor ``R`` of the module's docstring.
     """
     backwards = order.flip(0)
-    matrix = gram[backwards[:, None], backwards]
+    matrix = _permute(gram, backwards)
     diagonal = matrix.diagonal().clone() + mean * dead[backwards]  # no feedback: a dead column's row is zero
     while True:
         matrix.diagonal().copy_(diagonal + damping * mean)
@@ -248,10 +248,14 @@ def _factorise(gram: Tensor, order: Tensor, dead: Tensor, damping: float, mean: 
             )
 
 
+def _permute(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of a square matrix in another order; two selections take a third of the time of one 2-D index."""
+    return matrix.index_select(0, order).index_select(1, order)
+
+
 def _feedback(factor: Tensor) -> Tensor:
     """float32 ``F[i, k] = R[k, i] / R[i, i]``, lower triangular, from the factor of `_factorise`."""
-    upper_transposed = factor.T.flip(0, 1)
-    return upper_transposed.div_(upper_transposed.diagonal().clone()[:, None]).float()
+    return (factor / factor.diagonal()).float().T.flip(0, 1)
 
 
 def _shift(weight: Tensor, difference: Tensor, factor: Tensor, order: Tensor) -> Tensor:

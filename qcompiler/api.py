@@ -7,7 +7,8 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,50 +153,47 @@ def compile(
     Raises:
         QCompilerError: see `qcompiler.errors`; nothing is left behind.
     """
-    started, cpu_started = time.perf_counter(), time.process_time()
     pipeline = Pipeline(_with_overrides(_passes(recipe), overrides))
     specs = [target_spec(target) if isinstance(target, str) else target for target in targets]
     report = CompileReport()
-    graph = model if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
-    report.seconds["capture"] = time.perf_counter() - started
-    report.unrecognized = list(graph.unrecognized)
-    report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
-    report.parameters = int(graph.provenance["parameters"])
-    context = PassContext(graph, _device(device), seed)
-    workspace = _workspace(work_dir, graph)
-    batches: list[Batch] | None = None
-    held_out: Tensor | None = None
-    for stage in pipeline.stages:
-        for item in stage.whole_graph:
-            result = item.run(graph, context)
-            report.sites += result.sites
-            report.skipped += result.skips
-        widths = {site.name: site.in_features for site in graph.sites()}
-        check_schemes(graph.schemes, widths, specs)
-        if stage.is_calibrated and batches is None:
-            at = time.perf_counter()
-            batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
-            report.seconds["calibration"] = time.perf_counter() - at
-        done = sweep(
-            graph,
-            stage.swept,
-            batches if batches is not None and stage.is_calibrated else (),
-            context,
-            work_dir=workspace,
-            value_budget=memory_budget,
-            progress=progress,
-        )
-        report.sites += done.sites
-        report.skipped += done.skips
-        report.sweeps += 1
-        report.segments = done.segments
-        report.bytes_spilled += done.bytes_spilled
-        report.seconds["sweep"] = report.seconds.get("sweep", 0.0) + done.seconds
-    verify_graph(graph)
-    _judge_coverage(report, strict)
-    report.bytes_after = graph.weights.stored_bytes(graph.weight_names())
-    report.seconds["total"] = time.perf_counter() - started
-    report.cpu_seconds = time.process_time() - cpu_started
+    with _timed(report, "total"):
+        with _timed(report, "capture"):
+            graph = model if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
+        report.unrecognized = list(graph.unrecognized)
+        report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
+        report.parameters = int(graph.provenance["parameters"])
+        context = PassContext(graph, _device(device), seed)
+        workspace = _workspace(work_dir, graph)
+        batches: list[Batch] | None = None
+        held_out: Tensor | None = None
+        for stage in pipeline.stages:
+            for item in stage.whole_graph:
+                result = item.run(graph, context)
+                report.sites += result.sites
+                report.skipped += result.skips
+            widths = {site.name: site.in_features for site in graph.sites()}
+            check_schemes(graph.schemes, widths, specs)
+            if stage.is_calibrated and batches is None:
+                with _timed(report, "calibration"):
+                    batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
+            with _timed(report, "sweep"):
+                done = sweep(
+                    graph,
+                    stage.swept,
+                    batches if batches is not None and stage.is_calibrated else (),
+                    context,
+                    work_dir=workspace,
+                    value_budget=memory_budget,
+                    progress=progress,
+                )
+            report.sites += done.sites
+            report.skipped += done.skips
+            report.sweeps += 1
+            report.segments = done.segments
+            report.bytes_spilled += done.bytes_spilled
+        verify_graph(graph)
+        _judge_coverage(report, strict)
+        report.bytes_after = graph.weights.stored_bytes(graph.weight_names())
     report.peak_rss_bytes = peak_rss_bytes()
     manifest = {
         "qcompiler": qcompiler.__version__,
@@ -206,6 +204,17 @@ def compile(
         "provenance": {k: v for k, v in graph.provenance.items() if k != "companions"},
     }
     return CompileResult(graph, report, manifest, held_out)
+
+
+@contextmanager
+def _timed(report: CompileReport, phase: str) -> Iterator[None]:
+    """Adds the wall and CPU time of a block to a phase of the report."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        report.seconds[phase] = report.seconds.get(phase, 0.0) + time.perf_counter() - wall
+        report.cpu_seconds[phase] = report.cpu_seconds.get(phase, 0.0) + time.process_time() - cpu
 
 
 def _workspace(work_dir: str | Path | None, graph: Graph) -> Path:

@@ -9,14 +9,14 @@ it.
 | ``linear(x, weight, bias?)`` | ``x @ weight.T + bias``; weight ``[out, in]`` |
 | ``rms_norm(x, weight, eps)`` | ``x / sqrt(mean(x^2) + eps) * weight``, last axis (arXiv 1910.07467) |
 | ``layer_norm(x, weight?, bias?, eps)`` | mean and variance over the last axis (arXiv 1607.06450) |
-| ``rotary(x, cos, sin, interleaved)`` | rotary embedding of ``x[B, H, S, D]`` (arXiv 2104.09864); cos and sin broadcast |
+| ``rotary(x, cos, sin, interleaved)`` | rotary embedding of ``x[B, H, S, D]`` (arXiv 2104.09864) |
 | ``kv_append(past, new)`` | ``[B, H, P, D]`` and ``[B, H, S, D]`` → ``[B, H, P + S, D]`` |
-| ``attention(q, k, v, mask?, scale, causal, window?, softcap?)`` | softmax attention with grouped heads; see `_attention` |
+| ``attention(q, k, v, mask?, scale, causal, window?, softcap?)`` | softmax attention, grouped heads; `_attention` |
 | ``quantize(x, scale, zero_point?, axis, block, dtype)`` | ONNX QuantizeLinear |
 | ``dequantize(codes, scale, zero_point?, axis, block, out_dtype)`` | ONNX DequantizeLinear |
 
-For the last two, a 0-D scale is per tensor; a 1-D one per slice of ``axis`` (``block`` 0); one of the rank of the data is
-blocked, ``block`` elements of ``axis`` sharing a scale, the last block possibly short.
+For the last two, a 0-D scale is per tensor; a 1-D one per slice of ``axis`` (``block`` 0); one of the rank of the data
+is blocked, ``block`` elements of ``axis`` sharing a scale, the last block possibly short.
 """
 
 import torch
@@ -80,8 +80,8 @@ def _attention(
     """Softmax attention.
 
     Args:
-        q, k, v: ``[B, Hq, S, D]``, ``[B, Hkv, T, D]``, ``[B, Hkv, T, Dv]``, Hq a multiple of Hkv; query head h reads key
-            head ``h * Hkv // Hq``.
+        q, k, v: ``[B, Hq, S, D]``, ``[B, Hkv, T, D]``, ``[B, Hkv, T, Dv]``, Hq a multiple of Hkv; query head h reads
+            key head ``h * Hkv // Hq``.
         mask: boolean (True: attend) or additive, broadcastable to ``[B, Hq, S, T]``; combined with ``causal``.
         scale: factor of ``q @ k.T``.
         causal: query ``s`` sees keys ``0 .. T - S + s`` (aligned to the end, so a cache just makes T longer).

@@ -60,7 +60,7 @@ class CompileReport:
         sweeps: how many times the model was gone through.
         segments: pieces per sweep.
         seconds: of wall time, by phase.
-        cpu_seconds: of all threads, in total.
+        cpu_seconds: of all threads, by phase.
         peak_rss_bytes: the largest resident memory of the process.
         bytes_before, bytes_after: weights as stored.
         parameters: elements of the original model.
@@ -76,7 +76,7 @@ class CompileReport:
     sweeps: int = 0
     segments: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    cpu_seconds: float = 0.0
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     bytes_before: int = 0
     bytes_after: int = 0

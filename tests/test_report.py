@@ -24,7 +24,7 @@ def full_report() -> CompileReport:
         sweeps=1,
         segments=3,
         seconds={"sweep": 1.0},
-        cpu_seconds=2.0,
+        cpu_seconds={"total": 2.0},
         peak_rss_bytes=10,
         bytes_before=100,
         bytes_after=30,

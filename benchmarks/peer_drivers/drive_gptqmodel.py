@@ -21,7 +21,9 @@ def _config(method: str) -> Any:
         case "gptq":
             return configs.GPTQConfig(**common, damp_percent=0.01)
         case "gptq-static":
-            return configs.GPTQConfig(**common, damp_percent=0.01, desc_act=True, static_groups=True, act_group_aware=False)
+            return configs.GPTQConfig(
+                **common, damp_percent=0.01, desc_act=True, static_groups=True, act_group_aware=False
+            )
         case "gptq-mse":
             return configs.GPTQConfig(**common, damp_percent=0.01, mse=2.0)
     raise SystemExit(f"unknown method {method!r}")
@@ -37,8 +39,9 @@ def _effective(model: nn.Module) -> dict[str, Tensor]:
 
 
 def main(request: Request) -> None:
-    from gptqmodel import GPTQModel
+    from gptqmodel import GPTQModel, extension
 
+    extension.load(name="pack_block_cpu")  # compiles on its first use on a machine, which is no part of quantizing
     config = _config(request.method)
     model = GPTQModel.load(request.model, config, dtype=torch.float32)
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in request.tokens]

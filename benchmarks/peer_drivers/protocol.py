@@ -63,13 +63,14 @@ def measured(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     MB (10^6 bytes): ``peak_rss_mb`` of the whole process up to now, imports and model included, and ``grown_mb``, by
     how much the call raised it above what was resident before.
     """
-    before = _status_mb("VmRSS")
+    before, loaded = _status_mb("VmRSS"), _status_mb("VmHWM")
     _forget_peak()
     cpu, wall = _cpu_seconds(), time.perf_counter()
     result = call()
     cpu, wall = _cpu_seconds() - cpu, time.perf_counter() - wall
     peak = _status_mb("VmHWM")
-    return result, {"cpu_seconds": cpu, "wall_seconds": wall, "peak_rss_mb": peak, "grown_mb": peak - before}
+    memory = {"peak_rss_mb": max(peak, loaded), "grown_mb": peak - before}
+    return result, {"cpu_seconds": cpu, "wall_seconds": wall, **memory}
 
 
 def write_result(
