@@ -108,14 +108,14 @@ def render(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     lines = [
         f"Llama, {shape}, vocabulary {options.vocabulary}; {machine}",
         "",
-        "| layers | parameters | checkpoint | seconds | CPU seconds | peak MB | beyond imports, MB | nodes | unrecognized |",
+        "| layers | parameters | checkpoint | seconds | CPU seconds | peak | less imports | nodes | unrecognized |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         lines.append(
             f"| {row['layers']} | {row['parameters'] / 1e9:.2f} G | {row['checkpoint'] / 1e9:.1f} GB "
-            f"| {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['peak_bytes'] / 1e6:.0f} "
-            f"| {(row['peak_bytes'] - row['imported_bytes']) / 1e6:.0f} | {row['nodes']} | {row['unrecognized']} |"
+            f"| {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['peak_bytes'] / 1e6:.0f} MB "
+            f"| {(row['peak_bytes'] - row['imported_bytes']) / 1e6:.0f} MB | {row['nodes']} | {row['unrecognized']} |"
         )
     return "\n".join(lines)
 

@@ -85,6 +85,11 @@ def solve_gptq(
 
     The rows of all weights are solved in one go: one factorisation, one loop over the columns.
 
+    What the options are worth, as KL divergence from the original model relative to round to nearest (a Llama of 7 M
+    parameters, int4 in groups of 128, 64 windows of 512 tokens, one seed; another differs by about 0.01): all as by
+    default 0.404; in stored order 0.462; min-max scales 0.450; three sweeps 0.394; a cross Gram with correction 0.25,
+    0.5 or 1: 0.384, 0.361, 0.386; damping 0.001 or 0.1: 0.415, 0.429. With 16 windows: 0.44.
+
     Args:
         weights: float ``[out_i, in]`` each, on one device.
         gram: float32 or float64 ``[in, in]``, ``XᵀX`` over the calibration tokens.
@@ -117,16 +122,17 @@ def solve_gptq(
     _check_options(damping, sweeps, correction)
     device = weights[0].device if weights else torch.device("cpu")
     width = _check_weights(weights)
-    gram = _check_gram(gram, width, "Gram matrix").to(device, torch.float64)
+    gram = _check_gram(gram, width, "Gram matrix").to(device)
     if bool((gram.diagonal() < 0).any()):
         raise CalibrationError("a Gram matrix has no negative diagonal", where="Gram matrix", got=gram.diagonal().min())
     dead = gram.diagonal() == 0
     if bool(dead.any()):
         gram = gram.masked_fill(dead, 0).masked_fill(dead[:, None], 0)
     alive = width - int(dead.sum())
-    mean = float(gram.diagonal().sum()) / alive if alive else 1.0
+    mean = float(gram.diagonal().sum(dtype=torch.float64)) / alive if alive else 1.0
     order = gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(width, device=device)
-    factor, used = _factorise(gram, order, dead, damping, mean)
+    ordered_gram = gram.index_select(0, order).index_select(1, order)  # a third of the time of one 2-D index
+    factor, used = _factorise(ordered_gram, dead[order], damping, mean)
     ridge = used * mean + mean * dead.double()
 
     sizes = [len(weight) for weight in weights]
@@ -134,7 +140,7 @@ def solve_gptq(
     target = original
     if cross is not None and correction:
         cross = _check_gram(cross, width, "cross Gram matrix").to(device, torch.float64).masked_fill(dead, 0)
-        target = original + correction * _shift(original, cross - gram, factor, order)
+        target = original + correction * _shift(original, cross - gram.double(), factor, order)
     importance = (gram.diagonal() + ridge).float()
     qparams = [_qparams(part, spec, scale_dtype, scale_search, importance) for part in target.split(sizes)]
     scale_rows = torch.cat([scale.expand(size, -1) for (scale, _), size in zip(qparams, sizes, strict=True)])
@@ -146,8 +152,7 @@ def solve_gptq(
 
     feedback = _feedback(factor)
     del factor
-    gram = gram.float()
-    ordered_gram = _permute(gram, order)
+    gram, ordered_gram = gram.float(), ordered_gram.float()
     group = spec.group_of(width)
     codes, losses = [], []
     for start in range(0, len(target), _ROWS):
@@ -225,14 +230,13 @@ def _check_gram(gram: Tensor, width: int, name: str) -> Tensor:
     return gram
 
 
-def _factorise(gram: Tensor, order: Tensor, dead: Tensor, damping: float, mean: float) -> tuple[Tensor, float]:
-    """The lower Cholesky factor ``L`` of the damped Gram matrix in *reversed* column order, and the damping it took.
+def _factorise(gram: Tensor, dead: Tensor, damping: float, mean: float) -> tuple[Tensor, float]:
+    """The lower Cholesky factor ``L`` of the damped Gram matrix with its columns in *reversed* order, and the damping.
 
     Reversing rows and columns of ``L`` gives the upper factor ``R`` of the module's docstring.
     """
-    backwards = order.flip(0)
-    matrix = _permute(gram, backwards)
-    diagonal = matrix.diagonal().clone() + mean * dead[backwards]  # no feedback: a dead column's row is zero
+    matrix = gram.flip(0, 1).double()
+    diagonal = matrix.diagonal() + mean * dead.flip(0)  # no feedback: all else in a dead row is zero
     while True:
         matrix.diagonal().copy_(diagonal + damping * mean)
         factor, failed = torch.linalg.cholesky_ex(matrix)
@@ -246,11 +250,6 @@ def _factorise(gram: Tensor, order: Tensor, dead: Tensor, damping: float, mean: 
                 got=f"no factorisation with {_DAMPING_LIMIT:g} times the mean diagonal added",
                 expected="the product of a matrix with its own transpose",
             )
-
-
-def _permute(matrix: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of a square matrix in another order; two selections take a third of the time of one 2-D index."""
-    return matrix.index_select(0, order).index_select(1, order)
 
 
 def _feedback(factor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,16 +154,18 @@ def compile(
         QCompilerError: see `qcompiler.errors`; nothing is left behind.
     """
     pipeline = Pipeline(_with_overrides(_passes(recipe), overrides))
+    place = _device(device)
     specs = [target_spec(target) if isinstance(target, str) else target for target in targets]
     report = CompileReport()
-    with _timed(report, "total"):
+    with _timed(report, "total"), ExitStack() as undo:
         with _timed(report, "capture"):
             graph = model if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
         report.unrecognized = list(graph.unrecognized)
         report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
         report.parameters = int(graph.provenance["parameters"])
-        context = PassContext(graph, _device(device), seed)
+        context = PassContext(graph, place, seed)
         workspace = _workspace(work_dir, graph)
+        undo.callback(shutil.rmtree, workspace, ignore_errors=True)
         batches: list[Batch] | None = None
         held_out: Tensor | None = None
         for stage in pipeline.stages:
@@ -194,6 +196,7 @@ def compile(
         verify_graph(graph)
         _judge_coverage(report, strict)
         report.bytes_after = graph.weights.stored_bytes(graph.weight_names())
+        undo.pop_all()
     report.peak_rss_bytes = peak_rss_bytes()
     manifest = {
         "qcompiler": qcompiler.__version__,

@@ -208,6 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         result = app(arguments, standalone_mode=False)
+        if result == _EXIT_INTERRUPTED:  # Typer's answer to a KeyboardInterrupt
+            raise KeyboardInterrupt
         if as_json and isinstance(result, dict):
             _emit({"schema": SCHEMA, "command": command, "ok": True, "result": result})
         return result if isinstance(result, int) else 0
@@ -290,7 +292,7 @@ def _bytes(text: str) -> int:
         number, unit = number[:-1], number[-1]
     try:
         value = int(float(number) * units[unit])
-    except ValueError:
+    except (ValueError, OverflowError):
         value = -1
     if value < 0:
         raise InputError("not an amount of memory", got=text, expected="such as 500MB or 4GB")

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -158,3 +159,33 @@ def operators(graph: Graph) -> Counter[str]:
     """How often each operator occurs: ``{"qcompiler.linear": 15, "aten.add": 4}``."""
     calls = (node.target for node in graph.fx.nodes if node.op == "call_function")
     return Counter(str(target).rsplit(".", 1)[0] for target in calls if isinstance(target, torch._ops.OpOverload))
+
+
+def reasons(graph: Graph) -> list[tuple[str, str]]:
+    """Pattern and reason of everything that was not recognized."""
+    return [(entry["pattern"], entry["reason"]) for entry in graph.unrecognized]
+
+
+def canonical_form(model: nn.Module, *inputs: Tensor) -> Graph:
+    """The canonical graph of a module, checked to compute the same on inputs of another batch size."""
+    graph = canonicalize(capture_module(model, inputs))
+    others = [torch.cat((x, x[:1] + 1)) if x.is_floating_point() else x for x in inputs]
+    out = run(graph, **{f"input_{i}": x for i, x in enumerate(others)})["output_0"]
+    with torch.no_grad():
+        torch.testing.assert_close(out, model(*others))
+    return graph
+
+
+def module(function: Callable[..., Tensor], **parameters: Tensor) -> nn.Module:
+    """A module that computes a function of itself and its inputs."""
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in parameters.items():
+                setattr(self, name, nn.Parameter(value))
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return function(self, *inputs)
+
+    return Module().eval()

@@ -8,9 +8,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from qcompiler.canonicalize import canonicalize
-from qcompiler.capture import capture_module
 from qcompiler.graph import is_op
-from tests.models import FAMILIES, WINDOW, canonical_graph, copy_graph, model_of, operators, raw_graph, run
+from tests.models import (
+    FAMILIES,
+    WINDOW,
+    canonical_form,
+    canonical_graph,
+    copy_graph,
+    model_of,
+    module,
+    operators,
+    raw_graph,
+    reasons,
+)
 
 canonical = torch.ops.qcompiler
 aten = torch.ops.aten
@@ -44,35 +54,6 @@ ELSEWHERE["mistral"] = ELSEWHERE["llama"]
 
 def calls(graph, target):
     return [node for node in graph.fx.nodes if is_op(node, target)]
-
-
-def reasons(graph):
-    return [(entry["pattern"], entry["reason"]) for entry in graph.unrecognized]
-
-
-def canonical_form(model, *inputs):
-    """The canonical graph of a module, checked to compute the same on inputs of another batch size."""
-    graph = canonicalize(capture_module(model, inputs))
-    others = [torch.cat((x, x[:1] + 1)) if x.is_floating_point() else x for x in inputs]
-    out = run(graph, **{f"input_{i}": x for i, x in enumerate(others)})["output_0"]
-    with torch.no_grad():
-        torch.testing.assert_close(out, model(*others))
-    return graph
-
-
-def module(function, **parameters):
-    """A module that computes a function of itself and its inputs."""
-
-    class Module(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, value in parameters.items():
-                setattr(self, name, nn.Parameter(value))
-
-        def forward(self, *inputs):
-            return function(self, *inputs)
-
-    return Module().eval()
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------
@@ -402,38 +383,3 @@ def test_what_is_no_attention():
     written_out = module(lambda self, x: torch.softmax(x @ x.transpose(-1, -2) / math.sqrt(4), -1) @ x)
     ((_, reason),) = reasons(canonical_form(written_out, torch.randn(2, 3, 5, 4)))
     assert "attention written out" in reason
-
-
-# --- simplification ---------------------------------------------------------------------------------------------------
-
-
-def test_noise_goes():
-    def noisy(self, x):
-        x = (x.to(torch.float32).contiguous().clone().detach() * 1 + 0.0).view(x.shape)[:, 0:]
-        return F.dropout(x, 0.5, training=False).expand(x.shape).relu() / 1.0
-
-    graph = canonical_form(module(noisy), torch.randn(2, 4))
-    assert operators(graph) == {"aten.relu": 1}
-
-
-def test_what_changes_values_stays():
-    graph = canonical_form(module(lambda self, x: (x.half().float() * 2 + 1)[:, 1:].relu()), torch.randn(2, 4))
-    assert operators(graph) == {"aten.to": 2, "aten.mul": 1, "aten.add": 1, "aten.slice": 1, "aten.relu": 1}
-
-
-def test_active_dropout_is_noted_and_not_merged():
-    def random(self, x):
-        return (F.dropout(x, 0.5, training=True) + F.dropout(x, 0.5, training=True)) * 0
-
-    graph = canonical_form(module(random), torch.randn(2, 4))
-    assert operators(graph)["aten.dropout"] == 2
-    assert [reason for _, reason in reasons(graph)] == ["dropout is active: every run gives another result"] * 2
-
-
-def test_expressions_of_weights_fold_in_their_dtype():
-    model = module(lambda self, x: x * self.w[1:].unsqueeze(0) + (1 + self.w[:-1]), w=torch.randn(5)).bfloat16()
-    graph = canonicalize(capture_module(model, (torch.randn(2, 4),)))
-    assert operators(graph) == {"aten.mul": 1, "aten.add": 1}
-    assert {graph.weights.info(name).dtype for name in graph.weight_names()} == {"bfloat16", "float32"}
-    x, w = torch.randn(3, 4), model.w.detach().float()
-    torch.testing.assert_close(run(graph, input_0=x)["output_0"], x * w[1:] + (1 + w[:-1]))

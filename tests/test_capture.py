@@ -144,19 +144,6 @@ def test_names_without_the_base_model_s_prefix(tmp_path):
     assert_same_logits(graph, model, torch.randint(VOCABULARY, (1, 6)), padding_mask(1, 6, "none"))
 
 
-def test_names_with_a_prefix_the_model_lacks(tmp_path):
-    model = build("llama", layers=1).model
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    save_file({f"model.{name}": t for name, t in load_file(file).items()}, file)
-    graph = canonicalize(capture_directory(tmp_path))
-    assert graph.signature.outputs[0].name == "last_hidden_state"
-    ids = torch.randint(VOCABULARY, (1, 4))
-    hidden = run(graph, **language_inputs(graph, ids, torch.ones_like(ids)))["last_hidden_state"]
-    with torch.no_grad():
-        torch.testing.assert_close(hidden, model(input_ids=ids).last_hidden_state)
-
-
 @pytest.fixture
 def checkpoint(tmp_path):
     """A directory, and functions that change its config and its tensors."""
@@ -316,36 +303,3 @@ def test_a_plain_module_needs_examples():
         capture_module(nn.Linear(2, 2), ("text",))
     with pytest.raises(InputError, match="tuple of tensors"):
         capture_module(nn.Linear(2, 2), torch.randn(2, 2))
-
-
-@pytest.mark.parametrize("kind", ["branch", "raises", "number", "state", "small"])
-def test_what_cannot_be_exported_says_so(kind):
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("count", torch.zeros(1))
-
-        def forward(self, x):
-            if kind == "branch" and x.sum() > 0:
-                return x + 1
-            if kind == "raises":
-                raise KeyError("missing")
-            if kind == "number":
-                return x, 3
-            if kind == "state":
-                self.count += 1
-                return x + self.count
-            if kind == "small" and x.shape[0] > 2:
-                return x * 2
-            return x
-
-    with pytest.raises(UnsupportedModelError) as caught:
-        capture_module(Odd(), (torch.randn(3, 2),))
-    expected = {
-        "branch": "cannot be exported",
-        "raises": "KeyError",
-        "number": "something else than tensors",
-        "state": "changes its buffers",
-        "small": "another path for small sizes",
-    }
-    assert expected[kind] in str(caught.value)

@@ -83,6 +83,14 @@ def as_float(allowed, hidden):
     return aten.masked_fill.Scalar(aten.to.dtype(aten.mul.Tensor(allowed, 0), torch.float32), ~allowed, hidden)
 
 
+def real_tokens(s):
+    return aten.reshape.default(aten.sum.dim_IntList(s.mask, [1]), [-1, 1, 1, 1])
+
+
+def hidden_tokens(s):
+    return aten.reshape.default(aten.sum.dim_IntList(1 - s.mask, [1]), [-1, 1, 1, 1])
+
+
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize(
     ("function", "expected"),
@@ -119,6 +127,8 @@ def test_closed_forms(function, expected, cache):
         (lambda s: as_float(causal(s), -5.0), "adds other values"),
         (lambda s: both(causal(s), aten.unsqueeze.default(aten.ne.Scalar(s.ids, 0), 2)), "values of input_ids"),
         (lambda s: aten.le.Tensor(s.key, aten.unsqueeze.default(aten.unsqueeze.default(s.positions, 2), 1)), "neither"),
+        (lambda s: aten.lt.Tensor(s.key, real_tokens(s)), "neither causal"),  # only where the padding is on the right
+        (lambda s: aten.ge.Tensor(s.key, hidden_tokens(s)), "neither causal"),  # only where it is on the left
         (lambda s: aten.gt.Scalar(aten.select.int(s.past, 3, 0), 0), "values of past_key_values.0.key"),
         (lambda s: aten.reshape.default(causal(s), [2, 4, 1]), "cannot be computed on probes"),
     ],
@@ -165,7 +175,7 @@ def test_layers_share_the_padding_mask():
     count = len(graph.fx.nodes)
     assert closed_form(graph, graph.outputs[0]).padding is first.padding
     assert len(graph.fx.nodes) == count
-    graph.fx.lint()
+    assert first.padding.prev.prev.prev is graph.inputs[-1]  # before whatever may read it
 
 
 class Attends(nn.Module):

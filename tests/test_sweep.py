@@ -261,9 +261,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[fx.Node]:
     counter: Counter[fx.Node] = Counter()
     original = execute._call
 
-    def counted(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+    def counted(node: fx.Node, env: Mapping[fx.Node, Any], device: torch.device) -> Any:
         counter[node] += 1
-        return original(node, env)
+        return original(node, env, device)
 
     monkeypatch.setattr(execute, "_call", counted)
     return counter

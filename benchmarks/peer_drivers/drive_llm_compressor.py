@@ -1,11 +1,9 @@
-"""llm-compressor: ``rtn``, ``gptq`` (act-order static), ``gptq-weight``, ``gptq-mse`` and ``awq``."""
+"""llm-compressor: ``rtn``, ``gptq`` (static act-order), ``awq``; ``-mse``: scales by least squared error."""
 
 from typing import Any
 
 from protocol import Request, load_model, measured, read_request, versions, write_result
 from torch import Tensor, nn
-
-GPTQ = {"gptq": ("static", "memoryless_minmax"), "gptq-mse": ("static", "memoryless_mse")}
 
 
 def _recipe(method: str) -> list[Any]:
@@ -14,23 +12,19 @@ def _recipe(method: str) -> list[Any]:
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
-    def groups(observer: str) -> dict[str, Any]:
-        weights = QuantizationArgs(
-            num_bits=4, type="int", symmetric=True, strategy="group", group_size=128, observer=observer
-        )
-        return {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}}
-
-    common = {"ignore": ["lm_head"]}
+    observer = "memoryless_mse" if method.endswith("-mse") else "memoryless_minmax"
+    weights = QuantizationArgs(
+        num_bits=4, type="int", symmetric=True, strategy="group", group_size=128, observer=observer
+    )
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    options: dict[str, Any] = {"config_groups": groups, "ignore": ["lm_head"]}
     match method:
-        case "rtn":
-            return [QuantizationModifier(**groups("memoryless_minmax"), **common)]
-        case "rtn-mse":
-            return [QuantizationModifier(**groups("memoryless_mse"), **common)]
+        case "rtn" | "rtn-mse":
+            return [QuantizationModifier(**options)]
         case "gptq" | "gptq-mse":
-            order, observer = GPTQ[method]
-            return [GPTQModifier(actorder=order, dampening_frac=0.01, **groups(observer), **common)]
+            return [GPTQModifier(actorder="static", dampening_frac=0.01, **options)]
         case "awq":
-            return [AWQModifier(), QuantizationModifier(**groups("memoryless_minmax"), **common)]
+            return [AWQModifier(), QuantizationModifier(**options)]
     raise SystemExit(f"unknown method {method!r}")
 
 

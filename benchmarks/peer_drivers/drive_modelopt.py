@@ -29,7 +29,7 @@ def _config(method: str) -> dict[str, Any]:
 def _effective(model: nn.Module) -> dict[str, Tensor]:
     """All weights that the quantized model computes with.
 
-    A pre-quantization scale multiplies the input of its layer: x·s·Wᵀ is x·(W·s)ᵀ, so it goes into the weight's columns.
+    A pre-quantization scale multiplies the input of its layer: (x·s)·Wᵀ is x·(W·s)ᵀ, so it goes into the columns.
     """
     weights = {name: tensor for name, tensor in model.named_parameters() if "quantizer" not in name}
     for name, module in model.named_modules():

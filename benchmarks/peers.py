@@ -1,0 +1,282 @@
+"""Existing tools on the same tokens: ``python -m benchmarks.peers MODEL --calib FILE --text FILE --venv NAME=DIR``.
+
+Each tool lives in a virtual environment of its own, given as ``--venv NAME=DIRECTORY`` (`benchmarks/README.md` says how
+to make them); none is a dependency of this project. A driver from ``peer_drivers/`` runs under that environment's
+interpreter, quantizes the model in float32, and hands back the weights that the quantized model effectively computes
+with. All of them, and this project's own artifacts, are then scored by the one evaluator, `qcompiler.evaluate`: windows
+of 512 tokens, every position but the first, in float32.
+
+Common settings: linear weights to 4-bit symmetric groups of 128 along the input, the language-model head left out,
+damping 0.01, otherwise each tool's defaults; the drivers name what a method's suffix changes.
+
+CPU seconds are of the quantization call alone, all threads and child processes, without imports and without reading the
+model (this project reads weights as it goes, so its figure includes that). Threads that wait sleep (OMP_WAIT_POLICY):
+spinning would count as work, many times over on a machine that does something else as well. ``peak MB`` is the largest
+resident memory of the process, ``grew MB`` by how much the call raised it, both in 10^6 bytes. Ratios are to round-to-
+nearest of the same tool.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OWN = "qcompiler"
+METHODS: dict[str, tuple[str, ...]] = {
+    OWN: ("rtn", "gptq"),
+    "llm-compressor": ("rtn", "gptq", "gptq-mse", "awq"),
+    "gptqmodel": ("rtn", "gptq", "gptq-static", "gptq-mse"),
+    "modelopt": ("rtn", "gptq", "gptq-layerwise", "awq"),
+}
+BASELINE = "rtn"  # the method that ratios are to; it sees no calibration, so one seed says all
+
+_DRIVERS = Path(__file__).parent / "peer_drivers"
+_COSTS = {"cpu_seconds": 1, "wall_seconds": 1, "peak_rss_mb": 0, "grown_mb": 0}  # and the digits they are shown with
+
+
+@dataclass(frozen=True)
+class Job:
+    """One quantization by one tool.
+
+    Attributes:
+        tool, method: a key of `METHODS` and one of its values.
+        seed: of the calibration tokens.
+        python: the interpreter that has the tool.
+    """
+
+    tool: str
+    method: str
+    seed: int
+    python: Path
+
+
+def main() -> None:
+    """Runs the benchmark and prints a Markdown table; a tool that fails is a row of the table."""
+    options = _options()
+    tools = {OWN: Path(sys.executable)} if options.own else {}
+    for item in options.venv:
+        name, _, directory = item.partition("=")
+        if name not in METHODS or name == OWN:
+            raise SystemExit(
+                f"--venv {item}: unknown tool {name!r}; expected one of {', '.join(METHODS)}, but not {OWN}"
+            )
+        tools[name] = Path(directory).absolute() / "bin" / "python"
+        if not tools[name].exists():
+            raise SystemExit(f"--venv {item}: there is no {tools[name]}")
+    chosen = {tool: [m for m in METHODS[tool] if not options.methods or m in options.methods] for tool in tools}
+    jobs = [
+        Job(tool, method, seed, tools[tool])
+        for tool, methods in chosen.items()
+        for method in methods
+        for seed in (options.seeds[:1] if method == BASELINE else options.seeds)
+    ]
+    with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
+        tokens = _write_tokens(options, Path(scratch))
+        results: list[dict[str, Any]] = []
+        for job in jobs:
+            results.append(_run(job, tokens[job.seed], options))
+            if options.json:  # after each run: hours of work survive an interruption
+                _write_whole(options.json, json.dumps(_document(results, options), indent=2) + "\n")
+    print(render(results, options))
+    if any("error" in result for result in results):
+        raise SystemExit(1)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a Hugging Face directory")
+    parser.add_argument("--calib", type=Path, required=True, help="text to calibrate on")
+    parser.add_argument("--text", type=Path, action="append", required=True, help="held-out text; may be repeated")
+    parser.add_argument("--venv", action="append", default=[], metavar="TOOL=DIRECTORY", help="may be repeated")
+    parser.add_argument("--methods", nargs="+", help="only these; by default all")
+    parser.add_argument("--no-own", dest="own", action="store_false", help="leave this project's own recipes out")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--max-tokens", type=int, default=40_000, help="of each held-out text")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--timeout", type=int, default=3600, help="seconds for one quantization")
+    parser.add_argument("--json", type=Path, help="write every run here, as they end")
+    return parser.parse_args()
+
+
+def _write_tokens(options: argparse.Namespace, scratch: Path) -> dict[int, Path]:
+    """The calibration tokens of each seed as files, int64 ``[samples, length]``."""
+    from safetensors.torch import save_file
+
+    import qcompiler as qc
+
+    files: dict[int, Path] = {}
+    for seed in options.seeds:
+        made = qc.Calibration.from_text(options.calib, samples=options.samples, length=options.length, seed=seed)
+        files[seed] = scratch / f"tokens-{seed}.safetensors"
+        save_file({"ids": made.bind(options.model).ids.contiguous()}, files[seed])
+    return files
+
+
+def _run(job: Job, tokens: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Quantizes in the tool's environment, then evaluates in this one."""
+    print(f"{time.strftime('%H:%M:%S')} {job.tool} {job.method} seed {job.seed}", file=sys.stderr)
+    found: dict[str, Any] = {"tool": job.tool, "method": job.method, "seed": job.seed}
+    with tempfile.TemporaryDirectory(prefix="peers-run-") as directory:
+        out = Path(directory)
+        try:
+            _quantize(job, tokens, out, options)
+            found["texts"] = _evaluate(out, options)
+            found |= json.loads((out / "result.json").read_text(encoding="utf-8"))
+        except PeerError as error:
+            print(f"  failed: {error}", file=sys.stderr)
+            found["error"] = str(error)
+    return found
+
+
+class PeerError(Exception):
+    """A tool did not do what it was asked; the others go on."""
+
+
+def _quantize(job: Job, tokens: Path, out: Path, options: argparse.Namespace) -> None:
+    """Runs a driver, which leaves its result in the directory."""
+    request = {
+        "model": str(options.model.absolute()),
+        "tokens": str(tokens),
+        "method": job.method,
+        "threads": options.threads,
+        "out": str(out),
+    }
+    (out / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(options.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    driver = _DRIVERS / f"drive_{job.tool.replace('-', '_')}.py"
+    with (out / "log.txt").open("w+", encoding="utf-8", errors="replace") as log:
+        try:
+            done = subprocess.run(
+                [job.python, driver, out / "request.json"],
+                cwd=out,  # tools leave logs behind
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=options.timeout,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise PeerError(f"not done after {options.timeout} s") from error
+        if done.returncode != 0:
+            log.seek(0)
+            lines = [line.strip() for line in log.read().splitlines() if line.strip()]
+            raise PeerError(f"exit {done.returncode}: {lines[-1][:300] if lines else 'no output'}")
+
+
+def _evaluate(out: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    import qcompiler as qc
+
+    native = out / "native"
+    artifact = qc.open_artifact(native if native.is_dir() else _float_model(out, options.model))
+    original = qc.open_artifact(options.model)
+    return {
+        text.stem: qc.evaluate(artifact, text=text, against=original, max_tokens=options.max_tokens).to_dict()
+        for text in options.text
+    }
+
+
+def _float_model(out: Path, model: Path) -> Path:
+    """A float32 Hugging Face directory with the effective weights a driver wrote."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    weights = load_file(out / "weights.safetensors")
+    quantized = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+    before = {name: parameter.detach().clone() for name, parameter in quantized.named_parameters()}
+    unknown = quantized.load_state_dict(weights, strict=False).unexpected_keys
+    if unknown:
+        raise PeerError(f"the driver gave weights that the model does not have: {unknown[:4]}")
+    state = quantized.state_dict()
+    torn = [name for name, tensor in weights.items() if not torch.equal(state[name], tensor)]
+    if torn:
+        raise PeerError(f"tied weights that the tool has made different cannot be evaluated here: {torn[:4]}")
+    if all(torch.equal(before[name], parameter) for name, parameter in quantized.named_parameters()):
+        raise PeerError("the driver gave back the original weights: nothing was quantized")
+    quantized.save_pretrained(out / "float")
+    return out / "float"
+
+
+def _document(results: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    from qcompiler.report import machine
+
+    return {
+        "model": options.model.name,
+        "calibration": {"file": options.calib.name, "samples": options.samples, "length": options.length},
+        "max_tokens": options.max_tokens,
+        "threads": options.threads,
+        "machine": machine(),
+        "runs": results,
+    }
+
+
+def _write_whole(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def render(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """The results as Markdown: means over seeds, and ratios to round-to-nearest of the same tool."""
+    texts = [text.stem for text in options.text]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["tool"], result["method"]), []).append(result)
+    lines = [
+        _caption(results, options),
+        "",
+        f"| tool | method | seeds | {' | '.join(f'{text}: KL×1000 | ratio' for text in texts)}"
+        " | CPU s | s | peak MB | grew MB |",
+        "|---" * (7 + 2 * len(texts)) + "|",
+    ]
+    for (tool, method), runs in groups.items():
+        done = [run for run in runs if "error" not in run]
+        cells = [tool, method, str(len(done))]
+        for text in texts:
+            divergence = _mean(run["texts"][text]["kl_divergence"] for run in done)
+            baseline = [run for run in groups.get((tool, BASELINE), []) if "error" not in run]
+            ratio = divergence / _mean(run["texts"][text]["kl_divergence"] for run in baseline)
+            cells += [f"{1000 * divergence:.3f}", f"{ratio:.3f}"]
+        cells += [f"{_mean(run[cost] for run in done):.{digits}f}" for cost, digits in _COSTS.items()]
+        lines.append("| " + " | ".join("–" if cell == "nan" else cell for cell in cells) + " |")
+    for run in results:
+        if "error" in run:
+            lines.append(f"\n{run['tool']} {run['method']} seed {run['seed']} failed: {run['error']}")
+    return "\n".join(lines) + "\n"
+
+
+def _caption(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    from qcompiler.report import machine
+
+    where = ", ".join(f"{key} {value}" for key, value in machine().items())
+    versions = {name: v for run in results for name, v in run.get("versions", {}).items() if name not in machine()}
+    tools = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"`{options.model.name}`, 4 bits, symmetric groups of 128, calibrated on {options.samples}×{options.length} "
+        f"tokens, mean over seeds; {options.max_tokens:,} tokens of each text; threads: {options.threads}. {where}. "
+        f"Tools: {tools}."
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return statistics.fmean(found) if found else float("nan")
+
+
+if __name__ == "__main__":
+    main()

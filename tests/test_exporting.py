@@ -1,0 +1,119 @@
+"""Tracing: what cannot be traced says so, what is written in place is made functional, shortcuts change nothing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qcompiler.capture import capture_module
+from qcompiler.errors import UnsupportedModelError
+from qcompiler.exporting import export
+from tests.models import canonical_form, module
+
+
+@pytest.mark.parametrize("kind", ["branch", "raises", "number", "state", "small"])
+def test_what_cannot_be_exported_says_so(kind):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x):
+            if kind == "branch" and x.sum() > 0:
+                return x + 1
+            if kind == "raises":
+                raise KeyError("missing")
+            if kind == "number":
+                return x, 3
+            if kind == "state":
+                self.count += 1
+                return x + self.count
+            if kind == "small" and x.shape[0] > 2:
+                return x * 2
+            return x
+
+    with pytest.raises(UnsupportedModelError) as caught:
+        capture_module(Odd(), (torch.randn(3, 2),))
+    expected = {
+        "branch": "cannot be exported",
+        "raises": "KeyError",
+        "number": "something else than tensors",
+        "state": "changes its buffers",
+        "small": "another path for small sizes",
+    }
+    assert expected[kind] in str(caught.value)
+
+
+def written_in_place(self, x):
+    y = x + 1
+    y[:, 1] = 0
+    y.mul_(2)
+    return y.clamp_(max=3)
+
+
+def without_autocast(self, x):
+    with torch.autocast("cpu", enabled=False):
+        return (x @ self.w).relu()
+
+
+def with_gradients(self, x):
+    with torch.enable_grad():
+        return (x @ self.w).relu()
+
+
+@pytest.mark.parametrize("function", [written_in_place, without_autocast, with_gradients])
+def test_effects_are_traced_away(function):
+    graph = canonical_form(module(function, w=torch.randn(4, 4)), torch.randn(3, 4))
+    targets = [node.target for node in graph.fx.nodes if node.op == "call_function"]
+    assert targets
+    assert not any(target._schema.is_mutable for target in targets)
+
+
+@pytest.mark.parametrize("keyword", [True, False])
+def test_attention_is_traced_as_one_operator_and_put_back(keyword):
+    def attend(self, x):
+        scale = {"scale": 0.5} if keyword else {}
+        return F.scaled_dot_product_attention(x, x[..., 1:, :], x[..., 1:, :2], None, 0.0, False, **scale)
+
+    graph = capture_module(module(attend), (torch.randn(2, 3, 5, 4),))
+    (node,) = [node for node in graph.fx.nodes if "attention" in str(node.target)]
+    assert node.target is torch.ops.aten.scaled_dot_product_attention.default
+    assert node.meta["shape"] == ("batch", 3, 5, 2)
+    assert node.kwargs == ({"scale": 0.5} if keyword else {})
+
+
+def test_numbers_in_the_module_become_stored_tensors():
+    graph = canonical_form(module(lambda self, x: x * torch.tensor([1.0, 2.0, 3.0])), torch.randn(2, 3))
+    (name,) = graph.weight_names()
+    assert graph.weights.read(name).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_sizes_have_names():
+    class Two(nn.Module):
+        def forward(self, x, y):
+            return torch.cat((x, y), dim=1), y.flatten()
+
+    free = torch.export.Dim.DYNAMIC
+    shapes = ({0: free, 1: free}, {0: free, 1: free})
+    graph = capture_module(Two(), (torch.randn(3, 4), torch.randn(3, 5)), dynamic_shapes=shapes)
+    assert [port.shape for port in graph.signature.inputs] == [("batch", "dim_1"), ("batch", "dim_2")]
+    assert [port.shape for port in graph.signature.outputs] == [("batch", "dim_1 + dim_2"), ("batch*dim_2",)]
+
+
+def test_limits_are_those_of_the_code():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(7, 4))
+
+        def forward(self, x):
+            return x + self.table[: x.shape[0]]
+
+    assert capture_module(Table(), (torch.randn(3, 4),)).provenance["limits"] == {"batch": 7}
+    assert capture_module(nn.ReLU(), (torch.randn(3, 4),)).provenance["limits"] == {}
+
+
+def test_export_takes_the_module_as_it_is():
+    exported = export(nn.Dropout(0.5).train(), (torch.randn(2, 3),), None, "Dropout")
+    assert [tuple(value.shape) for value in exported.inputs] == [(2, 3)]
+    assert [tuple(value.shape) for value in exported.outputs] == [(2, 3)]

@@ -1,0 +1,151 @@
+"""Models without memory: built, copied, and bound to tensors by name."""
+
+import pytest
+import torch
+from torch import nn
+
+from qcompiler.errors import UnsupportedModelError, WeightError
+from qcompiler.skeleton import bind_checkpoint, build_on_meta, copy_for_tracing, tied_names
+from qcompiler.weights import WeightStore
+from tests.models import build
+
+
+class Base(nn.Module):
+    """A head on a base model that is called ``base``, with a tied pair, a buffer and a computed one."""
+
+    base_model_prefix = "base"
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Module()
+        self.base.norm = nn.LayerNorm(3)
+        self.base.table = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.base.table.weight
+        self.register_buffer("kept", torch.zeros(2))
+        self.register_buffer("made", torch.zeros(2), persistent=False)
+
+
+@pytest.fixture
+def model():
+    return copy_for_tracing(Base(), "meta")
+
+
+TENSORS = {
+    "base.norm.weight": torch.randn(3),
+    "base.norm.bias": torch.randn(3),
+    "base.table.weight": torch.randn(5, 3),
+    "kept": torch.randn(2),
+}
+MADE = {"made": torch.tensor([1.0, 2.0])}
+
+
+def bound(model, tensors, computed=MADE):
+    store = WeightStore.from_tensors(tensors)
+    bind_checkpoint(store, model, computed)
+    return store
+
+
+def check(store):
+    assert sorted(store.names()) == sorted([*TENSORS, "head.weight", "made"])
+    for name, tensor in TENSORS.items():
+        assert torch.equal(store.read(name), tensor)
+    assert store.tied("head.weight") == ("base.table.weight",)
+    assert store.read("made").tolist() == [1.0, 2.0]
+
+
+def test_names_as_they_are(model):
+    check(bound(model, {**TENSORS, "unused": torch.zeros(1)}))
+
+
+def test_names_without_the_prefix(model):
+    check(bound(model, {name.removeprefix("base."): tensor for name, tensor in TENSORS.items()}))
+
+
+def test_names_with_a_prefix_that_the_model_lacks():
+    base = Base().base
+    base.base_model_prefix = "base"
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name.startswith("base.")}
+    store = bound(copy_for_tracing(base, "meta"), tensors, {})
+    assert sorted(store.names()) == ["norm.bias", "norm.weight", "table.weight"]
+
+
+def test_the_older_names_of_norms(model):
+    tensors = dict(TENSORS)
+    tensors["base.norm.gamma"], tensors["base.norm.beta"] = (
+        tensors.pop("base.norm.weight"),
+        tensors.pop("base.norm.bias"),
+    )
+    check(bound(model, tensors))
+
+
+def test_a_tied_tensor_under_its_other_name(model):
+    tensors = dict(TENSORS)
+    tensors["head.weight"] = tensors.pop("base.table.weight")
+    check(bound(model, tensors))
+
+
+def test_a_missing_parameter(model):
+    tensors = {name: tensor for name, tensor in TENSORS.items() if "norm" not in name}
+    with pytest.raises(WeightError, match=r"2 missing: base\.norm\.weight, base\.norm\.bias"):
+        bound(model, tensors)
+
+
+def test_a_buffer_without_a_value(model):
+    with pytest.raises(UnsupportedModelError, match="made"):
+        bound(model, TENSORS, {})
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_of_another_shape(model, name):
+    with pytest.raises(WeightError, match="shape"):
+        bound(model, {**TENSORS, name: torch.zeros(4)})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_codes_are_no_weights(model, dtype):
+    with pytest.raises(UnsupportedModelError, match="quantized already"):
+        bound(model, {**TENSORS, "base.norm.weight": torch.zeros(3).to(dtype)})
+
+
+def test_a_store_that_does_not_fit_is_left_as_it_was(model):
+    store = WeightStore.from_tensors({**TENSORS, "kept": torch.zeros(9), "unused": torch.zeros(1)})
+    with pytest.raises(WeightError):
+        bind_checkpoint(store, model, MADE)
+    assert sorted(store.names()) == sorted([*TENSORS, "unused"])
+
+
+def test_built_on_meta(tmp_path):
+    build("llama", layers=1).config.save_pretrained(tmp_path)
+    model, computed = build_on_meta(tmp_path, {"architectures": ["LlamaForCausalLM"]}, trust_remote_code=False)
+    assert not model.training
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert computed["model.rotary_emb.inv_freq"][0] == 1.0
+
+
+def test_without_an_architecture_a_causal_language_model(tmp_path):
+    build("gpt2", layers=1).config.save_pretrained(tmp_path)
+    model, _ = build_on_meta(tmp_path, {}, trust_remote_code=False)
+    assert type(model).__name__ == "GPT2LMHeadModel"
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_copy_shares_what_it_can():
+    model = Base().train()
+    model.base.norm.half()
+    copied = copy_for_tracing(model)
+    assert (model.training, copied.training) == (True, False)
+    assert copied.head.weight.data_ptr() == model.head.weight.data_ptr()
+    assert copied.head.weight is copied.base.table.weight
+    assert (copied.base.norm.weight.dtype, model.base.norm.weight.dtype) == (torch.float32, torch.float16)
+    assert not any(p.requires_grad for p in copied.parameters())
+
+
+def test_tied_names():
+    model = Base()
+    model.alias = model.head
+    both = ["base.table.weight", "head.weight"]
+    names = tied_names(model)
+    assert names["head.weight"] == names["base.table.weight"] == names["alias.weight"] == both
+    assert names["base.norm.bias"] == ["base.norm.bias"]
