@@ -106,7 +106,7 @@ class Stretch:
 
 
 def _call(node: fx.Node, env: Mapping[fx.Node, Any], device: torch.device) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)  # type: ignore[type-var]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
     if _makes_a_tensor(node):
         kwargs = {**kwargs, "device": device}
     return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -175,19 +175,19 @@ def _without_fake_tensor_cache() -> Iterator[None]:
         yield
 
 
-_LIBRARY = torch.library.Library("qcompiler", "FRAGMENT")
+_LIBRARY = torch.library.Library("qcompiler_tracing", "DEF")  # apart from the operators that graphs may hold
 _LIBRARY.define(
-    "traced_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor"
 )
 
 
-def _traced_attention_shape(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+def _attention_shape(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-_LIBRARY.impl("traced_attention", _traced_attention_shape, "Meta")
-_stand_in = torch.ops.qcompiler.traced_attention.default
+_LIBRARY.impl("attention", _attention_shape, "Meta")
+_stand_in = torch.ops.qcompiler_tracing.attention.default
 
 
 class _AttentionStandIn(TorchFunctionMode):

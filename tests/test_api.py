@@ -139,7 +139,7 @@ def test_a_target_refuses_before_anything_is_calibrated() -> None:
             raise AssertionError("read")
 
     with pytest.raises(TargetError) as caught:
-        qc.compile(chain(), [GPTQ(bits=4, group_size=1)], Unread(), targets=["onnx"])  # type: ignore[arg-type]
+        qc.compile(chain(), [GPTQ(bits=4, group_size=1)], Unread(), targets=["onnx"])
     assert caught.value.where == "onnx: 0"
 
 

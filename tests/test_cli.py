@@ -1,5 +1,6 @@
 """The command line itself: usage, exit statuses, options, what is printed. The journeys are in tests/integration."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -134,14 +135,14 @@ def test_output_stays_when_the_last_rename_fails(tmp_path: Path, monkeypatch: py
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").write_text("old")
-    rename = cli.os.replace
+    rename = os.replace
 
     def fail(source: Path, target: Path) -> None:
         if str(source).endswith(".partial"):
             raise OSError(5, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(cli.os, "replace", fail)
+    monkeypatch.setattr("qcompiler.cli.os.replace", fail)
     with pytest.raises(InputError), cli._staged_directory(output, overwrite=True) as staged:
         (staged / "file").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -43,14 +43,13 @@ def graph_of(function, *, cache=True, stored=None):
     if cache:
         ports.append(Port("past_key_values.0.key", "past", "float32", (BATCH, 2, PAST, 4), 0, "key"))
 
-        def traced(ids, mask, positions, past):
-            return (function(Sizes(ids, mask, positions, past)),)
-    else:
+    def with_cache(ids, mask, positions, past):
+        return (function(Sizes(ids, mask, positions, past)),)
 
-        def traced(ids, mask, positions):
-            return (function(Sizes(ids, mask, positions, None)),)
+    def without_cache(ids, mask, positions):
+        return (function(Sizes(ids, mask, positions, None)),)
 
-    nodes = fx.Tracer().trace(traced)
+    nodes = fx.Tracer().trace(with_cache if cache else without_cache)
     for node, port in zip((n for n in nodes.nodes if n.op == "placeholder"), ports, strict=True):
         node.meta.update(dtype=getattr(torch, port.dtype), shape=port.shape)
     store = WeightStore.from_tensors({} if stored is None else {"stored": stored})

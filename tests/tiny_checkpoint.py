@@ -38,7 +38,8 @@ def save_checkpoint(directory: Path, *, layers: int = 2, **saving: Any) -> Path:
     """Writes a random Llama in bfloat16 (vocabulary 4096, hidden 64, 64 positions) and the shipped tokenizer."""
     sizes = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": POSITIONS}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    model = build("llama", layers=layers, **sizes, **ids).to(torch.bfloat16)
+    model: Any = build("llama", layers=layers, **sizes, **ids)
+    model.to(torch.bfloat16)
     model.save_pretrained(directory, **saving)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(_TOKENIZER / name, directory / name)

@@ -194,8 +194,8 @@ def test_broken_config(model: Path, tmp_path: Path, text: str) -> None:
 
 def test_vocabulary_smaller_than_the_tokenizer(model: Path, tmp_path: Path) -> None:
     rewrite_json(model / "config.json", lambda fields: fields.update(vocab_size=100))
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        rewrite_weights(model, lambda tensors, n=name: tensors.update({n: tensors[n][:100].clone()}))
+    embeddings = ("model.embed_tokens.weight", "lm_head.weight")
+    rewrite_weights(model, lambda tensors: tensors.update({name: tensors[name][:100].clone() for name in embeddings}))
     text = write_text(tmp_path / "text.txt")
     outcome = compile_to(tmp_path, model, "--calib", text, "--length", 16, recipe="w4a16-gptq")
     check_error(outcome, "InputError", str(model), "4095", "100")

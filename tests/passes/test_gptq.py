@@ -81,7 +81,7 @@ def share_of_other_codes(done: Graph, scheme: str, correction: float, *, sequent
             )
             for site, solution in zip(together, solutions, strict=True):
                 names = ("codes", "scale") if spec.symmetric else ("codes", "scale", "zero_point")
-                tensors = {name: done.weights.read(f"{site.weight}_{name}") for name in names}
+                tensors: dict[str, Any] = {name: done.weights.read(f"{site.weight}_{name}") for name in names}
                 differ.append((solution.qtensor.codes != tensors["codes"]).flatten())
                 graph.set_weight(site, replace(solution.qtensor, **tensors))
     assert codes(graph).keys() == codes(done).keys()
