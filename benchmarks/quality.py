@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--memory-budget", type=int, help="bytes of calibration values in memory; more goes to disk")
     parser.add_argument("--max-tokens", type=int, default=40_000, help="of each text")
     parser.add_argument("--output", type=Path, help="write the table here too")
     parser.add_argument("--one", nargs=2, metavar=("RECIPE", "SEED"), help=argparse.SUPPRESS)
@@ -61,7 +62,7 @@ def measure(options: argparse.Namespace, recipe: str, seed: int) -> dict[str, An
 
     graph = qc.capture(options.model)
     calibration = qc.Calibration.from_text(options.calib, samples=options.samples, length=options.length, seed=seed)
-    result = qc.compile(graph, recipe, calibration, seed=seed)
+    result = qc.compile(graph, recipe, calibration, seed=seed, memory_budget=options.memory_budget)
     report = result.report
     found: dict[str, Any] = {
         "machine": machine(),
