@@ -184,8 +184,8 @@ def mse_qparams(
     if spec.granularity == "per_tensor":
         weight = None if weight is None else weight.expand_as(groups).reshape(1, 1, -1)
         groups = groups.reshape(1, 1, -1)
-    # At the full range of a symmetric format the largest magnitude lies half-way between two codes, where the last bit of
-    # an input would decide which one the scale is fitted to: the first candidate is a shade smaller.
+    # At the full range of a symmetric format the largest magnitude lies half-way between two codes, where the last bit
+    # of an input would decide which one the scale is fitted to: the first candidate is a shade smaller.
     largest = 1 - 2**-10
     shrinks = [largest - (largest + max_shrink - 1) * (step / max(steps - 1, 1)) ** 2 for step in range(steps)]
     scale = torch.empty_like(full)
