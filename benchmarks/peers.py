@@ -263,10 +263,9 @@ def render(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
 def _caption(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
     from qcompiler.report import machine
 
-    where = ", ".join(
-        f"{key} {value}" for key, value in machine().items() if key != "threads"
-    )  # those are this process's
-    versions = {name: v for run in results for name, v in run.get("versions", {}).items() if name not in machine()}
+    here = {key: value for key, value in machine().items() if key != "threads"}  # the drivers' count is in options
+    where = ", ".join(f"{key} {value}" for key, value in here.items())
+    versions = {name: v for run in results for name, v in run.get("versions", {}).items() if name not in here}
     tools = ", ".join(f"{name} {version}" for name, version in versions.items()) or "none ran"
     return (
         f"`{options.model.name}`, 4 bits, symmetric groups of 128, calibrated on {options.samples}×{options.length} "

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from qcompiler.errors import CalibrationError, PipelineError, ResourceError
 from qcompiler.execute import Stretch
 from qcompiler.graph import Graph, Site
+from qcompiler.memory import trim
 from qcompiler.observers import Statistic
 from qcompiler.pass_base import WEIGHTS_QUANTIZED, Pass, PassContext, SiteReport, Skip, Tap, Wave
 from qcompiler.segments import Segment, SegmentedGraph, segment_graph
@@ -183,6 +184,8 @@ class _Runner:
                 result = item.rewrite(wave, gathered, self._context)
                 self.report.sites += result.sites
                 self.report.skips += result.skips
+                del gathered
+                trim()
                 if result.modified:
                     is_modified = True
                     position.rewind_behind(wave, upstream=item.rewrites_upstream)
@@ -190,6 +193,7 @@ class _Runner:
         for site in segment.sites:
             if _original(site) in self.graph.weights:
                 self.graph.weights.remove(_original(site))
+        trim()
         return is_modified
 
     def _remember_originals(self, wave: Wave) -> None:
