@@ -14,7 +14,10 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 def _config(method: str) -> Any:
     from gptqmodel.quantization import config as configs
 
-    common: dict[str, Any] = {"bits": 4, "group_size": 128, "sym": True, "offload_to_disk": False, "device": "cpu"}
+    # The other format, gptq, differs in storing zero points less one. In it the model is left after quantization for
+    # saving, while its kernels, which `_effective` asks for the weights, read zero points as they are.
+    common: dict[str, Any] = {"bits": 4, "group_size": 128, "sym": True, "format": "gptq_v2"}
+    common |= {"offload_to_disk": False, "device": "cpu"}
     match method:
         case "rtn":
             return configs.RTNConfig(**common)

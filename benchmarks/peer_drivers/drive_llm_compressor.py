@@ -11,6 +11,7 @@ def _recipe(method: str) -> list[Any]:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
     observer = "memoryless_mse" if method.endswith("-mse") else "memoryless_minmax"
     weights = QuantizationArgs(
@@ -24,6 +25,8 @@ def _recipe(method: str) -> list[Any]:
         case "gptq" | "gptq-mse":
             return [GPTQModifier(actorder="static", dampening_frac=0.01, **options)]
         case "awq":
+            # It pins its cache whatever the device, which fails where there is none to transfer to; only speed is at stake.
+            IntermediatesCache.pin_memory = lambda *_: None
             return [AWQModifier(), QuantizationModifier(**options)]
     raise SystemExit(f"unknown method {method!r}")
 
