@@ -25,7 +25,7 @@ def _recipe(method: str) -> list[Any]:
         case "gptq" | "gptq-mse":
             return [GPTQModifier(actorder="static", dampening_frac=0.01, **options)]
         case "awq":
-            # It pins its cache whatever the device, which fails where there is none to transfer to; only speed is at stake.
+            # It pins its cache even where there is no accelerator, which fails; pinning matters to speed alone.
             IntermediatesCache.pin_memory = lambda *_: None
             return [AWQModifier(), QuantizationModifier(**options)]
     raise SystemExit(f"unknown method {method!r}")
