@@ -334,23 +334,19 @@ def test_interrupted_process(model: Path, tmp_path: Path) -> None:
     """A signal while calibration text is generated: more of it than the test could wait for."""
     arguments = ["compile", str(model), "-r", "w4a16-gptq", "-o", str(tmp_path / "out"), "--json"]
     options = ["--samples", "100000", "--length", "64", "--work-dir", str(tmp_path / "temporary")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qcompiler", *arguments, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "temporary").glob("qcompiler-*")):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert list(tmp_path.glob(".out.*.partial"))
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    command_line = [sys.executable, "-m", "qcompiler", *arguments, *options]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 200
+            while not list((tmp_path / "temporary").glob("qcompiler-*")):
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert list(tmp_path.glob(".out.*.partial"))
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=80)
+        finally:
+            process.kill()
     outcome = Outcome(process.returncode, output, errors)
     assert outcome.status == 130, errors
     assert outcome.error["type"] == "Interrupted"
