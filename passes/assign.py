@@ -71,7 +71,7 @@ class Assign(Pass):
                     name, reason = override, f"left in float by override {pattern!r}"
             graph.schemes[site.name] = self._parse(name)
             if name is None:
-                skips.append(Skip(site.name, self.name, reason))
+                skips.append(Skip(site.name, self.name, reason, asked=True))
         if unmatched:
             raise RecipeError(
                 "an override matches no site",

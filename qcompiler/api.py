@@ -4,43 +4,35 @@ With `qcompiler.cli`, the only module that sees every room.
 """
 
 import shutil
-import tempfile
-import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-import qcompiler
 from qcompiler.artifact import Artifact
-from qcompiler.calibration import Calibration, CalibrationTokens
 from qcompiler.canonicalize import canonicalize
 from qcompiler.capture import capture_directory, capture_module
-from qcompiler.errors import CalibrationError, InputError, RecipeError, TargetError
+from qcompiler.compiling import CalibrationInput, CompileResult, choose_device, compile_graph
+from qcompiler.errors import InputError, RecipeError, TargetError
 from qcompiler.evaluate import Evaluation
 from qcompiler.evaluate import evaluate as evaluate_artifact
-from qcompiler.feed import feed, feed_tensors
 from qcompiler.generate import Generation
 from qcompiler.generate import generate as generate_text
 from qcompiler.graph import Graph
 from qcompiler.hf import HFArtifact, load_tokenizer
-from qcompiler.native import MANIFEST, NativeArtifact, load_held_out, load_native, save_native
+from qcompiler.native import MANIFEST, load_held_out, load_native
 from qcompiler.parity import check_parity
-from qcompiler.pass_base import Pass, PassContext
+from qcompiler.pass_base import Pass
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.recipes import RECIPES
 from qcompiler.passes.recipes import recipe as named_recipe
 from qcompiler.pipeline import Pipeline
-from qcompiler.report import CompileReport, peak_rss_bytes
+from qcompiler.report import CompileReport
 from qcompiler.spec import Scheme
-from qcompiler.sweep import Batch, sweep
-from qcompiler.target import TargetSpec, check_schemes
-from qcompiler.verify import verify_graph
+from qcompiler.sweep import Progress
+from qcompiler.target import TargetSpec
 
 __all__ = [
     "CompileResult",
@@ -56,11 +48,6 @@ __all__ = [
 ]
 
 Recipe = str | Sequence[Pass]
-Progress = Callable[[int, int, str], None]
-_BATCH_TOKENS = (
-    4096  # tokens run through a segment at once: large enough for the matrix products, small enough for caches
-)
-_HELD_OUT_ROWS = 16
 _TARGETS = ("onnx",)
 
 
@@ -90,36 +77,10 @@ def capture(
     return canonicalize(graph)
 
 
-@dataclass
-class CompileResult:
-    """A compiled model: what `compile` returns and `load` reads back.
-
-    Attributes:
-        graph: the quantized graph.
-        report: what was done.
-        manifest: recipe, seed, versions and source.
-        held_out: int64 ``[n, length]``, tokens that calibration did not see; what `evaluate` measures with by default.
-    """
-
-    graph: Graph
-    report: CompileReport
-    manifest: dict[str, Any]
-    held_out: Tensor | None = None
-
-    def save(self, directory: str | Path) -> None:
-        """Writes the native artifact to a new or empty directory; see `qcompiler.native`."""
-        save_native(self.graph, directory, self.manifest, self.report.to_dict(), self.held_out)
-
-    def artifact(self, device: str | torch.device = "cpu") -> Artifact:
-        """The compiled model, ready to run."""
-        companions = self.graph.provenance.get("companions")
-        return NativeArtifact(self.graph, Path(companions) if companions else None, device)
-
-
 def compile(
     model: str | Path | nn.Module | Graph,
     recipe: Recipe,
-    calibration: Calibration | Iterable[tuple[Tensor, ...]] | None = None,
+    calibration: CalibrationInput = None,
     *,
     targets: Sequence[str | TargetSpec] = (),
     overrides: Mapping[str, str | None] | None = None,
@@ -154,82 +115,26 @@ def compile(
         QCompilerError: see `qcompiler.errors`; nothing is left behind.
     """
     pipeline = Pipeline(_with_overrides(_passes(recipe), overrides))
-    place = _device(device)
+    place = choose_device(device)
     specs = [target_spec(target) if isinstance(target, str) else target for target in targets]
     report = CompileReport()
-    with _timed(report, "total"), ExitStack() as undo:
-        with _timed(report, "capture"):
+    with report.timed("total"):
+        with report.timed("capture"):
             graph = model if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
-        report.unrecognized = list(graph.unrecognized)
-        report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
-        report.parameters = int(graph.provenance["parameters"])
-        context = PassContext(graph, place, seed)
-        workspace = _workspace(work_dir, graph)
-        undo.callback(shutil.rmtree, workspace, ignore_errors=True)
-        batches: list[Batch] | None = None
-        held_out: Tensor | None = None
-        for stage in pipeline.stages:
-            for item in stage.whole_graph:
-                result = item.run(graph, context)
-                report.sites += result.sites
-                report.skipped += result.skips
-            widths = {site.name: site.in_features for site in graph.sites()}
-            check_schemes(graph.schemes, widths, specs)
-            if stage.is_calibrated and batches is None:
-                with _timed(report, "calibration"):
-                    batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
-            with _timed(report, "sweep"):
-                done = sweep(
-                    graph,
-                    stage.swept,
-                    batches if batches is not None and stage.is_calibrated else (),
-                    context,
-                    work_dir=workspace,
-                    value_budget=memory_budget,
-                    progress=progress,
-                )
-            report.sites += done.sites
-            report.skipped += done.skips
-            report.sweeps += 1
-            report.segments = done.segments
-            report.bytes_spilled += done.bytes_spilled
-        verify_graph(graph)
-        _judge_coverage(report, strict)
-        report.bytes_after = graph.weights.stored_bytes(graph.weight_names())
-        undo.pop_all()
-    report.peak_rss_bytes = peak_rss_bytes()
-    manifest = {
-        "qcompiler": qcompiler.__version__,
-        "torch": torch.__version__,
-        "seed": seed,
-        "recipe": [{"pass": item.name, "options": item.options()} for item in pipeline.passes],
-        "calibration": report.calibration,
-        "provenance": {k: v for k, v in graph.provenance.items() if k != "companions"},
-    }
-    return CompileResult(graph, report, manifest, held_out)
-
-
-@contextmanager
-def _timed(report: CompileReport, phase: str) -> Iterator[None]:
-    """Adds the wall and CPU time of a block to a phase of the report."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    try:
-        yield
-    finally:
-        report.seconds[phase] = report.seconds.get(phase, 0.0) + time.perf_counter() - wall
-        report.cpu_seconds[phase] = report.cpu_seconds.get(phase, 0.0) + time.process_time() - cpu
-
-
-def _workspace(work_dir: str | Path | None, graph: Graph) -> Path:
-    """A new directory that lives as long as the graph's weights, which are read from there once they are rewritten."""
-    try:
-        path = tempfile.mkdtemp(prefix="qcompiler-", dir=work_dir)
-    except OSError as error:
-        raise InputError(
-            "the work directory cannot be written", where=work_dir or tempfile.gettempdir(), got=error.strerror
-        ) from error
-    weakref.finalize(graph.weights, shutil.rmtree, path, ignore_errors=True)
-    return Path(path)
+        return compile_graph(
+            graph,
+            pipeline,
+            calibration,
+            report=report,
+            targets=specs,
+            memory_budget=memory_budget,
+            device=place,
+            seed=seed,
+            strict=strict,
+            work_dir=work_dir,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def _passes(recipe: Recipe) -> Sequence[Pass]:
@@ -249,82 +154,6 @@ def _with_overrides(passes: Sequence[Pass], overrides: Mapping[str, str | None] 
         replace(item, overrides={**item.overrides, **overrides}) if isinstance(item, Assign) else item
         for item in (expanded if not any(isinstance(p, Assign) for p in passes) else passes)
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError("unknown device", got=name, expected="cpu, cuda, cuda:1, ... or auto") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device is available", got=name, expected="cpu or auto")
-    return device
-
-
-def _batches(
-    graph: Graph,
-    calibration: Calibration | Iterable[tuple[Tensor, ...]] | None,
-    context: PassContext,
-    report: CompileReport,
-    trust_remote_code: bool,
-) -> tuple[list[Batch], Tensor | None]:
-    """Calibration inputs on the device, and the tokens set apart for measuring."""
-    if graph.signature.input("ids") is None:
-        if calibration is None or isinstance(calibration, Calibration):
-            raise CalibrationError(
-                "a model without token ids is calibrated with its own inputs",
-                expected="an iterable of tuples of tensors",
-            )
-        values = [feed_tensors(graph, [t.to(context.device) for t in tensors]) for tensors in calibration]
-        report.calibration = {"source": "inputs", "samples": len(values)}
-        return list(values), None
-    if calibration is not None and not isinstance(calibration, Calibration):
-        raise CalibrationError(
-            "a language model is calibrated with tokens",
-            got=type(calibration).__name__,
-            expected="Calibration.from_text, .from_tokens or .self_generated",
-        )
-    bound = _bind(graph, calibration, context.seed, trust_remote_code)
-    report.calibration = bound.to_dict()
-    report.notes += bound.notes
-    rows = max(1, _BATCH_TOKENS // bound.ids.shape[1])
-    return [feed(graph, ids.to(context.device)) for ids in bound.ids.split(rows)], bound.held_out
-
-
-def _bind(graph: Graph, calibration: Calibration | None, seed: int, trust_remote_code: bool) -> CalibrationTokens:
-    vocab_size, max_positions = _limits(graph)
-    if calibration is None:
-        calibration = Calibration.self_generated(seed=seed)
-        if max_positions is not None and max_positions < (calibration.length or 0):
-            calibration = replace(calibration, length=max_positions)
-    companions = graph.provenance.get("companions")
-    if companions is not None:
-        return calibration.bind(companions, hold_out=_HELD_OUT_ROWS, trust_remote_code=trust_remote_code)
-    artifact = NativeArtifact(graph) if calibration.source == "self-generated" else None
-    return calibration.bind(
-        artifact=artifact, vocab_size=vocab_size, max_positions=max_positions, hold_out=_HELD_OUT_ROWS
-    )
-
-
-def _limits(graph: Graph) -> tuple[int | None, int | None]:
-    config = graph.provenance.get("config") or {}
-    positions = config.get("max_position_embeddings", config.get("n_positions"))
-    return config.get("vocab_size"), positions
-
-
-def _judge_coverage(report: CompileReport, strict: bool) -> None:
-    if not report.sites:
-        report.notes.append("no weight was quantized: every site was left in float")
-    unasked = [skip for skip in report.skipped if "override" not in skip.reason]
-    if strict and unasked:
-        raise RecipeError(
-            "a site was left alone, and strict was asked for",
-            where=unasked[0].site,
-            got=unasked[0].reason,
-            expected="every site quantized, or named in an override",
-        )
 
 
 def load(directory: str | Path) -> CompileResult:

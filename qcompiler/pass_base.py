@@ -82,11 +82,19 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Skip:
-    """A site a pass left alone, and why."""
+    """A site a pass left alone, and why.
+
+    Attributes:
+        site: its name.
+        method: the pass.
+        reason: why.
+        asked: whether the recipe says that it is to be left alone; otherwise ``strict`` makes an error of it.
+    """
 
     site: str
     method: str
     reason: str
+    asked: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ import math
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -89,6 +91,16 @@ class CompileReport:
     def bits_per_weight(self) -> float:
         """Stored bits of the whole model, per parameter of the original."""
         return 8 * self.bytes_after / self.parameters if self.parameters else 0.0
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the wall and CPU time of a block to a phase."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - wall
+            self.cpu_seconds[phase] = self.cpu_seconds.get(phase, 0.0) + time.process_time() - cpu
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; a number that is infinite or not one becomes None."""

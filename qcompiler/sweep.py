@@ -27,7 +27,7 @@ from qcompiler.segments import Segment, SegmentedGraph, segment_graph
 from qcompiler.spec import Scheme
 from qcompiler.values import Parked, ValuePark
 
-__all__ = ["Batch", "SweepReport", "sweep"]
+__all__ = ["Batch", "Progress", "SweepReport", "sweep"]
 
 Batch = Mapping[fx.Node, Tensor]
 """One value per placeholder of the graph."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompiler as qc
-from qcompiler import api
+from qcompiler import api, compiling
 from qcompiler.errors import (
     ArtifactError,
     CalibrationError,
@@ -120,7 +120,9 @@ class _LeaveAlone(Pass):
     effect: ClassVar[Effect] = Effect.ANALYSIS
 
     def rewrite(self, wave: Wave, statistics: Mapping[Any, Any], context: PassContext) -> PassResult:
-        return PassResult(modified=False, skips=tuple(Skip(site.name, self.name, "too hard") for site in wave))
+        return PassResult(
+            modified=False, skips=tuple(Skip(site.name, self.name, "too hard: name it in an override") for site in wave)
+        )
 
 
 def test_strict_refuses_a_skip() -> None:
@@ -129,7 +131,7 @@ def test_strict_refuses_a_skip() -> None:
     assert any("no weight was quantized" in note for note in skipping.report.notes)
     with pytest.raises(RecipeError) as caught:
         qc.compile(language_model(), [_LeaveAlone()], strict=True)
-    assert caught.value.got == "too hard"
+    assert caught.value.got == "too hard: name it in an override"
     qc.compile(language_model(), [RTN(bits=4)], overrides={"0.q": None}, strict=True)  # asked for
 
 
@@ -175,7 +177,7 @@ def test_temporary_files_go_with_the_result_or_the_error(tmp_path: Path, monkeyp
     def fail(graph: Graph) -> None:
         raise VerificationError("wrong")
 
-    monkeypatch.setattr(api, "verify_graph", fail)
+    monkeypatch.setattr(compiling, "verify_graph", fail)
     with pytest.raises(VerificationError):
         qc.compile(chain(), [RTN(bits=4)], work_dir=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qcompiler import api
+from qcompiler import api, compiling
 from qcompiler.errors import VerificationError
 from qcompiler.graph import Graph
 from tests.models import copy_graph
@@ -141,6 +141,18 @@ def test_weight_that_is_not_finite(model: Path, tmp_path: Path, value: float, re
     rewrite_weights(model, lambda tensors: tensors[WEIGHT].__setitem__((3, 5), value))
     text = write_text(tmp_path / "text.txt")
     outcome = compile_to(tmp_path, model, "--calib", text, "--samples", 2, "--length", 16, recipe=recipe)
+    check_error(outcome, "WeightError", WEIGHT)
+
+
+def test_weight_that_is_not_finite_is_named_before_anything_is_sampled_with_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bind(*arguments: object, **options: object) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr("qcompiler.calibration.Calibration.bind", bind)
+    rewrite_weights(model, lambda tensors: tensors[WEIGHT].__setitem__((3, 5), float("nan")))
+    outcome = compile_to(tmp_path, model, "--samples", 2, "--length", 16, recipe="w4a16-gptq")
     check_error(outcome, "WeightError", WEIGHT)
 
 
@@ -362,7 +374,7 @@ def test_interrupted(captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, moment, interrupt)
+    monkeypatch.setattr(api if moment == "check_parity" else compiling, moment, interrupt)
     outcome = compile_to(tmp_path, captured, "--to", "onnx")
     assert outcome.status == 130
     assert outcome.error["type"] == "Interrupted"
@@ -396,7 +408,7 @@ def test_a_fault_of_the_program(captured: Path, tmp_path: Path, monkeypatch: pyt
     def fail(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(api, "verify_graph", fail)
+    monkeypatch.setattr(compiling, "verify_graph", fail)
     outcome = compile_to(tmp_path, captured)
     assert outcome.status == 1
     assert outcome.error["type"] == "ZeroDivisionError"

@@ -23,7 +23,7 @@ def test_every_site_but_the_output_projection():
     result = assign(graph, "w4a16-g8")
     assert not result.modified
     assert result.skips == (
-        Skip("head", "assign", "output projection, left in float; name it in an override to quantize it"),
+        Skip("head", "assign", "output projection, left in float; name it in an override to quantize it", asked=True),
     )
     sites = [site.name for site in graph.sites()]
     assert list(graph.schemes) == sites
@@ -52,7 +52,7 @@ def test_the_last_match_wins():
         "1.down": "int2",
         "head": None,
     }
-    assert Skip("0.k", "assign", "left in float by override '0.[qk]'") in result.skips
+    assert Skip("0.k", "assign", "left in float by override '0.[qk]'", asked=True) in result.skips
     assert len(result.skips) == 2
 
 
@@ -67,7 +67,7 @@ def test_everything_in_float():
     graph = language_model()
     result = assign(graph, None, overrides={"0.q": "w8a16"})
     assert [name for name, scheme in graph.schemes.items() if scheme.weight] == ["0.q"]
-    assert Skip("0.k", "assign", "no scheme is assigned") in result.skips
+    assert Skip("0.k", "assign", "no scheme is assigned", asked=True) in result.skips
 
 
 def test_unmatched_overrides_are_all_named():

@@ -1,0 +1,238 @@
+"""`compile_graph`: carries a pipeline through a graph. It knows no concrete pass and no target."""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qcompiler
+from qcompiler.artifact import Artifact
+from qcompiler.calibration import Calibration, CalibrationTokens
+from qcompiler.errors import CalibrationError, InputError, RecipeError
+from qcompiler.feed import feed, feed_tensors
+from qcompiler.graph import Graph
+from qcompiler.native import NativeArtifact, save_native
+from qcompiler.pass_base import PassContext
+from qcompiler.pipeline import Pipeline
+from qcompiler.report import CompileReport, peak_rss_bytes
+from qcompiler.sweep import Batch, Progress, sweep
+from qcompiler.target import TargetSpec, check_schemes
+from qcompiler.verify import verify_graph
+
+__all__ = ["CalibrationInput", "CompileResult", "choose_device", "compile_graph"]
+
+CalibrationInput = Calibration | Iterable[tuple[Tensor, ...]] | None
+"""Tokens for a language model; for another graph, its own inputs."""
+
+# Tokens run through a segment at once: large enough for the matrix products, small enough for caches.
+_BATCH_TOKENS = 4096
+_HELD_OUT_ROWS = 16
+
+
+@dataclass
+class CompileResult:
+    """A compiled model: what `compile` returns and `load` reads back.
+
+    Attributes:
+        graph: the quantized graph.
+        report: what was done.
+        manifest: recipe, seed, versions and source.
+        held_out: int64 ``[n, length]``, tokens that calibration did not see; what `evaluate` measures with by default.
+    """
+
+    graph: Graph
+    report: CompileReport
+    manifest: dict[str, Any]
+    held_out: Tensor | None = None
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the native artifact to a new or empty directory; see `qcompiler.native`."""
+        save_native(self.graph, directory, self.manifest, self.report.to_dict(), self.held_out)
+
+    def artifact(self, device: str | torch.device = "cpu") -> Artifact:
+        """The compiled model, ready to run."""
+        companions = self.graph.provenance.get("companions")
+        return NativeArtifact(self.graph, Path(companions) if companions else None, device)
+
+
+def compile_graph(
+    graph: Graph,
+    pipeline: Pipeline,
+    calibration: CalibrationInput = None,
+    *,
+    report: CompileReport,
+    targets: Sequence[TargetSpec] = (),
+    memory_budget: int | None = None,
+    device: torch.device,
+    seed: int = 0,
+    strict: bool = False,
+    work_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> CompileResult:
+    """Carries a pipeline through a graph, which is rewritten in place: one sweep per stage.
+
+    Args:
+        report: filled in, and part of the result.
+        graph, pipeline, calibration, targets, memory_budget, device, seed, strict, work_dir, progress,
+            trust_remote_code: as `qcompiler.compile` takes them, looked up and built.
+
+    Raises:
+        QCompilerError: see `qcompiler.errors`; nothing is left behind.
+    """
+    report.unrecognized = list(graph.unrecognized)
+    report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
+    report.parameters = int(graph.provenance["parameters"])
+    context = PassContext(graph, device, seed)
+    with ExitStack() as undo:
+        workspace = _workspace(work_dir, graph)
+        undo.callback(shutil.rmtree, workspace, ignore_errors=True)
+        batches: list[Batch] | None = None
+        held_out: Tensor | None = None
+        for stage in pipeline.stages:
+            for item in stage.whole_graph:
+                result = item.run(graph, context)
+                report.sites += result.sites
+                report.skipped += result.skips
+            widths = {site.name: site.in_features for site in graph.sites()}
+            check_schemes(graph.schemes, widths, targets)
+            if stage.is_calibrated and batches is None:
+                with report.timed("calibration"):
+                    batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
+            with report.timed("sweep"):
+                done = sweep(
+                    graph,
+                    stage.swept,
+                    batches if batches is not None and stage.is_calibrated else (),
+                    context,
+                    work_dir=workspace,
+                    value_budget=memory_budget,
+                    progress=progress,
+                )
+            report.sites += done.sites
+            report.skipped += done.skips
+            report.sweeps += 1
+            report.segments = done.segments
+            report.bytes_spilled += done.bytes_spilled
+        verify_graph(graph)
+        _judge_coverage(report, strict)
+        report.bytes_after = graph.weights.stored_bytes(graph.weight_names())
+        undo.pop_all()
+    report.peak_rss_bytes = peak_rss_bytes()
+    manifest = {
+        "qcompiler": qcompiler.__version__,
+        "torch": torch.__version__,
+        "seed": seed,
+        "recipe": [{"pass": item.name, "options": item.options()} for item in pipeline.passes],
+        "calibration": report.calibration,
+        "provenance": {k: v for k, v in graph.provenance.items() if k != "companions"},
+    }
+    return CompileResult(graph, report, manifest, held_out)
+
+
+def _workspace(work_dir: str | Path | None, graph: Graph) -> Path:
+    """A new directory that lives as long as the graph's weights, which are read from there once they are rewritten."""
+    try:
+        path = tempfile.mkdtemp(prefix="qcompiler-", dir=work_dir)
+    except OSError as error:
+        raise InputError(
+            "the work directory cannot be written", where=work_dir or tempfile.gettempdir(), got=error.strerror
+        ) from error
+    weakref.finalize(graph.weights, shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name such as ``cpu``, ``cuda:1`` or ``auto``.
+
+    Raises:
+        InputError: for an unknown one, or one that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError("unknown device", got=name, expected="cpu, cuda, cuda:1, ... or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device is available", got=name, expected="cpu or auto")
+    return device
+
+
+def _batches(
+    graph: Graph,
+    calibration: Calibration | Iterable[tuple[Tensor, ...]] | None,
+    context: PassContext,
+    report: CompileReport,
+    trust_remote_code: bool,
+) -> tuple[list[Batch], Tensor | None]:
+    """Calibration inputs on the device, and the tokens set apart for measuring."""
+    if graph.signature.input("ids") is None:
+        if calibration is None or isinstance(calibration, Calibration):
+            raise CalibrationError(
+                "a model without token ids is calibrated with its own inputs",
+                expected="an iterable of tuples of tensors",
+            )
+        values = [feed_tensors(graph, [t.to(context.device) for t in tensors]) for tensors in calibration]
+        report.calibration = {"source": "inputs", "samples": len(values)}
+        return list(values), None
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise CalibrationError(
+            "a language model is calibrated with tokens",
+            got=type(calibration).__name__,
+            expected="Calibration.from_text, .from_tokens or .self_generated",
+        )
+    bound = _bind(graph, calibration, context.seed, trust_remote_code)
+    report.calibration = bound.to_dict()
+    report.notes += bound.notes
+    rows = max(1, _BATCH_TOKENS // bound.ids.shape[1])
+    return [feed(graph, ids.to(context.device)) for ids in bound.ids.split(rows)], bound.held_out
+
+
+def _bind(graph: Graph, calibration: Calibration | None, seed: int, trust_remote_code: bool) -> CalibrationTokens:
+    vocab_size, max_positions = _limits(graph)
+    if calibration is None:
+        calibration = Calibration.self_generated(seed=seed)
+        if max_positions is not None and max_positions < (calibration.length or 0):
+            calibration = replace(calibration, length=max_positions)
+    if calibration.source == "self-generated":
+        _check_finite(graph)
+    companions = graph.provenance.get("companions")
+    if companions is not None:
+        return calibration.bind(companions, hold_out=_HELD_OUT_ROWS, trust_remote_code=trust_remote_code)
+    artifact = NativeArtifact(graph) if calibration.source == "self-generated" else None
+    return calibration.bind(
+        artifact=artifact, vocab_size=vocab_size, max_positions=max_positions, hold_out=_HELD_OUT_ROWS
+    )
+
+
+def _check_finite(graph: Graph) -> None:
+    """Reads every weight once, so that one that is not finite is named: what a model samples with it names nothing."""
+    for name in graph.weight_names():
+        graph.weights.read(name)
+
+
+def _limits(graph: Graph) -> tuple[int | None, int | None]:
+    config = graph.provenance.get("config") or {}
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    return config.get("vocab_size"), positions
+
+
+def _judge_coverage(report: CompileReport, strict: bool) -> None:
+    if not report.sites:
+        report.notes.append("no weight was quantized: every site was left in float")
+    unasked = [skip for skip in report.skipped if not skip.asked]
+    if strict and unasked:
+        raise RecipeError(
+            "a site was left alone, and strict was asked for",
+            where=unasked[0].site,
+            got=unasked[0].reason,
+            expected="every site quantized, or named in an override",
+        )
