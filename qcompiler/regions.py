@@ -1,0 +1,468 @@
+"""Regions: where a diagonal scale on channels may move from one weight to another without changing the function.
+
+A region is proved by following *labels*. Every output channel of a producer (a norm's weight, the rows of a linear layer)
+is given a number; the numbers travel through the graph as small integer tensors of the value's own shape, with size 1
+along the axes that vary. Reshapes, transposes, slices and grouped heads act on them as they act on the data. An operator
+that commutes with a positive scale passes labels on, a linear layer absorbs them in its columns, anything else *pins* the
+channels it reads: their scale must stay 1. Where two labelled values are added, their channels must share one scale. What
+is left, neither pinned nor unread, is free.
+
+The walk proves the same for every family without knowing one: norm → q, k, v; norm → gate, up; v → o through attention
+(with grouped heads the scale agrees over the query heads that share a key head, since they carry the same label);
+up → down through the gate; and of fused projections just the rows for which it holds.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.graph import Graph, Site, is_op
+
+__all__ = ["Consumer", "Producer", "Refusal", "Region", "Regions", "find_regions"]
+
+_aten = torch.ops.aten
+_canonical = torch.ops.qcompiler
+
+_PINNED = -1
+_COMMUTING = (_aten.to.dtype, _aten.relu.default, _aten.neg.default)
+"""``f(s x) = s f(x)`` for ``s > 0``, element by element."""
+_MOVING = (
+    _aten.transpose.int,
+    _aten.permute.default,
+    _aten.unsqueeze.default,
+    _aten.squeeze.dim,
+    _aten.t.default,
+)
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A weight that takes the inverse of a region's scale.
+
+    Attributes:
+        kind: ``norm`` (the weight and bias of a norm) or ``linear`` (the rows and bias of a linear layer).
+        name: the site of a linear layer, the weight of a norm without ``.weight``.
+        node: the norm or the linear layer.
+        weight, bias: names of the tensors.
+        channels: int64 ``[outputs]``, the region's channel of each output, -1 for those that keep their scale.
+    """
+
+    kind: Literal["norm", "linear"]
+    name: str
+    node: fx.Node
+    weight: str
+    bias: str | None
+    channels: Tensor
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A linear layer whose columns take a region's scale.
+
+    Attributes:
+        site: the layer.
+        channels: int64 ``[in_features]``, the region's channel of each input, -1 for those that keep their scale.
+    """
+
+    site: Site
+    channels: Tensor
+
+
+@dataclass(frozen=True)
+class Region:
+    """Producers and consumers that may share a scale: ``outputs / s`` here, ``columns * s`` there.
+
+    Attributes:
+        size: the number of scales that may be chosen freely.
+        producers, consumers: who takes them.
+        notes: channels that were left out, with the reason.
+    """
+
+    size: int
+    producers: tuple[Producer, ...]
+    consumers: tuple[Consumer, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Producers → consumers."""
+        made = ", ".join(producer.name for producer in self.producers)
+        return f"{made} -> {', '.join(consumer.site.name for consumer in self.consumers)}"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A producer whose outputs cannot be scaled, and why."""
+
+    producer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What `find_regions` found, in graph order, and what it refused."""
+
+    found: tuple[Region, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+
+
+def find_regions(graph: Graph, nodes: Iterable[fx.Node] | None = None) -> Regions:
+    """Every region of a graph, or of a piece of it.
+
+    Args:
+        graph: in canonical form.
+        nodes: producers and consumers must be among these; all by default. What lies behind them counts as a reader that
+            pins.
+    """
+    walk = _Walk(graph, None if nodes is None else set(nodes))
+    found, refused, taken = [], [], set[fx.Node]()
+    for node in graph.fx.nodes:
+        if (walk.inside is not None and node not in walk.inside) or node in taken or not _may_produce(node):
+            continue
+        result = walk.prove(node)
+        if isinstance(result, Region):
+            taken.update(producer.node for producer in result.producers)
+            found.append(result)
+        else:
+            refused.append(result)
+    return Regions(tuple(found), tuple(refused))
+
+
+def _may_produce(node: fx.Node) -> bool:
+    return is_op(node, _canonical.linear.default, _canonical.rms_norm.default, _canonical.layer_norm.default)
+
+
+@dataclass
+class _Channels:
+    """The labels given out in one walk: which must be equal, and which are pinned."""
+
+    parent: list[int] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def give(self, count: int) -> Tensor:
+        start = len(self.parent)
+        self.parent += range(start, start + count)
+        return torch.arange(start, start + count)
+
+    def root(self, label: int) -> int:
+        while self.parent[label] != label:
+            self.parent[label] = label = self.parent[self.parent[label]]
+        return label
+
+    def join(self, first: Tensor, second: Tensor) -> None:
+        pairs = torch.stack([first.reshape(-1), second.reshape(-1)], 1).unique(dim=0)
+        for one, other in pairs.tolist():
+            self.parent[self.root(one)] = self.root(other)
+
+    def pin(self, labels: Tensor, reason: str) -> None:
+        for label in labels[labels >= 0].unique().tolist():
+            self.reasons.setdefault(label, reason)
+
+    def free(self) -> Tensor:
+        """int64 per label: the number of its free channel, or -1."""
+        roots = [self.root(label) for label in range(len(self.parent))]
+        pinned = {roots[label] for label in self.reasons}
+        numbers: dict[int, int] = {}
+        return torch.tensor([_PINNED if r in pinned else numbers.setdefault(r, len(numbers)) for r in roots])
+
+
+class _Stop(Exception):
+    """A reader that does not commute with a scale, for this reason."""
+
+
+Labels = Tensor | list[Tensor]
+
+
+class _Walk:
+    def __init__(self, graph: Graph, inside: set[fx.Node] | None) -> None:
+        self.graph, self.inside = graph, inside
+        self._order = {node: index for index, node in enumerate(graph.fx.nodes)}
+        self._sites = {node: site for site in graph.sites() for node in site.nodes}
+        self._uses: dict[str, int] = {}
+        for node in graph.fx.nodes:
+            if node.op == "get_attr":
+                self._uses[str(node.target)] = self._uses.get(str(node.target), 0) + len(node.users)
+        self._past = {
+            node for node, port in zip(graph.inputs, graph.signature.inputs, strict=True) if port.role == "past"
+        }
+        self._present = {
+            node for node, port in zip(graph.outputs, graph.signature.outputs, strict=True) if port.role == "present"
+        }
+
+    def prove(self, first: fx.Node) -> Region | Refusal:
+        """The region a producer belongs to, or why there is none. Grows until every sum has a producer on either side."""
+        starts = [first]
+        while True:
+            channels, labels = _Channels(), dict[fx.Node, Labels]()
+            made: list[tuple[fx.Node, Tensor]] = []
+            name = self._producer_name(first)
+            for start in starts:
+                reason = self._unfit(start)
+                if reason is not None:
+                    return Refusal(name, reason if start is first else f"{self._producer_name(start)}: {reason}")
+                given = channels.give(int(start.meta["shape"][-1]))
+                made.append((start, given))
+                labels[start] = given.reshape([1] * (len(start.meta["shape"]) - 1) + [-1])
+            consumers, partner = self._follow(labels, channels)
+            if partner is None or partner in starts:
+                break
+            starts.append(partner)
+        return self._region(name, channels, made, consumers)
+
+    def _region(
+        self,
+        name: str,
+        channels: _Channels,
+        made: list[tuple[fx.Node, Tensor]],
+        consumers: dict[Site, Tensor],
+    ) -> Region | Refusal:
+        free = channels.free()
+        read = {int(n) for labels in consumers.values() for n in free[labels].unique().tolist()} - {_PINNED}
+        if not read:
+            return Refusal(name, next(iter(channels.reasons.values()), "no linear layer reads it"))
+        number = torch.full((int(free.max()) + 1 + 1,), _PINNED)  # the last one is for -1
+        number[sorted(read)] = torch.arange(len(read))
+        producers = tuple(self._producer(node, number[free[given]]) for node, given in made)
+        readers = tuple(Consumer(site, number[free[labels]]) for site, labels in consumers.items())
+        return Region(len(read), producers, readers, tuple(dict.fromkeys(channels.reasons.values())))
+
+    def _producer(self, node: fx.Node, channels: Tensor) -> Producer:
+        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+        assert isinstance(weight, fx.Node)
+        return Producer(
+            "linear" if node in self._sites else "norm",
+            self._producer_name(node),
+            node,
+            str(weight.target),
+            str(bias.target) if isinstance(bias, fx.Node) else None,
+            channels,
+        )
+
+    def _producer_name(self, node: fx.Node) -> str:
+        if node in self._sites:
+            return self._sites[node].name
+        weight = node.args[1]
+        return str(weight.target).removesuffix(".weight") if isinstance(weight, fx.Node) else node.name
+
+    def _unfit(self, node: fx.Node) -> str | None:
+        """Why a norm or linear layer cannot take a scale in its outputs."""
+        tensors = [argument for argument in node.args[1:3] if argument is not None and not isinstance(argument, float)]
+        if node.args[1] is None:
+            return "the norm has no weight to fold a scale into"
+        for tensor in tensors:
+            if not isinstance(tensor, fx.Node) or tensor.op != "get_attr":
+                return "its weight is quantized already, or computed"
+            if not self._owned(tensor):
+                return f"{tensor.target} is shared with another use"
+        if not isinstance(node.meta["shape"][-1], int):
+            return "its width varies"
+        return None
+
+    def _owned(self, tensor: fx.Node) -> bool:
+        """Whether a stored tensor has one reader in the whole graph, tied names included."""
+        names = [str(tensor.target), *self.graph.weights.tied(str(tensor.target))]
+        return sum(self._uses.get(name, 0) for name in names) == 1
+
+    def _follow(self, labels: dict[fx.Node, Labels], channels: _Channels) -> tuple[dict[Site, Tensor], fx.Node | None]:
+        """Carries labels through the graph: the layers that absorb them, and a producer that has to join in, if any."""
+        consumers: dict[Site, Tensor] = {}
+        pending = {user for node in labels for user in node.users}
+        while pending:
+            node = min(pending, key=lambda user: self._order[user])
+            pending.discard(node)
+            read = [source for source in node.all_input_nodes if source in labels]
+            try:
+                if self.inside is not None and node.op != "output" and node not in self.inside:
+                    raise _Stop("it is read beyond the cut between two segments")
+                if node in self._sites:
+                    self._absorb(node, labels, consumers)
+                    continue
+                if node.op == "output":
+                    self._return(read)
+                    continue
+                labels[node] = self._pass_on(node, labels, channels)
+                pending.update(node.users)
+            except _Partner as wanted:
+                return consumers, wanted.node
+            except _Stop as stop:
+                for source in read:
+                    for part in _parts(labels[source]):
+                        channels.pin(part, str(stop))
+        return consumers, None
+
+    def _absorb(self, node: fx.Node, labels: Mapping[fx.Node, Labels], consumers: dict[Site, Tensor]) -> None:
+        site, source = self._sites[node], node.args[0]
+        found = labels.get(source) if isinstance(source, fx.Node) else None
+        weight = node.args[1]
+        if not isinstance(found, Tensor) or not isinstance(weight, fx.Node):
+            raise _Stop(f"{site.name} reads it as a weight or a bias")
+        if weight.op != "get_attr":
+            raise _Stop(f"{site.name} is quantized already")
+        if not self._owned(weight):
+            raise _Stop(f"the weight of {site.name} is shared with another use")
+        if found.numel() != site.in_features:
+            raise _Stop(f"{site.name} reads it along another axis")
+        consumers[site] = found.reshape(-1)
+
+    def _return(self, read: Iterable[fx.Node]) -> None:
+        """A cache may leave scaled, since it comes back scaled; nothing else may."""
+        if not all(node in self._present and is_op(node, _canonical.kv_append.default) for node in read):
+            raise _Stop("the graph returns it")
+
+    def _pass_on(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        for target, rule in _RULES:
+            if is_op(node, *target):
+                return rule(self, node, labels, channels)
+        name = getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
+        raise _Stop(f"{name} does not commute with a scale")
+
+    # --- rules: labels of the result, or _Stop ------------------------------------------------------------------------
+
+    def _same(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        return _whole(labels, node.args[0])
+
+    def _moved(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        result: Tensor = node.target(_whole(labels, node.args[0]), *node.args[1:])  # type: ignore[operator]
+        return result
+
+    def _reshaped(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        found, shape = _whole(labels, node.args[0]), _fixed_shape(node)
+        if found.numel() != torch.Size(shape).numel():
+            raise _Stop("a reshape mixes channels with an axis that varies")
+        return found.reshape(shape)
+
+    def _sliced(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        source = _whole(labels, node.args[0])
+        axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+        if source.shape[axis] == 1:
+            return source
+        if any(isinstance(argument, fx.Node) for argument in node.args[2:]):
+            raise _Stop("a slice of channels whose bounds vary")
+        return _aten.slice.Tensor(source, *node.args[1:])
+
+    def _selected(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        source, axis, index = _whole(labels, node.args[0]), node.args[1], node.args[2]
+        if source.shape[axis] == 1:  # type: ignore[index]
+            return source.squeeze(axis)  # type: ignore[arg-type]
+        if not isinstance(index, int):
+            raise _Stop("a selection of channels that varies")
+        return source.select(axis, index)  # type: ignore[arg-type]
+
+    def _split(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        source, axis = _whole(labels, node.args[0]), node.args[2] if len(node.args) > 2 else 0
+        if source.shape[axis] == 1 or isinstance(node.args[1], fx.Node):  # type: ignore[index]
+            raise _Stop("a split along an axis that varies")
+        return list(node.target(source, *node.args[1:]))  # type: ignore[operator]
+
+    def _item(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        source = labels[node.args[0]]  # type: ignore[index]
+        if not isinstance(source, list):
+            raise _Stop("an item of a single value")
+        return source[node.args[1]]  # type: ignore[index]
+
+    def _expanded(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        return _whole(labels, node.args[0]).expand(_fixed_shape(node))
+
+    def _joined(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        parts: Any = node.args[0]
+        axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+        if not all(part in labels for part in parts) or not isinstance(node.meta["shape"][axis], int):
+            raise _Stop("it is joined with other values")
+        return torch.cat([_whole(labels, part) for part in parts], axis)
+
+    def _multiplied(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        """``(s a) b = s (a b)``: one factor may be scaled; the scale follows it as the product broadcasts."""
+        first, second = node.args[:2]
+        scaled = [factor for factor in (first, second) if factor in labels]
+        if len(scaled) > 1:
+            raise _Stop("both factors of a product depend on it")
+        if scaled[0] is not first and is_op(node, _aten.div.Tensor):
+            raise _Stop("it is a divisor")
+        return _whole(labels, scaled[0]).expand(_fixed_shape(node))
+
+    def _added(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        """``s a + s b = s (a + b)``: both terms must be scaled, and alike."""
+        first, second = node.args[:2]
+        if node.kwargs or len(node.args) > 2:
+            raise _Stop("a sum with a factor")
+        for one, other in ((first, second), (second, first)):
+            if one not in labels:
+                if isinstance(one, fx.Node) and _may_produce(one) and (self.inside is None or one in self.inside):
+                    raise _Partner(one)
+                where = f" at {one.name}" if isinstance(one, fx.Node) else ""
+                raise _Stop(f"it is added to a value that does not take the scale{where}")
+            assert other is not None
+        shape = _fixed_shape(node)
+        left, right = (_whole(labels, term).expand(shape) for term in (first, second))
+        channels.join(left, right)
+        return left
+
+    def _attended(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        """Attention is linear in its values; grouped query heads read the same head of values."""
+        reason = "attention is not linear in its queries, keys and mask"
+        for operand in (*node.args[:2], *node.args[3:4]):
+            for part in _parts(labels.get(operand, [])):  # type: ignore[arg-type]
+                channels.pin(part, reason)
+        if node.args[2] not in labels:
+            raise _Stop(reason)
+        values, heads = _whole(labels, node.args[2]), node.meta["shape"][1]
+        if not isinstance(heads, int) or heads % values.shape[1]:
+            raise _Stop("the number of heads varies")
+        return values.repeat_interleave(heads // values.shape[1], dim=1)
+
+    def _appended(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        """A cache: what was appended in earlier calls came from the same producer, scaled alike."""
+        past, new = node.args[:2]
+        if past not in self._past or new not in labels:
+            raise _Stop("a cache that is no input of the graph")
+        return _whole(labels, new)
+
+
+class _Partner(Exception):
+    """A sum needs this producer to take the scale, too."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(node.name)
+        self.node = node
+
+
+def _parts(labels: Labels) -> list[Tensor]:
+    return labels if isinstance(labels, list) else [labels]
+
+
+def _whole(labels: Mapping[fx.Node, Labels], node: object) -> Tensor:
+    found = labels.get(node)  # type: ignore[call-overload]
+    if not isinstance(found, Tensor):
+        raise _Stop("it is read as a parameter of an operator")
+    return found
+
+
+def _fixed_shape(node: fx.Node) -> list[int]:
+    """The shape of a value, with 1 for sizes that vary."""
+    return [size if isinstance(size, int) else 1 for size in node.meta["shape"]]
+
+
+def _getitem() -> tuple[Any, ...]:
+    import operator
+
+    return (operator.getitem,)
+
+
+_RULES: tuple[tuple[tuple[Any, ...], Callable[..., Labels]], ...] = (
+    (_COMMUTING, _Walk._same),
+    (_MOVING, _Walk._moved),
+    ((_aten.reshape.default,), _Walk._reshaped),
+    ((_aten.slice.Tensor,), _Walk._sliced),
+    ((_aten.select.int,), _Walk._selected),
+    ((_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default, _aten.split.sizes), _Walk._split),
+    (_getitem(), _Walk._item),
+    ((_aten.expand.default,), _Walk._expanded),
+    ((_aten.cat.default,), _Walk._joined),
+    ((_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor), _Walk._multiplied),
+    ((_aten.add.Tensor,), _Walk._added),
+    ((_canonical.attention.default,), _Walk._attended),
+    ((_canonical.kv_append.default,), _Walk._appended),
+)
