@@ -17,13 +17,16 @@ from qcompiler.observers import Statistic
 from qcompiler.segments import Segment
 
 __all__ = [
+    "ACTIVATIONS_QUANTIZED",
     "CANONICAL",
+    "DROP",
     "SCHEMES",
     "WEIGHTS_QUANTIZED",
     "Effect",
     "Pass",
     "PassContext",
     "PassResult",
+    "Rescale",
     "SiteReport",
     "Skip",
     "Tap",
@@ -36,6 +39,7 @@ Wave = Sequence[Site]
 CANONICAL = "canonical operators"
 SCHEMES = "schemes"
 WEIGHTS_QUANTIZED = "quantized weights"
+ACTIVATIONS_QUANTIZED = "quantized activations"
 
 
 class Effect(Enum):
@@ -62,7 +66,7 @@ class SiteReport:
         site: its name.
         method: the pass.
         scheme: the number format, as text.
-        sqnr_db: signal to noise ratio of the rewritten weight.
+        sqnr_db: signal to noise ratio of the rewritten weight or activation; not a number where it was not measured.
         output_error: squared error of the layer's output on the calibration inputs, relative to the output's square;
             None without calibration.
         rtn_output_error: the same for round-to-nearest.
@@ -97,6 +101,27 @@ class Skip:
     asked: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Rescale:
+    """What became of a tapped value: every channel was multiplied by a factor.
+
+    Attributes:
+        factor: float ``[channels]``. The Gram matrix of the value becomes ``D G D`` with ``D = diag(factor)``.
+    """
+
+    factor: Tensor
+
+
+class Drop(Enum):
+    """The type of `DROP`."""
+
+    DROP = "drop"
+
+
+DROP = Drop.DROP
+"""What became of a tapped value: something else; its statistics are gathered anew."""
+
+
 @dataclass(frozen=True)
 class PassResult:
     """What `Pass.run` or `Pass.rewrite` did.
@@ -105,11 +130,16 @@ class PassResult:
         modified: whether the graph or its weights changed.
         sites: one report per site that was rewritten.
         skips: one entry per site that was left alone.
+        statistics: what became of tapped values, for those that later passes tap too. Without an entry, an exact pass
+            has left a value as it was, and an approximate one has changed those that depend on the sites of the wave.
+        regions: one entry per region found or refused, see `CompileReport.regions`.
     """
 
     modified: bool
     sites: tuple[SiteReport, ...] = ()
     skips: tuple[Skip, ...] = ()
+    statistics: Mapping["Tap", "Rescale | Drop"] = field(default_factory=dict)
+    regions: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
