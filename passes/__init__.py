@@ -2,7 +2,8 @@
 
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.gptq import GPTQ
+from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.recipes import RECIPES, recipe
 from qcompiler.passes.rtn import RTN
 
-__all__ = ["GPTQ", "RECIPES", "RTN", "Assign", "recipe"]
+__all__ = ["GPTQ", "RECIPES", "RTN", "Assign", "InsertQDQ", "recipe"]

@@ -6,6 +6,7 @@ from qcompiler.errors import RecipeError
 from qcompiler.pass_base import Pass
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.gptq import GPTQ
+from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.rtn import RTN
 
 __all__ = ["RECIPES", "recipe"]
@@ -15,6 +16,10 @@ RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
     "w4a16-rtn": lambda: (Assign("w4a16"), RTN()),
     "w4a16-gptq": lambda: (Assign("w4a16"), GPTQ()),
     "w3a16-gptq": lambda: (Assign("w3a16"), GPTQ()),
+    "w8a8-rtn": lambda: (Assign("w8a8"), RTN(), InsertQDQ()),
+    "w8a8-dynamic": lambda: (Assign("w8a8-dynamic"), RTN(), InsertQDQ(observer=None)),
+    "fp8": lambda: (Assign("fp8"), RTN(), InsertQDQ()),
+    "fp8-dynamic": lambda: (Assign("fp8-dynamic"), RTN(), InsertQDQ(observer=None)),
 }
 """Name → maker of the passes."""
 
@@ -27,6 +32,9 @@ def recipe(name: str) -> tuple[Pass, ...]:
     """
     if name not in RECIPES:
         raise RecipeError(
-            "unknown recipe", got=name, expected=", ".join(RECIPES), remedy="or give a list of passes in Python"
+            "unknown recipe",
+            got=name,
+            expected=", ".join(RECIPES),
+            remedy="or give FILE.toml, FILE.py:NAME, or a list of passes in Python",
         )
     return RECIPES[name]()

@@ -84,7 +84,11 @@ class Stretch:
         return env
 
     def run(
-        self, values: Mapping[fx.Node, Any], loaded: Mapping[fx.Node, Any], device: torch.device
+        self,
+        values: Mapping[fx.Node, Any],
+        loaded: Mapping[fx.Node, Any],
+        device: torch.device,
+        passed_through: Collection[fx.Node] = (),
     ) -> dict[fx.Node, Any]:
         """Executes the nodes for one batch.
 
@@ -92,6 +96,7 @@ class Stretch:
             values: the values of `inputs` (others are passed over); not modified.
             loaded: what `load` returned.
             device: where tensors that the graph itself creates are put.
+            passed_through: nodes that give their first argument instead of being called.
 
         Returns:
             The values of the kept nodes, those that came from outside included.
@@ -99,7 +104,8 @@ class Stretch:
         env: dict[fx.Node, Any] = {**loaded, **{node: values[node] for node in self.inputs}}
         with torch.no_grad():
             for node in self.nodes:
-                env[node] = _call(node, env, device)
+                is_skipped = node in passed_through
+                env[node] = env[node.all_input_nodes[0]] if is_skipped else _call(node, env, device)
                 for dead in self._frees.get(node, ()):
                     del env[dead]
         return {node: env[node] if node in env else values[node] for node in self._keep}

@@ -1,6 +1,7 @@
 """`Graph`: an fx graph whose weights stay in a `WeightStore`, with typed views of it and its JSON form."""
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,10 @@ from qcompiler.errors import ArtifactError, PipelineError
 from qcompiler.graph_json import decode_nodes, encode_nodes
 from qcompiler.qtensor import Affine
 from qcompiler.signature import Signature
-from qcompiler.spec import Scheme
+from qcompiler.spec import QuantSpec, Scheme
 from qcompiler.weights import WeightStore
 
-__all__ = ["Graph", "Site", "ancestors", "is_op", "site_name"]
+__all__ = ["Graph", "Site", "ancestors", "is_op", "quantized_value", "site_name"]
 
 _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
@@ -25,6 +26,18 @@ _canonical = torch.ops.qcompiler
 def is_op(node: object, *targets: object) -> bool:
     """Whether ``node`` is a call of one of ``targets`` (operator overloads or functions)."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def quantized_value(node: object) -> Node | None:
+    """What a quantized activation was before: ``x`` of ``dequantize(quantize(x, ...), ...)``; None for other nodes."""
+    if not isinstance(node, Node) or not is_op(node, _canonical.dequantize.default):
+        return None
+    codes = node.args[0]
+    if not isinstance(codes, Node) or not is_op(codes, _canonical.quantize.default):
+        return None
+    value = codes.args[0]
+    assert isinstance(value, Node)
+    return value
 
 
 def site_name(weight_name: str) -> str:
@@ -125,6 +138,68 @@ class Graph:
         """The tensors the graph reads, in execution order, each once."""
         return list(dict.fromkeys(str(node.target) for node in self.fx.nodes if node.op == "get_attr"))
 
+    def quantize_input(
+        self, value: Node, readers: Sequence[Node], spec: QuantSpec, scale: str | None, zero_point: str | None
+    ) -> Node:
+        """Puts ``dequantize(quantize(value))`` between a value and linear layers that read it.
+
+        Args:
+            value: an activation.
+            readers: ``linear`` nodes, in graph order; the new nodes stand ahead of the first.
+            spec: the number format.
+            scale, zero_point: stored tensors, 0-D; None where the format is dynamic (the range is then computed from the
+                value) or has no zero point.
+
+        Returns:
+            The ``dequantize`` node.
+
+        Raises:
+            PipelineError: if a reader reads a quantized activation already.
+        """
+        for node in readers:
+            if quantized_value(node.args[0]) is not None:
+                raise PipelineError(
+                    "this activation is quantized already",
+                    where=node.name,
+                    expected="one pass that quantizes activations",
+                    remedy="drop one of the passes",
+                )
+        axis, block = (-1, readers[0].meta["weight_shape"][1]) if spec.granularity == "per_token" else (0, 0)
+        shape = value.meta.get("shape")
+        with self.fx.inserting_before(readers[0]):
+            if spec.dynamic:
+                along = -1 if spec.granularity == "per_token" else None
+                chosen = self.fx.call_function(_canonical.choose_qparams.default, (value, spec.code_dtype, along))
+                range_shape = () if along is None or shape is None else (*shape[:-1], 1)
+                scale_node = self._described(
+                    self.fx.call_function(operator.getitem, (chosen, 0)), "float32", range_shape
+                )
+                zero_node = None
+                if not spec.symmetric:
+                    zero_node = self.fx.call_function(operator.getitem, (chosen, 1))
+                    self._described(zero_node, spec.stored_dtype, range_shape)
+            else:
+                assert scale is not None
+                scale_node = self._get_attr(scale)
+                zero_node = None if zero_point is None else self._get_attr(zero_point)
+            codes = self.fx.call_function(
+                _canonical.quantize.default, (value, scale_node, zero_node, axis, block, spec.code_dtype)
+            )
+            result = self.fx.call_function(
+                _canonical.dequantize.default, (codes, scale_node, zero_node, axis, block, torch.float32)
+            )
+        if shape is not None:
+            self._described(codes, spec.stored_dtype, shape)
+            self._described(result, "float32", shape)
+        for node in readers:
+            node.update_arg(0, result)
+        return result
+
+    @staticmethod
+    def _described(node: Node, dtype: str, shape: Iterable[int | str]) -> Node:
+        node.meta.update(dtype=getattr(torch, dtype), shape=tuple(shape))
+        return node
+
     def set_weight(self, site: Site, quantized: Affine) -> None:
         """Replaces a site's float weight by codes and scales behind a ``dequantize`` node.
 
@@ -156,12 +231,10 @@ class Graph:
             axis, block = 0, 0
             scale = scale.reshape(())
             zero_point = None if zero_point is None else zero_point.reshape(())
-        kind = "int" if spec.symmetric else "uint"
-        code_dtype = f"{kind}{spec.bits}"
-        store.set(f"{site.weight}_codes", quantized.codes, dtype=code_dtype)
+        store.set(f"{site.weight}_codes", quantized.codes, dtype=spec.stored_dtype)
         store.set(f"{site.weight}_scale", scale.to(quantized.scale_dtype))
         if zero_point is not None:
-            store.set(f"{site.weight}_zero_point", zero_point, dtype=code_dtype)
+            store.set(f"{site.weight}_zero_point", zero_point, dtype=spec.stored_dtype)
         first = site.nodes[0]
         with self.fx.inserting_before(first):
             codes_node = self._get_attr(f"{site.weight}_codes")

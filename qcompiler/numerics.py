@@ -20,6 +20,8 @@ __all__ = [
     "mse_qparams",
     "pack_bits",
     "quantize",
+    "range_qparams",
+    "round_codes",
     "round_scale",
     "sqnr_db",
     "unpack_bits",
@@ -59,8 +61,20 @@ def _rows(qparams: Tensor, part: slice) -> Tensor:
     return qparams if len(qparams) == 1 else qparams[part]
 
 
+def round_codes(values: Tensor, spec: QuantSpec) -> Tensor:
+    """Values in units of the scale, zero point taken off, to the nearest code in float32; clamped, ties to even.
+
+    Clamped before the cast where codes are floats: what a cast does beyond the largest one differs between libraries.
+    """
+    if spec.is_float:
+        return values.clamp(spec.quant_min, spec.quant_max).to(spec.code_dtype).float()
+    return torch.round(values).clamp_(spec.quant_min, spec.quant_max)
+
+
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Codes ``clamp(round(x / scale) + zero_point)``, rounding half to even (ONNX QuantizeLinear).
+
+    Float codes are ``clamp(x / scale)``, cast; half to even as well.
 
     Args:
         x: float ``[rows, width]``.
@@ -75,7 +89,11 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpe
     group = spec.group_of(width)
     codes = torch.empty(x.shape, dtype=spec.code_dtype, device=x.device)
     for part in _slices(x):
-        values = torch.round(x[part].float() / expand_groups(_rows(scale, part), width, group))
+        values = x[part].float() / expand_groups(_rows(scale, part), width, group)
+        if spec.is_float:
+            codes[part] = values.clamp_(spec.quant_min, spec.quant_max).to(spec.code_dtype)
+            continue
+        values.round_()
         if zero_point is not None:
             values += expand_groups(_rows(zero_point, part).float(), width, group)
         codes[part] = values.clamp_(spec.quant_min, spec.quant_max)
@@ -117,6 +135,8 @@ def _group_range(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 def _full_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
     """The scale at which the codes just span a range."""
+    if spec.is_float:
+        return torch.maximum(-low, high) / spec.quant_max
     if spec.symmetric:
         return torch.maximum(-low, high) / ((1 << spec.bits) - 1) * 2
     return (high - low) / spec.quant_max
@@ -127,7 +147,7 @@ def min_max_qparams(x: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tup
 
     Symmetric: ``scale = amax / ((2^b - 1) / 2)`` (``amax / 7.5`` at 4 bits: the largest magnitude is clipped by half a
     step on the positive side, and every other value gains resolution). Asymmetric: the range is widened to hold zero,
-    and ``scale = (max - min) / (2^b - 1)``.
+    and ``scale = (max - min) / (2^b - 1)``. Float codes: ``scale = amax / 448`` (E4M3), ``amax / 57344`` (E5M2).
 
     Args:
         x: float ``[rows, width]``.
@@ -140,6 +160,20 @@ def min_max_qparams(x: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tup
     low, high = _group_range(_grouped(x, spec), spec)
     if spec.granularity == "per_tensor":
         low, high = low.amin().reshape(1, 1), high.amax().reshape(1, 1)
+    return range_qparams(low, high, spec, scale_dtype)
+
+
+def range_qparams(low: Tensor, high: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point at which the codes span ``[low, high]``; the rules of `min_max_qparams`.
+
+    Args:
+        low, high: float32, any shape, with zero between them where there is a zero point.
+        spec: the number format.
+        scale_dtype: the dtype scales are stored in.
+
+    Returns:
+        Both of the shape of ``low``; the scale in float32, already rounded to ``scale_dtype``.
+    """
     scale = round_scale(_full_scale(low, high, spec), scale_dtype)
     if spec.symmetric:
         return scale, None
@@ -232,7 +266,11 @@ def _search_scale(
     most = None if zero is None else (spec.quant_max - zero.float())[..., None]
 
     def make_codes(divisor: float | Tensor) -> None:
-        torch.div(values, divisor, out=codes).round_()
+        torch.div(values, divisor, out=codes)
+        if spec.is_float:
+            codes.copy_(codes.clamp_(spec.quant_min, spec.quant_max).to(spec.code_dtype))
+            return
+        codes.round_()
         if least is None or most is None:
             codes.clamp_(spec.quant_min, spec.quant_max)
         else:

@@ -1,13 +1,19 @@
 """Statistics gathered from activations: ``update`` with a batch, ``merge`` with another process's, read ``result``."""
 
-from typing import ClassVar, Protocol, Self
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["CrossGram", "Gram", "Statistic"]
+from qcompiler.errors import CalibrationError
+
+__all__ = ["AbsMax", "CrossGram", "Distribution", "Gram", "Histogram", "MinMax", "Statistic"]
 
 _BLOCK = 256
+_FINEST_BITS = 30  # bins are no narrower than the largest magnitude times 2^-30
+_FINEST_EXPONENT = -100
 
 
 class Statistic(Protocol):
@@ -25,6 +31,14 @@ class Statistic(Protocol):
 
     def merge(self, other: Self) -> None:
         """Adds what another instance has seen, and leaves that one alone."""
+
+
+@runtime_checkable
+class Rescalable(Protocol):
+    """A statistic that needs not be gathered anew when every channel of its value was multiplied by a factor."""
+
+    def rescale(self, factor: Tensor) -> None:
+        """Becomes what it would be, had every channel been multiplied by ``factor``, float ``[channels]``."""
 
 
 class Gram:
@@ -56,6 +70,11 @@ class Gram:
             self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
             self.rows += other.rows
 
+    def rescale(self, factor: Tensor) -> None:
+        """``D G D`` with ``D = diag(factor)``."""
+        if self._sum is not None:
+            self._sum *= factor * factor[:, None]
+
     def result(self) -> Tensor:
         """The symmetric matrix, float32 ``[channels, channels]``; not divided by the number of rows."""
         if self._sum is None:
@@ -84,6 +103,11 @@ class CrossGram:
             self._sum = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32, device=batch.device)
         self._sum.addmm_(other.T, rows)
 
+    def rescale(self, factor: Tensor) -> None:
+        """``D C D`` with ``D = diag(factor)``: the original model is rescaled alike."""
+        if self._sum is not None:
+            self._sum *= factor * factor[:, None]
+
     def merge(self, other: "CrossGram") -> None:
         """Adds the other's sum."""
         if other._sum is not None:
@@ -94,3 +118,181 @@ class CrossGram:
         if self._sum is None:
             raise ValueError("nothing was observed")
         return self._sum
+
+
+class AbsMax:
+    """The largest magnitude of every channel (the last axis)."""
+
+    needs_reference: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._largest: Tensor | None = None
+
+    def update(self, batch: Tensor, reference: Tensor | None = None) -> None:
+        """Takes ``[..., channels]``; the reference does not matter."""
+        rows = batch.reshape(-1, batch.shape[-1])
+        if len(rows):
+            self._take(torch.maximum(rows.amax(0), -rows.amin(0)).float())
+
+    def merge(self, other: "AbsMax") -> None:
+        """Takes what the other has seen."""
+        if other._largest is not None:
+            self._take(other._largest)
+
+    def result(self) -> Tensor:
+        """float32 ``[channels]``."""
+        if self._largest is None:
+            raise ValueError("nothing was observed")
+        return self._largest
+
+    def _take(self, largest: Tensor) -> None:
+        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+
+
+class MinMax:
+    """The least and the largest value of a tensor."""
+
+    needs_reference: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._low, self._high = math.inf, -math.inf
+
+    def update(self, batch: Tensor, reference: Tensor | None = None) -> None:
+        """Takes a tensor of any shape; the reference does not matter.
+
+        Raises:
+            CalibrationError: if a value is not finite.
+        """
+        if batch.numel():
+            low, high = _finite_range(batch)
+            self._low, self._high = min(self._low, low), max(self._high, high)
+
+    def merge(self, other: "MinMax") -> None:
+        """Takes what the other has seen."""
+        self._low, self._high = min(self._low, other._low), max(self._high, other._high)
+
+    def result(self) -> tuple[float, float]:
+        """The two values."""
+        if self._low > self._high:
+            raise ValueError("nothing was observed")
+        return self._low, self._high
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How often values fell into bins of one width; bin ``i`` covers ``[(first + i) * width, (first + i + 1) * width)``.
+
+    Attributes:
+        counts: int64 ``[bins]``, on the CPU.
+        first: the place of the first bin, counted from zero.
+        width: of a bin: a power of two.
+        low, high: the least and the largest value seen.
+    """
+
+    counts: Tensor
+    first: int
+    width: float
+    low: float
+    high: float
+
+    @property
+    def centers(self) -> Tensor:
+        """The middle of every bin, float64."""
+        return (torch.arange(len(self.counts), dtype=torch.float64) + (self.first + 0.5)) * self.width
+
+    def coarsened(self, shift: int) -> "Distribution":
+        """The same with bins that are ``2^shift`` times as wide; exact."""
+        bins = (torch.arange(len(self.counts)) + self.first) >> shift
+        first = self.first >> shift
+        counts = torch.zeros(int(bins[-1]) - first + 1, dtype=torch.int64).index_add_(0, bins - first, self.counts)
+        return Distribution(counts, first, self.width * 2**shift, self.low, self.high)
+
+    def magnitudes(self) -> "Distribution":
+        """The distribution of absolute values; bins begin at zero. A value on the border of two bins may change bin."""
+        places = torch.arange(len(self.counts)) + self.first
+        folded = torch.where(places < 0, -1 - places, places)
+        counts = torch.zeros(int(folded.max()) + 1, dtype=torch.int64).index_add_(0, folded, self.counts)
+        largest = max(self.high, -self.low)
+        return Distribution(counts, 0, self.width, 0.0 if self.low <= 0 <= self.high else self.low, largest)
+
+
+class Histogram:
+    """How a tensor's values are distributed, in bins that widen as the range grows.
+
+    The width is the smallest power of two with which at most 8192 bins reach over the range seen so far, and bins are
+    counted from zero: two bins of one width always make one of the next. So widening loses nothing, and neither the
+    cut into batches nor the order of merges changes the result.
+    """
+
+    needs_reference: ClassVar[bool] = False
+    bins: ClassVar[int] = 8192
+
+    def __init__(self) -> None:
+        self._seen: Distribution | None = None
+
+    def update(self, batch: Tensor, reference: Tensor | None = None) -> None:
+        """Takes a tensor of any shape; the reference does not matter.
+
+        Raises:
+            CalibrationError: if a value is not finite.
+        """
+        if not batch.numel():
+            return
+        low, high = _finite_range(batch)
+        exponent = self._exponent(low, high)
+        if self._seen is not None:
+            exponent = self._exponent(min(low, self._seen.low), max(high, self._seen.high))
+        width = 2.0**exponent
+        first = math.floor(low / width)
+        places = torch.floor(batch.reshape(-1).float() / width).to(torch.int64) - first
+        counts = torch.bincount(places, minlength=math.floor(high / width) - first + 1).cpu()
+        self._take(Distribution(counts, first, width, low, high))
+
+    def merge(self, other: "Histogram") -> None:
+        """Takes what the other has seen."""
+        if other._seen is not None:
+            self._take(other._seen)
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether there is a result."""
+        return self._seen is not None
+
+    def result(self) -> Distribution:
+        """The distribution of all values seen."""
+        if self._seen is None:
+            raise ValueError("nothing was observed")
+        return self._seen
+
+    def _take(self, other: Distribution) -> None:
+        parts = [other] if self._seen is None else [self._seen, other]
+        low, high = min(part.low for part in parts), max(part.high for part in parts)
+        exponent = self._exponent(low, high)
+        parts = [part.coarsened(exponent - round(math.log2(part.width))) for part in parts]
+        first = min(part.first for part in parts)
+        counts = torch.zeros(max(part.first + len(part.counts) for part in parts) - first, dtype=torch.int64)
+        for part in parts:
+            counts[part.first - first : part.first - first + len(part.counts)] += part.counts
+        self._seen = Distribution(counts, first, 2.0**exponent, low, high)
+
+    def _exponent(self, low: float, high: float) -> int:
+        """Of the width for a range; it grows with the range."""
+        exponent = _FINEST_EXPONENT
+        if largest := max(-low, high):
+            exponent = max(exponent, math.frexp(largest)[1] - _FINEST_BITS)
+        if low < high:
+            exponent = max(exponent, math.frexp((high - low) / self.bins)[1] - 1)
+        while math.floor(high / 2.0**exponent) - math.floor(low / 2.0**exponent) >= self.bins:
+            exponent += 1
+        return exponent
+
+
+def _finite_range(batch: Tensor) -> tuple[float, float]:
+    low, high = (float(value) for value in batch.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CalibrationError(
+            "an activation is not finite",
+            got=f"values from {low} to {high}",
+            remedy="look for NaN, infinity or overflow in the layers before",
+        )
+    return low, high

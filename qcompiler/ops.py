@@ -12,11 +12,15 @@ it.
 | ``rotary(x, cos, sin, interleaved)`` | rotary embedding of ``x[B, H, S, D]`` (arXiv 2104.09864) |
 | ``kv_append(past, new)`` | ``[B, H, P, D]`` and ``[B, H, S, D]`` → ``[B, H, P + S, D]`` |
 | ``attention(q, k, v, mask?, scale, causal, window?, softcap?)`` | softmax attention, grouped heads; `_attention` |
+| ``take_expert(x, experts, index)`` | the rows of ``x[S, D]`` that go to one expert; `_take_expert` |
+| ``merge_experts(rows, experts)`` | the rows of all experts back in their places |
 | ``quantize(x, scale, zero_point?, axis, block, dtype)`` | ONNX QuantizeLinear |
 | ``dequantize(codes, scale, zero_point?, axis, block, out_dtype)`` | ONNX DequantizeLinear |
+| ``choose_qparams(x, dtype, axis?)`` | ``(scale, zero_point)`` of the range ``x`` has; `_choose_qparams` |
 
-For the last two, a 0-D scale is per tensor; a 1-D one per slice of ``axis`` (``block`` 0); one of the rank of the data
-is blocked, ``block`` elements of ``axis`` sharing a scale, the last block possibly short.
+For quantize and dequantize, a 0-D scale is per tensor; a 1-D one per slice of ``axis`` (``block`` 0); one of the rank
+of the data is blocked, ``block`` elements of ``axis`` sharing a scale, the last block possibly short. Codes are int8,
+uint8, or float8 (E4M3 without infinities, E5M2), which has no zero point and saturates at its largest finite number.
 """
 
 import torch
@@ -34,11 +38,16 @@ CANONICAL = (
     "rotary",
     "kv_append",
     "attention",
+    "take_expert",
+    "merge_experts",
     "quantize",
     "dequantize",
+    "choose_qparams",
 )
 
 _INTEGER_RANGE = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
+_FLOAT_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+_SMALLEST_SCALE = 2.0**-23  # of dynamic ranges; positive in float16 too
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -126,18 +135,52 @@ def _attends_everywhere(mask: Tensor | None) -> bool:
     return is_cheap and bool(mask.all())
 
 
+def _take_expert(x: Tensor, experts: Tensor, index: int) -> Tensor:
+    """``x[experts == index]``: the rows one expert works on, in their order.
+
+    Args:
+        x: ``[S, D]``, one row per token and chosen expert.
+        experts: int64 ``[S]``, which expert each row goes to.
+        index: of the expert.
+
+    Returns:
+        ``[n, D]``, n being how often ``index`` occurs, possibly 0.
+    """
+    return x.index_select(0, (experts == index).nonzero().squeeze(1))
+
+
+def _merge_experts(rows: list[Tensor], experts: Tensor) -> Tensor:
+    """The inverse of `_take_expert` for all experts at once.
+
+    Args:
+        rows: for each expert, ``[n, D]``.
+        experts: int64 ``[S]``, which expert each row came from; rows of other numbers are zero.
+
+    Returns:
+        ``[S, D]``.
+    """
+    places = torch.cat([(experts == index).nonzero().squeeze(1) for index in range(len(rows))])
+    merged = torch.cat(rows)
+    return merged.new_zeros(experts.shape[0], merged.shape[1]).index_copy(0, places, merged)
+
+
 def _broadcast(qparam: Tensor, data: Tensor, axis: int, block: int) -> Tensor:
     axis = axis % data.dim() if data.dim() else 0
     if qparam.dim() == 0:
         return qparam
     if block == 0:
         return qparam.reshape([-1 if i == axis else 1 for i in range(data.dim())])
+    if qparam.shape[axis] == 1:
+        return qparam
     return qparam.repeat_interleave(block, dim=axis).narrow(axis, 0, data.shape[axis])
 
 
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block: int, dtype: torch.dtype) -> Tensor:
+    values = x / _broadcast(scale, x, axis, block)
+    if dtype in _FLOAT_MAX:
+        return values.clamp(-_FLOAT_MAX[dtype], _FLOAT_MAX[dtype]).to(dtype)
     low, high = _INTEGER_RANGE[dtype]
-    codes = torch.round(x / _broadcast(scale, x, axis, block))
+    codes = torch.round(values)
     if zero_point is not None:
         codes = codes + _broadcast(zero_point, x, axis, block)
     return codes.clamp(low, high).to(dtype)
@@ -152,6 +195,34 @@ def _dequantize(
     return (values * _broadcast(scale, codes, axis, block)).to(out_dtype)
 
 
+def _choose_qparams(x: Tensor, dtype: torch.dtype, axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """The scale and zero point at which codes just cover a tensor, or each slice of it.
+
+    int8: ``amax / 127.5``; float8: ``amax`` divided by the largest code; uint8: the range widened to hold zero,
+    ``(max - min) / 255`` and ``round(-min / scale)``, as ONNX DynamicQuantizeLinear has it. No scale is smaller than
+    2^-23, so that zeros give zeros.
+
+    Args:
+        x: floating point.
+        dtype: of the codes.
+        axis: reduced, one scale for each slice along it (-1: per token); None: one for all.
+
+    Returns:
+        Scale of the dtype of ``x`` and zero point of the codes' (0 but for uint8): 0-D, or the shape of ``x`` with one
+        element along ``axis``.
+    """
+    axes = list(range(x.dim())) if axis is None else [axis]
+    keep = axis is not None
+    if dtype == torch.uint8:
+        low = x.amin(axes, keepdim=keep).clamp(max=0)
+        high = x.amax(axes, keepdim=keep).clamp(min=0)
+        scale = ((high - low) / 255).clamp(min=_SMALLEST_SCALE)
+        return scale, torch.round(-low / scale).clamp(0, 255).to(dtype)
+    largest = _FLOAT_MAX.get(dtype, 127.5)
+    scale = (x.abs().amax(axes, keepdim=keep) / largest).clamp(min=_SMALLEST_SCALE)
+    return scale, torch.zeros_like(scale).to(dtype)
+
+
 for _schema, _reference in (
     ("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", _linear),
     ("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm),
@@ -163,6 +234,8 @@ for _schema, _reference in (
         "float? softcap=None) -> Tensor",
         _attention,
     ),
+    ("take_expert(Tensor x, Tensor experts, int index) -> Tensor", _take_expert),
+    ("merge_experts(Tensor[] rows, Tensor experts) -> Tensor", _merge_experts),
     (
         "quantize(Tensor x, Tensor scale, Tensor? zero_point, int axis, int block, ScalarType dtype) -> Tensor",
         _quantize,
@@ -172,6 +245,7 @@ for _schema, _reference in (
         "-> Tensor",
         _dequantize,
     ),
+    ("choose_qparams(Tensor x, ScalarType dtype, int? axis=None) -> (Tensor, Tensor)", _choose_qparams),
 ):
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_schema.split("(")[0], _reference, "CompositeImplicitAutograd")

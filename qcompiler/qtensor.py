@@ -1,4 +1,4 @@
-"""What a quantized weight is: integer codes with their scales (`Affine`)."""
+"""What a quantized weight is: codes with their scales (`Affine`)."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Affine:
     """``(codes - zero_point) * scale``, one scale per tensor, output channel or group of input channels.
 
     Attributes:
-        codes: int8 (symmetric) or uint8 (asymmetric) ``[out, in]``, one code per element.
+        codes: int8 (symmetric), uint8 (asymmetric) or float8 ``[out, in]``, one code per element.
         scale: float32 ``[out or 1, groups]``; every value is exact in ``scale_dtype``.
         zero_point: uint8, the shape of ``scale``; None where symmetric.
         spec: the number format.

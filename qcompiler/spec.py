@@ -10,12 +10,19 @@ from qcompiler.errors import RecipeError
 
 __all__ = ["QuantSpec", "Scheme"]
 
-Granularity = Literal["per_tensor", "per_channel", "per_group"]
+Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
 
 _INT_BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
+_FLOAT_MAX = {"float8_e4m3fn": 448, "float8_e5m2": 57344}
+_DTYPES = (*_INT_BITS, *_FLOAT_MAX)
+_ACTIVATION_DTYPES = ("int8", *_FLOAT_MAX)
 _SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DEFAULT_GROUP = 128
-_SCHEME = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)(?P<options>(-(g\d+|channel|tensor|sym|asym))*)")
+_SCHEME = re.compile(
+    r"(w(?P<w>\d+)a(?P<a>8|16)|fp8)(?P<options>(-(g\d+|channel|tensor|sym|asym|actsym|actasym|dynamic|dyntensor|e5m2))*)"
+)
+_KIND = {"channel": "granularity", "tensor": "granularity", "sym": "sign", "asym": "sign", "actsym": "activation sign"}
+_KIND |= {"actasym": "activation sign", "dynamic": "dynamic", "dyntensor": "dynamic", "e5m2": "float"}
 
 
 @dataclass(frozen=True)
@@ -23,14 +30,18 @@ class QuantSpec:
     """The number format of one quantized tensor.
 
     Attributes:
-        dtype: ``int2``, ``int3``, ``int4`` or ``int8``. Symmetric codes are signed, in ``[-2^(b-1), 2^(b-1) - 1]``;
-            asymmetric codes are unsigned, in ``[0, 2^b - 1]``, with a zero point of the same type.
+        dtype: ``int2``, ``int3``, ``int4``, ``int8``, ``float8_e4m3fn`` or ``float8_e5m2`` (arXiv 2209.05433).
+            Symmetric integer codes are signed, in ``[-2^(b-1), 2^(b-1) - 1]``; asymmetric ones are unsigned, in ``[0,
+            2^b - 1]``, with a zero point of the same type. Float codes are symmetric; what lies beyond the largest
+            finite one (448, 57344) is clamped to it.
         granularity: how many elements share a scale. ``per_group`` groups run along the last axis (a linear layer's
-            input channels); the last group is short where the size does not divide the width.
+            input channels); the last group is short where the size does not divide the width. ``per_token`` is for
+            activations: one scale per slice of the last axis, and always dynamic.
         group_size: elements per group; given exactly when the granularity is ``per_group``.
         symmetric: no zero point.
         scale_dtype: the dtype scales are stored in (``float32``, ``float16`` or ``bfloat16``); ``None`` means the dtype
             of the tensor that is quantized. Scales are rounded to it *before* codes are computed.
+        dynamic: for activations: the range is taken from the values themselves at run time; nothing is calibrated.
 
     Raises:
         RecipeError: for a combination that means nothing.
@@ -41,14 +52,17 @@ class QuantSpec:
     group_size: int | None = _DEFAULT_GROUP
     symmetric: bool = True
     scale_dtype: str | None = None
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in _INT_BITS:
-            raise RecipeError("unknown quantized dtype", got=self.dtype, expected=", ".join(_INT_BITS))
-        if self.granularity not in ("per_tensor", "per_channel", "per_group"):
+        if self.dtype not in _DTYPES:
+            raise RecipeError("unknown quantized dtype", got=self.dtype, expected=", ".join(_DTYPES))
+        if self.granularity not in ("per_tensor", "per_channel", "per_group", "per_token"):
             raise RecipeError(
-                "unknown granularity", got=self.granularity, expected="per_tensor, per_channel or per_group"
+                "unknown granularity", got=self.granularity, expected="per_tensor, per_channel, per_group or per_token"
             )
+        if self.is_float and not self.symmetric:
+            raise RecipeError("float codes have no zero point", got=f"{self.dtype}, asymmetric", expected="symmetric")
         if (self.group_size is not None) != (self.granularity == "per_group"):
             raise RecipeError(
                 "group_size goes with granularity per_group, and only with it",
@@ -58,26 +72,49 @@ class QuantSpec:
             raise RecipeError("group_size must be positive", got=self.group_size, expected="16, 32, 64, 128, ...")
         if self.scale_dtype is not None and self.scale_dtype not in _SCALE_DTYPES:
             raise RecipeError("unknown scale dtype", got=self.scale_dtype, expected=", ".join(_SCALE_DTYPES))
+        if self.granularity == "per_token":
+            object.__setattr__(self, "dynamic", True)
+        if self.dynamic and self.granularity not in ("per_token", "per_tensor"):
+            raise RecipeError(
+                "dynamic ranges are per tensor or per token", got=self.granularity, expected="per_tensor or per_token"
+            )
+
+    @property
+    def is_float(self) -> bool:
+        """Whether codes are floating point numbers."""
+        return self.dtype in _FLOAT_MAX
 
     @property
     def bits(self) -> int:
         """Bits of one code."""
-        return _INT_BITS[self.dtype]
+        return 8 if self.is_float else _INT_BITS[self.dtype]
 
     @property
     def quant_min(self) -> int:
         """Smallest code, inclusive."""
+        if self.is_float:
+            return -_FLOAT_MAX[self.dtype]
         return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def quant_max(self) -> int:
         """Largest code, inclusive."""
+        if self.is_float:
+            return _FLOAT_MAX[self.dtype]
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
     @property
     def code_dtype(self) -> torch.dtype:
         """The torch dtype that holds unpacked codes, one per element."""
+        if self.is_float:
+            found: torch.dtype = getattr(torch, self.dtype)
+            return found
         return torch.int8 if self.symmetric else torch.uint8
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of codes and zero points in a weight store: ``int4``, ``uint4``, ``float8_e4m3fn``, ..."""
+        return self.dtype if self.is_float or self.symmetric else f"u{self.dtype}"
 
     def scale_torch_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """The dtype scales are stored in, for a tensor of ``weight_dtype`` (one that is no scale dtype: float32)."""
@@ -97,18 +134,34 @@ class QuantSpec:
             "group_size": self.group_size,
             "symmetric": self.symmetric,
             "scale_dtype": self.scale_dtype,
+            "dynamic": self.dynamic,
         }
 
     def __str__(self) -> str:
         where = f"g{self.group_size}" if self.granularity == "per_group" else self.granularity
-        return f"{self.dtype} {where} {'symmetric' if self.symmetric else 'asymmetric'}"
+        sign = "" if self.is_float else " symmetric" if self.symmetric else " asymmetric"
+        return f"{self.dtype} {where}{sign}{' dynamic' if self.dynamic else ''}"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is quantized at one site: its weight, and later its input activation. ``None`` means left in float."""
+    """What is quantized at one site: its weight and its input activation. ``None`` means left in float.
+
+    Raises:
+        RecipeError: for a format that weights or activations cannot take.
+    """
 
     weight: QuantSpec | None = None
+    activation: QuantSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and self.weight.dynamic:
+            raise RecipeError("weights have static ranges", got=self.weight, expected="per tensor, channel or group")
+        spec = self.activation
+        if spec is not None and spec.dtype not in _ACTIVATION_DTYPES:
+            raise RecipeError("no format for activations", got=spec.dtype, expected=", ".join(_ACTIVATION_DTYPES))
+        if spec is not None and spec.granularity not in ("per_tensor", "per_token"):
+            raise RecipeError("activations share scales otherwise", got=spec.granularity, expected="tensor or token")
 
     @classmethod
     def parse(
@@ -119,53 +172,96 @@ class Scheme:
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
     ) -> "Scheme":
-        """Reads a scheme name such as ``w4a16``, ``w8a16``, ``w4a16-g64``, ``w3a16-channel`` or ``w4a16-g128-asym``.
+        """Reads a scheme name such as ``w4a16``, ``w3a16-channel``, ``w4a16-g128-asym``, ``w8a8`` or ``fp8-dynamic``.
 
-        Without a group in the name, ``group_size`` decides (``-1``: per channel); without that, up to four bits take
-        groups of 128 and eight bits one scale per output channel.
+        Of the weight: without a group in the name, ``group_size`` decides (``-1``: per channel); without that, up to
+        four bits take groups of 128 and eight bits one scale per output channel.
+
+        Of the activation: ``w8a8`` takes one calibrated range per tensor, with a zero point (``-actsym``: without);
+        ``fp8`` the same without. ``-dynamic`` takes one range per token, symmetric, at run time; ``-dyntensor`` one per
+        tensor. ``fp8`` is E4M3 for weight and activation; ``fp8-e5m2`` E5M2.
+
+        Args:
+            name: the scheme.
+            group_size: of weights, where the name gives none.
+            symmetric: of weights, where the name does not say.
+            scale_dtype: of weights.
 
         Raises:
             RecipeError: for a name that is not a scheme, or one that says two things at once.
         """
         match = _SCHEME.fullmatch(str(name))
-        if match is None or f"int{match['w']}" not in _INT_BITS or match["a"] != "16":
+        if match is None or (match["w"] is not None and f"int{match['w']}" not in _INT_BITS):
             raise RecipeError(
                 "unknown scheme",
                 got=name,
-                expected="w2a16, w3a16, w4a16 or w8a16, with -g<size>, -channel, -tensor, -sym or -asym behind it",
+                expected="w2a16, w3a16, w4a16 or w8a16, with -g<size>, -channel, -tensor, -sym or -asym behind it; w8a8 "
+                "or w4a8, with -dynamic, -dyntensor, -actsym or -actasym besides; fp8, with -dynamic or -e5m2",
             )
-        bits = int(match["w"])
-        granularity: Granularity = "per_group" if bits <= 4 else "per_channel"
+        options = match["options"].split("-")[1:]
+        chosen: dict[str, str] = {}
+        for option in options:
+            kind = _KIND.get(option, "granularity")
+            if kind in chosen:
+                raise RecipeError("a scheme name that says two things at once", got=name)
+            chosen[kind] = option
+        is_float = match["w"] is None
+        activation_kinds = {"activation sign", "dynamic"}.intersection(chosen)
+        if (
+            (match["a"] == "16" and activation_kinds)
+            or (not is_float and "float" in chosen)
+            or (is_float and {"sign", "activation sign"}.intersection(chosen))
+        ):
+            raise RecipeError("a scheme name with an option that has no meaning there", got=name)
+        float_dtype = "float8_e5m2" if "float" in chosen else "float8_e4m3fn"
+        dtype = float_dtype if is_float else f"int{match['w']}"
+        granularity: Granularity = "per_channel" if dtype not in ("int2", "int3", "int4") else "per_group"
         size: int | None = _DEFAULT_GROUP
         if group_size is not None:
             granularity, size = ("per_channel", None) if group_size == -1 else ("per_group", group_size)
+        where = chosen.get("granularity")
+        if where in ("channel", "tensor"):
+            granularity = "per_channel" if where == "channel" else "per_tensor"
+        elif where is not None:
+            granularity, size = "per_group", int(where[1:])
         is_symmetric = True if symmetric is None else symmetric
-        options = match["options"].split("-")[1:]
-        signs = sum(option in ("sym", "asym") for option in options)
-        if signs > 1 or len(options) - signs > 1:
-            raise RecipeError("a scheme name that says two things at once", got=name)
-        for option in options:
-            if option in ("sym", "asym"):
-                is_symmetric = option == "sym"
-            elif option in ("channel", "tensor"):
-                granularity = "per_channel" if option == "channel" else "per_tensor"
-            else:
-                granularity, size = "per_group", int(option[1:])
-        return cls(
-            weight=QuantSpec(
-                dtype=f"int{bits}",
-                granularity=granularity,
-                group_size=size if granularity == "per_group" else None,
-                symmetric=is_symmetric,
-                scale_dtype=scale_dtype,
-            )
+        weight = QuantSpec(
+            dtype=dtype,
+            granularity=granularity,
+            group_size=size if granularity == "per_group" else None,
+            symmetric=chosen["sign"] == "sym" if "sign" in chosen else is_symmetric,
+            scale_dtype=scale_dtype,
         )
+        if match["a"] == "16":
+            return cls(weight)
+        dynamic = chosen.get("dynamic")
+        sign = chosen.get("activation sign", "actsym" if is_float or dynamic == "dynamic" else "actasym")
+        activation = QuantSpec(
+            dtype=dtype if is_float else "int8",
+            granularity="per_token" if dynamic == "dynamic" else "per_tensor",
+            group_size=None,
+            symmetric=sign == "actsym",
+            dynamic=dynamic is not None,
+        )
+        return cls(weight, activation)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON fields; the inverse is `from_dict`."""
-        return {"weight": None if self.weight is None else self.weight.to_dict()}
+        return {
+            "weight": None if self.weight is None else self.weight.to_dict(),
+            "activation": None if self.activation is None else self.activation.to_dict(),
+        }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Scheme":
-        """Rebuilds a scheme from `to_dict`."""
-        return cls(weight=None if fields["weight"] is None else QuantSpec(**fields["weight"]))
+        """Rebuilds a scheme from `to_dict`; one written before there were activations in it has none."""
+        weight, activation = fields["weight"], fields.get("activation")
+        return cls(
+            weight=None if weight is None else QuantSpec(**weight),
+            activation=None if activation is None else QuantSpec(**activation),
+        )
+
+    def __str__(self) -> str:
+        parts = [] if self.weight is None else [str(self.weight)]
+        parts += [] if self.activation is None else [f"activation {self.activation}"]
+        return ", ".join(parts) or "float"

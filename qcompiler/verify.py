@@ -1,28 +1,36 @@
-"""Checks on what passes made: every quantized weight is legal, and the graph holds together."""
+"""Checks on what passes made: quantized weights and activations are legal, and the graph holds together."""
+
+import operator
+
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qcompiler.errors import VerificationError
-from qcompiler.graph import Graph, Site, is_op
+from qcompiler.graph import Graph, Site, is_op, quantized_value
+from qcompiler.pass_base import Effect, Pass, PassResult
 from qcompiler.spec import QuantSpec, Scheme
 
-__all__ = ["verify_graph"]
+__all__ = ["check_declared", "check_exact", "state_of", "verify_graph"]
 
 _dequantize = torch.ops.qcompiler.dequantize.default
+_choose_qparams = torch.ops.qcompiler.choose_qparams.default
 
 
 def verify_graph(graph: Graph) -> None:
     """Proves that a rewritten graph is legal.
 
     The graph is well-formed and has its signature's ports; every stored tensor it names exists; every site is quantized
-    or not as its scheme says, in the scheme's dtypes, shapes and grouping, with positive and finite scales.
+    or not as its scheme says, weight and activation, in the scheme's dtypes, shapes and grouping, with positive and
+    finite scales.
 
     Raises:
         VerificationError: naming the tensor or node that is not.
     """
     _verify_structure(graph)
     for site in graph.sites():
+        _verify_activation(graph, site, graph.schemes.get(site.name, Scheme()).activation)
         spec = graph.schemes.get(site.name, Scheme()).weight
         for weight in dict.fromkeys(node.args[1] for node in site.nodes):
             assert isinstance(weight, fx.Node)
@@ -39,6 +47,62 @@ def verify_graph(graph: Graph) -> None:
                 problems = _problems(graph, site, spec, weight)
                 if problems:
                     raise VerificationError("an illegal quantized weight", where=site.name, got="; ".join(problems))
+
+
+def _is_positive(graph: Graph, name: str) -> bool:
+    values = graph.weights.read(name, check_finite=False)
+    return bool(((values > 0) & values.isfinite()).all())
+
+
+def _verify_activation(graph: Graph, site: Site, spec: QuantSpec | None) -> None:
+    for value in site.inputs:
+        is_quantized = quantized_value(value) is not None
+        if (spec is not None) != is_quantized:
+            raise VerificationError(
+                "the input of a site was not given what its scheme says",
+                where=site.name,
+                got="a quantized activation" if is_quantized else "a float activation",
+                expected=spec or "a float activation",
+                remedy="add InsertQDQ() to the recipe",
+            )
+        if spec is not None:
+            problems = _activation_problems(graph, site, spec, value)
+            if problems:
+                raise VerificationError("an illegal quantized activation", where=site.name, got="; ".join(problems))
+
+
+def _activation_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[str]:
+    """What is wrong with a quantized activation, against its scheme."""
+    codes = node.args[0]
+    assert isinstance(codes, fx.Node)
+    value, scale, zero, axis, block, dtype = codes.args
+    problems = []
+    if dtype != spec.code_dtype:
+        problems.append(f"codes are {dtype}, not {spec.code_dtype}")
+    if node.args[1:5] != codes.args[1:5]:
+        problems.append("it is not dequantized with the scale it was quantized with")
+    place = (-1, site.in_features) if spec.granularity == "per_token" else (0, 0)
+    if (axis, block) != place:
+        problems.append(f"scales run along (axis, block) {(axis, block)}, not {place}")
+    if (zero is None) is not spec.symmetric:
+        problems.append("a zero point where the scheme is symmetric, or none where it is not")
+    along = -1 if spec.granularity == "per_token" else None
+    for index, qparam in ((0, scale), (1, zero)):
+        if not isinstance(qparam, fx.Node):
+            continue
+        chosen = qparam.args[0] if is_op(qparam, operator.getitem) and qparam.args[1] == index else None
+        if is_op(chosen, _choose_qparams) is not spec.dynamic:
+            problems.append("a range that is static where the scheme is dynamic, or the other way round")
+        elif isinstance(chosen, fx.Node):
+            if chosen.args != (value, spec.code_dtype, along):
+                problems.append("a range of something else")
+        elif graph.weights.info(str(qparam.target)).shape != ():
+            problems.append(f"{qparam.target} is not one number")
+        elif index == 0 and not _is_positive(graph, str(qparam.target)):
+            problems.append("scales are not all positive and finite")
+        elif index == 1 and graph.weights.info(str(qparam.target)).dtype != spec.stored_dtype:
+            problems.append(f"zero point is not {spec.stored_dtype}")
+    return problems
 
 
 def _verify_structure(graph: Graph) -> None:
@@ -73,7 +137,7 @@ def _problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[
         shape, place = (rows, -(-columns // spec.group_of(columns))), (1, spec.group_of(columns))
     else:
         shape, place = ((rows,) if spec.granularity == "per_channel" else ()), (0, 0)
-    code_dtype = f"{'int' if spec.symmetric else 'uint'}{spec.bits}"
+    code_dtype = spec.stored_dtype
     problems = []
     if codes.dtype != code_dtype:
         problems.append(f"codes are {codes.dtype}, not {code_dtype}")
@@ -83,11 +147,79 @@ def _problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[
         problems.append(f"scale has shape {scale.shape}, not {shape}")
     if node.args[3:5] != place:
         problems.append(f"scales run along (axis, block) {node.args[3:5]}, not {place}")
-    values = graph.weights.read(scale.name, check_finite=False)
-    if not bool(((values > 0) & values.isfinite()).all()):
+    if not _is_positive(graph, scale.name):
         problems.append("scales are not all positive and finite")
     if (zero is None) is not spec.symmetric:
         problems.append("a zero point where the scheme is symmetric, or none where it is not")
     elif zero is not None and (zero.dtype, zero.shape) != (code_dtype, shape):
         problems.append(f"zero point is {zero.dtype} {zero.shape}, not {code_dtype} {shape}")
     return problems
+
+
+# --- what passes declare ----------------------------------------------------------------------------------------------
+
+_EXACT_ROUNDINGS = 64
+"""Roundings of float32 that an exact rewrite may add up to, per square root of the width of what is summed."""
+
+
+def state_of(graph: Graph, nodes: Iterable[fx.Node]) -> dict[str, object]:
+    """What tells whether some nodes, or the tensors they read, were changed: equal before and after if they were not."""
+    state: dict[str, object] = {}
+    for node in nodes:
+        state[node.name] = (str(node.target), str(node.args), str(node.kwargs))
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                state[str(source.target)] = graph.weights.version(str(source.target))
+    return state
+
+
+def check_declared(
+    item: Pass, result: PassResult, before: Mapping[str, object], after: Mapping[str, object], where: str
+) -> None:
+    """Holds a pass to what it says of itself: ``modified``, and that an analysis changes nothing.
+
+    Raises:
+        VerificationError: naming what was changed, or not.
+    """
+    changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+    if bool(changed) is not result.modified:
+        raise VerificationError(
+            "a pass does not say truly whether it changed something",
+            where=where,
+            got=f"modified={result.modified}, changed: {', '.join(changed[:4]) or 'nothing'}",
+            expected=f"modified={bool(changed)}",
+            remedy="return PassResult(modified=...) as it is",
+        )
+    if changed and item.effect is Effect.ANALYSIS:
+        raise VerificationError(
+            "a pass that is declared an analysis changed the graph", where=where, got=", ".join(changed[:4])
+        )
+
+
+def check_exact(expected: Sequence[Tensor], actual: Sequence[Tensor], width: int, where: str) -> None:
+    """Compares what a piece of the graph computed before and after an exact rewrite.
+
+    The largest difference, relative to the largest value, may be ``64 eps sqrt(width)``: a factor moved from one operand to
+    another changes the rounding of every product, and sums of ``width`` products gather it like a random walk.
+
+    Args:
+        expected: values before, float.
+        actual: the same values after.
+        width: the largest number of terms in a sum.
+        where: for the message.
+
+    Raises:
+        VerificationError: if they differ by more.
+    """
+    tolerance = _EXACT_ROUNDINGS * torch.finfo(torch.float32).eps * width**0.5
+    for before, after in zip(expected, actual, strict=True):
+        largest = before.abs().max().item() or 1.0
+        difference = (before - after).abs().max().item() / largest if before.shape == after.shape else float("inf")
+        if not difference <= tolerance:  # a NaN is not
+            raise VerificationError(
+                "a pass that is declared exact changed what the model computes",
+                where=where,
+                got=f"a relative difference of {difference:.2e}",
+                expected=f"at most {tolerance:.1e}",
+                remedy="declare it APPROXIMATE, or mend it",
+            )

@@ -30,7 +30,7 @@ def test_scheme_names(name, options, dtype, granularity, group, symmetric):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "w4", "w5a16", "w4a8", "w04a16", "W4A16", "w4a16-", "w4a16-g", "w4a16-g0", "w4a16-row", "w4a16-g64-g128",
+    ["", "w4", "w5a16", "w4a4", "w04a16", "W4A16", "w4a16-", "w4a16-g", "w4a16-g0", "w4a16-row", "w4a16-g64-g128",
      "w4a16-g64-channel", "w4a16-sym-asym", " w4a16", 4],
 )  # fmt: skip
 def test_what_is_no_scheme(name):
