@@ -5,7 +5,6 @@ With `qcompiler.cli`, the only module that sees every room.
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from qcompiler.artifact import Artifact
 from qcompiler.canonicalize import canonicalize
 from qcompiler.capture import capture_directory, capture_module
 from qcompiler.compiling import CalibrationInput, CompileResult, choose_device, compile_graph
-from qcompiler.errors import InputError, RecipeError, TargetError
+from qcompiler.errors import InputError, TargetError
 from qcompiler.evaluate import Evaluation
 from qcompiler.evaluate import evaluate as evaluate_artifact
 from qcompiler.generate import Generation
@@ -26,6 +25,7 @@ from qcompiler.native import MANIFEST, load_held_out, load_native
 from qcompiler.parity import check_parity
 from qcompiler.pass_base import Pass
 from qcompiler.passes.assign import Assign
+from qcompiler.passes.recipe_file import load_recipe, override_schemes
 from qcompiler.passes.recipes import RECIPES
 from qcompiler.passes.recipes import recipe as named_recipe
 from qcompiler.pipeline import Pipeline
@@ -47,7 +47,7 @@ __all__ = [
     "target_spec",
 ]
 
-Recipe = str | Sequence[Pass]
+Recipe = str | Path | Sequence[Pass]
 _TARGETS = ("onnx",)
 
 
@@ -96,12 +96,14 @@ def compile(
 
     Args:
         model: what `capture` takes, or a graph it returned; a graph is rewritten in place.
-        recipe: a name (`qcompiler.passes.recipes`) or passes in order.
+        recipe: a name (`qcompiler.passes.recipes`), a ``.toml`` file, the place of somebody else's passes
+            (``package.module:NAME`` or ``file.py:NAME``, which is imported and so runs), or passes in order.
         calibration: text, tokens or self-generated; for a plain module, an iterable of input tuples. Without it, a
             recipe that needs calibration lets the model generate its own tokens, and says so.
         targets: where the result is meant to go, by name or as `target_spec` gives them; schemes they refuse are errors
             before anything is computed.
-        overrides: glob pattern of sites → scheme or None, added to the recipe's `Assign`.
+        overrides: glob pattern of sites → scheme or None, put behind those of the recipe's `Assign`: the last match
+            wins.
         memory_budget: bytes of calibration values held in memory, more goes to disk; by default a quarter of the
             machine's.
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -114,7 +116,7 @@ def compile(
     Raises:
         QCompilerError: see `qcompiler.errors`; nothing is left behind.
     """
-    pipeline = Pipeline(_with_overrides(_passes(recipe), overrides))
+    pipeline = Pipeline(override_schemes(load_recipe(recipe), overrides))
     place = choose_device(device)
     specs = [target_spec(target) if isinstance(target, str) else target for target in targets]
     report = CompileReport()
@@ -135,25 +137,6 @@ def compile(
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
-
-
-def _passes(recipe: Recipe) -> Sequence[Pass]:
-    if isinstance(recipe, str):
-        return named_recipe(recipe)
-    return tuple(recipe)
-
-
-def _with_overrides(passes: Sequence[Pass], overrides: Mapping[str, str | None] | None) -> Sequence[Pass]:
-    """Adds overrides to the `Assign` of a recipe."""
-    if not overrides:
-        return passes
-    expanded = Pipeline(passes).passes
-    if not any(isinstance(item, Assign) for item in expanded):
-        raise RecipeError("overrides need a recipe that assigns schemes", got=[item.name for item in passes])
-    return tuple(
-        replace(item, overrides={**item.overrides, **overrides}) if isinstance(item, Assign) else item
-        for item in (expanded if not any(isinstance(p, Assign) for p in passes) else passes)
-    )
 
 
 def load(directory: str | Path) -> CompileResult:
@@ -193,7 +176,8 @@ def recipe_matrix() -> dict[str, dict[str, str]]:
     """Recipe × target: ``fused``, ``runs``, ``writes-only`` or ``refused``, for layers of ordinary width."""
     matrix: dict[str, dict[str, str]] = {}
     for name in RECIPES:
-        schemes = [Scheme.parse(p.scheme) for p in named_recipe(name) if isinstance(p, Assign) and p.scheme]
+        passes = Pipeline(named_recipe(name)).passes
+        schemes = [Scheme.parse(item.scheme) for item in passes if isinstance(item, Assign) and item.scheme]
         matrix[name] = {"native": "runs"}
         for target in _TARGETS:
             spec = target_spec(target)

@@ -1,5 +1,6 @@
 """The ``qcompiler`` command."""
 
+import contextlib
 import json
 import logging
 import os
@@ -8,7 +9,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from qcompiler import api
 from qcompiler.calibration import Calibration
 from qcompiler.errors import InputError, QCompilerError, RecipeError, TargetError, VerificationError
 from qcompiler.report import peak_rss_bytes
+from qcompiler.terminal import print_rows, print_table, show_progress
 
 __all__ = ["app", "main"]
 
@@ -40,7 +41,12 @@ Trust = Annotated[
 def compile(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new directory.")],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A name; see `qcompiler recipes`.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe", "-r", help="A name (see `qcompiler recipes`), FILE.toml, or FILE.py:NAME, which is run."
+        ),
+    ],
     calib: Annotated[Path | None, typer.Option(help="A UTF-8 text to calibrate with.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
@@ -63,13 +69,13 @@ def compile(
     """Quantize MODEL and write it to OUTPUT/native, and to OUTPUT/<target> for every --to."""
     started = time.perf_counter()
     targets = _targets(to or [])
-    overrides = dict(_override(text) for text in override or [])
+    overrides = _overrides(override or [])
     budget = None if memory_budget is None else _bytes(memory_budget)
     calibration = None if calib is None else Calibration.from_text(calib, samples=samples, length=length, seed=seed)
     if calibration is None and (samples, length) != (64, 512):
         calibration = Calibration.self_generated(samples=samples, length=length, seed=seed)
     _refuse_to_replace(output, model)
-    with _staged_directory(output, overwrite) as staged, _progress(as_json) as progress:
+    with _staged_directory(output, overwrite) as staged, show_progress(as_json) as progress:
         result = api.compile(
             model,
             recipe,
@@ -117,7 +123,7 @@ def evaluate(
     """Measure perplexity, and the distance to the original model."""
     opened = api.open_artifact(artifact, trust_remote_code=trust_remote_code)
     reference = None if against is None else api.open_artifact(against, trust_remote_code=trust_remote_code)
-    with _progress(as_json) as progress:
+    with show_progress(as_json) as progress:
         found = api.evaluate(
             opened,
             text=text,
@@ -127,7 +133,7 @@ def evaluate(
             progress=lambda done, total: progress(done, total, "windows"),
         ).to_dict()
     if not as_json:
-        _print_table({key: value for key, value in found.items() if value is not None})
+        print_table({key: value for key, value in found.items() if value is not None})
     return found
 
 
@@ -180,7 +186,7 @@ def inspect(
         "unrecognized": graph.unrecognized,
     }
     if not as_json:
-        _print_rows(("site", "shape", "scheme"), [[str(value) for value in site.values()] for site in sites])
+        print_rows(("site", "shape", "scheme"), [[str(value) for value in site.values()] for site in sites])
         for item in graph.unrecognized:
             print(f"not recognised: {item['pattern']} at {item['node']}: {item['reason']}")
     return found
@@ -192,7 +198,7 @@ def recipes(as_json: Json = False) -> dict[str, Any]:
     matrix = api.recipe_matrix()
     if not as_json:
         targets = list(next(iter(matrix.values())))
-        _print_rows(("recipe", *targets), [[name, *cells.values()] for name, cells in matrix.items()])
+        print_rows(("recipe", *targets), [[name, *cells.values()] for name, cells in matrix.items()])
     return {"recipes": matrix}
 
 
@@ -207,7 +213,9 @@ def main(arguments: list[str] | None = None) -> int:
     command = next((item for item in arguments if not item.startswith("-")), "")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
-        result = app(arguments, standalone_mode=False)
+        # Nothing that a recipe's own code prints may stand beside the one object.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            result = app(arguments, standalone_mode=False)
         if result == _EXIT_INTERRUPTED:  # Typer's answer to a KeyboardInterrupt
             raise KeyboardInterrupt
         if as_json and isinstance(result, dict):
@@ -251,6 +259,18 @@ def _emit(content: dict[str, Any]) -> None:
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
+
+
+def _overrides(texts: Sequence[str]) -> dict[str, str | None]:
+    """In the order given, so that the last match wins; a repeated pattern counts where it stands last."""
+    found: dict[str, str | None] = {}
+    for pattern, scheme in map(_override, texts):
+        if pattern in found and found.pop(pattern) != scheme:
+            raise RecipeError(
+                "two overrides of one pattern", got=", ".join(t for t in texts if t.startswith(f"{pattern}="))
+            )
+        found[pattern] = scheme
+    return found
 
 
 def _override(text: str) -> tuple[str, str | None]:
@@ -305,7 +325,7 @@ def _refuse_to_replace(output: Path, model: Path) -> None:
         raise InputError("the output would replace the model", where=output, remedy="choose another directory")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _staged_directory(output: Path, overwrite: bool) -> Iterator[Path]:
     """A directory that becomes ``output`` when all went well, and vanishes otherwise."""
     if output.exists() and not output.is_dir():
@@ -332,7 +352,7 @@ def _staged_directory(output: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _write_errors(output: Path) -> Iterator[None]:
     try:
         yield
@@ -340,48 +360,9 @@ def _write_errors(output: Path) -> Iterator[None]:
         raise InputError("the output cannot be written", where=output, got=os.strerror(error.errno or 0)) from error
 
 
-# --- what people see -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr with what is done, what is left, time and memory."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda done, total, description: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[memory]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None, memory="")
-
-        def show(done: int, total: int, description: str) -> None:
-            text = description if len(description) < 48 else description[:45] + "..."
-            bar.update(
-                task, completed=done, total=total, description=text, memory=f"peak {peak_rss_bytes() / 2**20:,.0f} MiB"
-            )
-
-        yield show
-
-
 def _print_compiled(summary: dict[str, Any]) -> None:
     before, after = summary["bytes_before"], summary["bytes_after"]
-    _print_table(
+    print_table(
         {
             "size": f"{before / 2**20:.1f} → {after / 2**20:.1f} MiB",
             "bits per weight": f"{summary['bits_per_weight']:.2f}",
@@ -396,22 +377,6 @@ def _print_compiled(summary: dict[str, Any]) -> None:
         print(f"left alone: {skip['site']}: {skip['reason']}")
     for note in summary["notes"]:
         print(f"note: {note}")
-
-
-def _print_table(fields: dict[str, Any]) -> None:
-    width = max(len(key) for key in fields)
-    for key, value in fields.items():
-        print(f"{key:<{width}}  {value:.6g}" if isinstance(value, float) else f"{key:<{width}}  {value}")
-
-
-def _print_rows(header: tuple[str, ...], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,26 @@ def test_overrides() -> None:
             cli._override(text)
 
 
+def test_several_overrides() -> None:
+    texts = ["a*=w8a16", "b=none", "a*=w8a16"]
+    assert list(cli._overrides(texts).items()) == [("b", None), ("a*", "w8a16")]  # the last match wins
+    with pytest.raises(RecipeError, match="one pattern") as caught:
+        cli._overrides([*texts, "a*=w4a16"])
+    assert caught.value.got == "a*=w8a16, a*=w8a16, a*=w4a16"
+
+
+def test_what_others_print_does_not_stand_beside_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    def matrix() -> dict[str, dict[str, str]]:
+        print("noise")
+        return {"w8a16": {"native": "runs"}}
+
+    monkeypatch.setattr(api, "recipe_matrix", matrix)
+    outcome = command("recipes", "--json")
+    assert outcome.result == {"recipes": {"w8a16": {"native": "runs"}}}
+    assert "noise" in outcome.errors
+    assert "noise" in command("recipes").output
+
+
 def test_targets() -> None:
     assert cli._targets(["onnx:opset=23,float=float16"]) == [("onnx", {"opset": 23, "float_dtype": "float16"})]
     assert cli._targets([]) == []

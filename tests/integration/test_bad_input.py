@@ -246,6 +246,28 @@ def test_unknown_recipe(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "mentioned"),
+    [
+        ("file.toml", 'base = "w8a16"\nbits = 4', ("file.toml: bits", "base, schemes, passes")),
+        ("file.toml", None, ("file.toml",)),
+        ("file.py:RECIPE", None, ("file.py",)),
+        ("file.py:RECIPE", "RECIPES = ()", ("file.py", "RECIPE")),
+        ("file.py:RECIPE", "1 / 0", ("file.py", "ZeroDivisionError")),
+        ("file.py:RECIPE", "print('noise')\nRECIPE = 3", ("file.py", "3")),
+    ],
+)
+def test_damaged_recipe(
+    captured: Path, tmp_path: Path, name: str, content: str | None, mentioned: tuple[str, ...]
+) -> None:
+    file = tmp_path / "kept" / name.partition(":")[0]
+    file.parent.mkdir()
+    if content is not None:
+        file.write_text(content)
+    outcome = compile_to(tmp_path, captured, recipe=f"{file.parent}/{name}")
+    check_error(outcome, "RecipeError", *mentioned)
+
+
+@pytest.mark.parametrize(
     ("option", "kind", "mentioned"),
     [
         (("--to", "tensorflow"), "TargetError", ("tensorflow", "onnx")),
@@ -257,7 +279,8 @@ def test_unknown_recipe(model: Path, tmp_path: Path) -> None:
         (("--set", "lm_head=w9a16"), "RecipeError", ("w9a16",)),
         (("--set", "*.no_such=w8a16"), "RecipeError", ("*.no_such", "q_proj")),
         (("--set", "*.up_proj=w4a16-g1", "--to", "onnx"), "TargetError", (SITE, "g1")),
-        (("--set", "*.up_proj=w4a16-g0"), "RecipeError", ("0",)),
+        (("--set", "*.up_proj=w4a16-g0"), "RecipeError", ("*.up_proj",)),
+        (("--set", "*.up_proj=w4a16", "--set", "*.up_proj=none"), "RecipeError", ("*.up_proj=w4a16, *.up_proj=none",)),
         (("--memory-budget", "much"), "InputError", ("much",)),
         (("--device", "abacus"), "InputError", ("abacus",)),
         (("--work-dir", "/proc/nowhere"), "InputError", ("/proc/nowhere",)),
@@ -361,7 +384,11 @@ def test_interrupted_process(model: Path, tmp_path: Path) -> None:
                 time.sleep(0.05)
             assert list(tmp_path.glob(".out.*.partial"))
             process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=80)
+            try:
+                output, errors = process.communicate(timeout=40)
+            except subprocess.TimeoutExpired:  # Python loses an interrupt that comes while an object is destroyed
+                process.send_signal(signal.SIGINT)
+                output, errors = process.communicate(timeout=40)
         finally:
             process.kill()
     outcome = Outcome(process.returncode, output, errors)

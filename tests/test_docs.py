@@ -1,0 +1,38 @@
+"""The documentation: its examples run, and what it links to is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qcompiler.passes.recipe_file import read_recipe
+from qcompiler.pipeline import Pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = [link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+TOML = [(page, text) for page in PAGES for text in blocks(page, "toml")]
+
+
+def test_there_are_recipes() -> None:
+    assert len(TOML) >= 2
+
+
+@pytest.mark.parametrize("text", [text for _, text in TOML], ids=[page.name for page, _ in TOML])
+def test_recipes_are_legal(text: str, tmp_path: Path) -> None:
+    text = text.replace("../examples/", f"{ROOT}/examples/")
+    (tmp_path / "recipe.toml").write_text(text, encoding="utf-8")
+    assert len(Pipeline(read_recipe(tmp_path / "recipe.toml")).passes) >= 2
