@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcompiler.errors import CalibrationError
 
-__all__ = ["AbsMax", "CrossGram", "Distribution", "Gram", "Histogram", "MinMax", "Statistic"]
+__all__ = ["AbsMax", "CrossGram", "Distribution", "Gram", "Histogram", "MinMax", "Rescalable", "Statistic"]
 
 _BLOCK = 256
 _FINEST_BITS = 30  # bins are no narrower than the largest magnitude times 2^-30
@@ -138,6 +138,11 @@ class AbsMax:
         """Takes what the other has seen."""
         if other._largest is not None:
             self._take(other._largest)
+
+    def rescale(self, factor: Tensor) -> None:
+        """Every magnitude times its channel's factor."""
+        if self._largest is not None:
+            self._largest = self._largest * factor.abs()
 
     def result(self) -> Tensor:
         """float32 ``[channels]``."""

@@ -4,6 +4,10 @@ Memory is one segment's weights, its statistics, and the calibration values at t
 Inside a segment the batches advance only as far as the next wave's statistics need, and go on from there with rewritten
 weights, so every node runs once; only where a rewrite touches what has run already does the segment start again from
 its inputs.
+
+Passes are applied to a segment one after the other. Statistics that a later pass wants too are kept, as far as what was
+rewritten in between has not touched them; where an exact pass has rescaled a value, so are its statistics. A pass that
+calls itself exact is held to it: a probe runs through the segment before and after.
 """
 
 import itertools
@@ -19,13 +23,26 @@ from torch import Tensor, fx
 
 from qcompiler.errors import CalibrationError, PipelineError, ResourceError
 from qcompiler.execute import Stretch
-from qcompiler.graph import Graph, Site
+from qcompiler.graph import Graph, Site, quantized_value
 from qcompiler.memory import trim
-from qcompiler.observers import Statistic
-from qcompiler.pass_base import WEIGHTS_QUANTIZED, Pass, PassContext, SiteReport, Skip, Tap, Wave
+from qcompiler.observers import Rescalable, Statistic
+from qcompiler.pass_base import (
+    DROP,
+    WEIGHTS_QUANTIZED,
+    Effect,
+    Pass,
+    PassContext,
+    PassResult,
+    Rescale,
+    SiteReport,
+    Skip,
+    Tap,
+    Wave,
+)
 from qcompiler.segments import Segment, SegmentedGraph, segment_graph
 from qcompiler.spec import Scheme
 from qcompiler.values import Parked, ValuePark
+from qcompiler.verify import check_declared, check_exact, state_of
 
 __all__ = ["Batch", "Progress", "SweepReport", "sweep"]
 
@@ -42,6 +59,7 @@ class SweepReport:
 
     sites: list[SiteReport] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
+    regions: list[dict[str, Any]] = field(default_factory=list)
     segments: int = 0
     seconds: float = 0.0
     bytes_spilled: int = 0
@@ -59,6 +77,7 @@ def sweep(
     context: PassContext,
     *,
     work_dir: Path,
+    probe: Batch | None = None,
     value_budget: int | None = None,
     progress: Progress | None = None,
 ) -> SweepReport:
@@ -69,24 +88,31 @@ def sweep(
         passes: the swept passes of one stage, in order.
         batches: calibration inputs; empty where no pass is calibrated.
         context: device and seed.
+        probe: a small input on which passes that are declared exact are compared with what was there before; the first of
+            the batches by default.
         work_dir: rewritten tensors are written to a new directory in it after each segment, and read from there
             afterwards.
         value_budget: bytes of calibration values held in memory; a quarter of the machine's by default.
         progress: called before every segment.
 
     Raises:
-        CalibrationError: if a pass is calibrated and there are no batches.
+        CalibrationError: if a pass is calibrated and there are no batches, or exact and there is nothing to probe it with.
         PipelineError: if a pass asks for statistics where it asked for none when the sweep began.
+        VerificationError: if a pass is not exact as declared, or did not say truly whether it changed something.
         ResourceError: if the work directory cannot be written.
     """
     if any(item.is_calibrated for item in passes) and not batches:
         raise CalibrationError("a calibrated pass needs calibration data", got="no batches")
+    exact = [item.name for item in passes if item.effect is Effect.EXACT]
+    if exact and probe is None and not batches:
+        raise CalibrationError("a pass that is declared exact is checked on inputs", where=exact[0], got="no inputs")
     start = time.perf_counter()
     directory = _new_directory(work_dir)
     cut = segment_graph(graph)
     park = ValuePark(value_budget if value_budget is not None else default_value_budget(), directory)
     try:
-        runner = _Runner(graph, cut, passes, batches, context, park)
+        probes = [] if not exact else [probe if probe is not None else batches[0]]
+        runner = _Runner(graph, cut, passes, batches, probes, context, park)
         for segment in cut.segments:
             if progress is not None:
                 names = ", ".join(site.name for site in segment.sites)
@@ -123,11 +149,15 @@ class _Runner:
         cut: SegmentedGraph,
         passes: Sequence[Pass],
         batches: Sequence[Batch],
+        probes: Sequence[Batch],
         context: PassContext,
         park: ValuePark,
     ) -> None:
         self.report = SweepReport()
-        self.graph, self.batches, self.park, self.device = graph, batches, park, context.device
+        self.batches = [*probes, *batches]
+        self.probes = len(probes)
+        """How many of the batches, from the first, are for checks alone: no statistic sees them."""
+        self.graph, self.park, self.device = graph, park, context.device
         self._passes, self._context = passes, context
         self._prologue = Stretch(list(graph.fx.nodes), [*cut.prologue])
         sizes = torch.ops.aten.sym_size.int
@@ -137,14 +167,14 @@ class _Runner:
         self._prologue_values: dict[tuple[object, ...], dict[fx.Node, Any]] = {}
         self._prologue_weights = self._prologue.load(graph.weights.read, self.device)
         calibrated = [s.index for s in cut.segments if any(self._taps(item, s) for item in passes)] if batches else []
-        self._last_run = max(calibrated, default=-1)
-        """Behind this segment nothing is calibrated, so nothing need be computed."""
+        self._last_run = len(cut.segments) - 1 if probes else max(calibrated, default=-1)
+        """Behind this segment nothing is calibrated or checked, so nothing need be computed."""
         self.has_reference = (
             any(tap.kind.needs_reference for s in cut.segments for item in passes for tap in self._taps(item, s))
             if batches
             else False
         )
-        self.frontier: list[Parked] = [park.put({}) for _ in batches]
+        self.frontier: list[Parked] = [park.put({}) for _ in self.batches]
         self.reference = self.frontier
         """The same values in the model without approximations; the same list until there is one."""
         self._skip_outside(cut)
@@ -166,25 +196,24 @@ class _Runner:
         """Applies every pass to a segment; tells whether one of them changed it."""
         position = _Position(self, segment)
         is_modified = False
+        kept: dict[Tap, Statistic] = {}
         for index, item in enumerate(self._passes):
             waves = list(item.waves(segment, self.graph))
             position.keep_start = item.rewrites_upstream or index < len(self._passes) - 1
             for number, wave in enumerate(waves):
-                gathered: dict[Tap, Statistic] = {}
-                if taps := item.statistics(wave, self.graph):
+                taps = item.statistics(wave, self.graph)
+                if missing := [tap for tap in taps if tap not in kept]:
                     if segment.index > self._last_run:
                         raise PipelineError(
                             "a pass asks for statistics where it asked for none when the sweep began",
                             where=f"{item.name}: {', '.join(site.name for site in wave)}",
                         )
                     later = [tap for other in waves[number + 1 :] for tap in item.statistics(other, self.graph)]
-                    gathered = position.gather(taps, later, waves[number:])
-                if self.has_reference:
-                    self._remember_originals(wave)
-                result = item.rewrite(wave, gathered, self._context)
-                self.report.sites += result.sites
-                self.report.skips += result.skips
-                del gathered
+                    kept |= position.gather(missing, later, waves[number:])
+                result = self._rewrite(item, wave, {tap: kept[tap] for tap in taps}, position)
+                wanted = {tap for other in waves[number + 1 :] for tap in item.statistics(other, self.graph)}
+                wanted.update(tap for other in self._passes[index + 1 :] for tap in self._taps(other, segment))
+                kept = _carried_over(kept, wanted, item, wave, result)
                 trim()
                 if result.modified:
                     is_modified = True
@@ -196,10 +225,28 @@ class _Runner:
         trim()
         return is_modified
 
+    def _rewrite(self, item: Pass, wave: Wave, statistics: Mapping[Tap, Any], position: "_Position") -> PassResult:
+        """Lets a pass rewrite a wave, and holds it to what it declares."""
+        if self.has_reference and item.effect is Effect.APPROXIMATE:
+            self._remember_originals(wave)
+        nodes = position.segment.nodes()
+        before = state_of(self.graph, nodes)
+        expected = position.probe() if item.effect is Effect.EXACT else []
+        result = item.rewrite(wave, statistics, self._context)
+        where = f"{item.name}, segment {position.segment.index}"
+        check_declared(item, result, before, state_of(self.graph, position.segment.nodes()), where)
+        if item.effect is Effect.EXACT and result.modified:
+            width = max((site.in_features for site in position.segment.sites), default=1)
+            check_exact(expected, position.probe(), width, where)
+        self.report.sites += result.sites
+        self.report.skips += result.skips
+        self.report.regions += [dict(region) for region in result.regions]
+        return result
+
     def _remember_originals(self, wave: Wave) -> None:
         """Keeps float weights within reach, under another name, for the reference; nothing is copied."""
         for site in wave:
-            if site.weight in self.graph.weights:
+            if site.weight in self.graph.weights and _original(site) not in self.graph.weights:
                 self.graph.weights.alias(_original(site), site.weight)
 
     def outside_values(self, batch: Batch) -> dict[fx.Node, Any]:
@@ -216,6 +263,38 @@ class _Runner:
         return {**batch, **values}
 
 
+def _carried_over(
+    kept: Mapping[Tap, Statistic], wanted: set[Tap], item: Pass, wave: Wave, result: PassResult
+) -> dict[Tap, Statistic]:
+    """The statistics that are wanted later and still true after a rewrite."""
+    if not result.modified:
+        return {tap: statistic for tap, statistic in kept.items() if tap in wanted}
+    changed = _descendants([node for site in wave for node in site.nodes])
+    found: dict[Tap, Statistic] = {}
+    for tap in wanted.intersection(kept):
+        change, statistic = result.statistics.get(tap), kept[tap]
+        if change is DROP or (change is None and item.effect is not Effect.EXACT and tap.value in changed):
+            continue
+        if isinstance(change, Rescale):
+            if not isinstance(statistic, Rescalable):
+                continue
+            statistic.rescale(change.factor)
+        found[tap] = statistic
+    return found
+
+
+def _descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The given nodes and everything that is computed from them."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.users)
+    return seen
+
+
 def _original(site: Site) -> str:
     """Where the float weight of a site stays readable while its segment is worked on."""
     return f"{site.weight}_original"
@@ -226,7 +305,7 @@ class _Position:
 
     def __init__(self, runner: _Runner, segment: Segment) -> None:
         self.keep_start = False
-        self._runner, self._segment, self._park = runner, segment, runner.park
+        self._runner, self.segment, self._park = runner, segment, runner.park
         self._start = self._values = _Lanes(runner.frontier, runner.reference)
         self._start_run: set[fx.Node] = set()
         self._run: set[fx.Node] = set()
@@ -251,6 +330,16 @@ class _Position:
         self._advance([tap.value for tap in gathered], observe, [tap.value for tap in later], may_be_rewritten)
         return gathered
 
+    def probe(self) -> list[Tensor]:
+        """What the segment gives, as it stands now, for the first batch."""
+        runner = self._runner
+        nodes = [node for node in self.segment.nodes() if node not in self._start_run]
+        stretch = Stretch(nodes, self.segment.outputs)
+        loaded = stretch.load(runner.graph.weights.read, runner.device)
+        held = self._park.get(self._start.values[0])
+        values = stretch.run({**runner.outside_values(runner.batches[0]), **held}, loaded, runner.device)
+        return [values[node] for node in self.segment.outputs]
+
     def rewind_behind(self, wave: Wave, *, upstream: bool) -> None:
         """Takes the batches back if something rewritten has been run already."""
         if upstream or any(node in self._run for site in wave for node in site.nodes):
@@ -259,7 +348,7 @@ class _Position:
     def finish(self) -> tuple[list[Parked], list[Parked]]:
         """Runs to the end of the segment and returns what later ones read, and the reference for it."""
         self.keep_start = False
-        self._advance(self._segment.outputs, None, (), set())
+        self._advance(self.segment.outputs, None, (), set())
         if self._start is not self._values:
             self._drop(self._start)
         return self._values.values, self._values.reference
@@ -279,27 +368,32 @@ class _Position:
         may_be_rewritten: set[fx.Node],
     ) -> None:
         runner, held = self._runner, self._held()
-        remaining = [node for node in self._segment.nodes() if node not in self._run]
+        remaining = [node for node in self.segment.nodes() if node not in self._run]
         done = self._run.union(Stretch(remaining, targets).nodes)
-        ahead = Stretch([node for node in remaining if node not in done], self._segment.outputs)
-        wanted = dict.fromkeys([*ahead.inputs, *self._segment.outputs, *wanted_later])
+        ahead = Stretch([node for node in remaining if node not in done], self.segment.outputs)
+        wanted = dict.fromkeys([*ahead.inputs, *self.segment.outputs, *wanted_later])
         kept = [node for node in wanted if node in done or node in held]
         stretch = Stretch(remaining, [*targets, *kept])
         loaded = stretch.load(runner.graph.weights.read, runner.device)
         originals = self._originals(loaded) if runner.has_reference else loaded
         leaves_start = self._values is self._start and (self.keep_start or bool(may_be_rewritten & done))
-        is_forked = runner.has_reference and (originals is not loaded or self._values.is_forked)
+        rounding = _activation_rounding(stretch.nodes) if runner.has_reference else set()
+        is_forked = runner.has_reference and (originals is not loaded or bool(rounding) or self._values.is_forked)
         advanced: list[Parked] = []
         reference: list[Parked] = [] if is_forked else advanced
-        for batch, parked, parked_reference in zip(runner.batches, *self._values.both, strict=True):
+        for index, (batch, parked, parked_reference) in enumerate(
+            zip(runner.batches, *self._values.both, strict=True)
+        ):
             outside = runner.outside_values(batch)
             values = stretch.run({**outside, **self._park.get(parked)}, loaded, runner.device)
             expected = values
             if is_forked:
-                expected = stretch.run({**outside, **self._park.get(parked_reference)}, originals, runner.device)
+                expected = stretch.run(
+                    {**outside, **self._park.get(parked_reference)}, originals, runner.device, rounding
+                )
             if not leaves_start:
                 self._values.drop_one(self._park, parked, parked_reference)
-            if observe is not None:
+            if observe is not None and index >= runner.probes:
                 observe(values, expected)
             advanced.append(self._park.put({node: values[node] for node in kept}))
             if is_forked:
@@ -313,7 +407,7 @@ class _Position:
         """What the stretch computes with, float weights in the place of those quantized in this segment."""
         store = self._runner.graph.weights
         replaced = {}
-        for site in self._segment.sites:
+        for site in self.segment.sites:
             weight = site.nodes[0].args[1]
             if (
                 isinstance(weight, fx.Node)
@@ -335,6 +429,21 @@ class _Position:
     def _drop(self, lanes: "_Lanes") -> None:
         for parked, reference in zip(*lanes.both, strict=True):
             lanes.drop_one(self._park, parked, reference)
+
+
+def _activation_rounding(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes that round activations, which the reference does not."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if quantized_value(node) is not None:
+            found |= {node, node.all_input_nodes[0]}
+    return found
+
+
+def _activation_quantizers(nodes: Sequence[fx.Node]) -> frozenset[fx.Node]:
+    """Pairs of ``quantize`` and ``dequantize`` on activations, which the reference passes over."""
+    last = [node for node in nodes if quantized_value(node) is not None]
+    return frozenset([*last, *(node.args[0] for node in last)])  # type: ignore[list-item]
 
 
 @dataclass(frozen=True)

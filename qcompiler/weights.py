@@ -218,6 +218,14 @@ class WeightStore:
         self._find(name)
         del self._tensors[name]
 
+    def version(self, name: str) -> object:
+        """Something that stays equal as long as the tensor's value does: wherever it is moved, not when it is set anew.
+
+        Raises:
+            WeightError: if there is no such tensor.
+        """
+        return self._find(name)
+
     def stored_bytes(self, names: Iterable[str] | None = None) -> int:
         """Bytes of the named (or all) tensors as stored, tied ones counted once."""
         return sum(entry.nbytes for entry in {self._find(name) for name in (self._tensors if names is None else names)})
