@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompiler.attention_rules import Forms, attention, attention_written_out, kv_append, rotary
+from qcompiler.expert_rules import Parts, chosen_product, stacked_product
 from qcompiler.graph import Graph, is_op
-from qcompiler.masks import MaskForm, closed_form
 from qcompiler.pattern import Miss, Rule, apply_rules, arguments, expect, is_weight, note, other_operand, replace
 from qcompiler.signature import Dim
 from qcompiler.simplify import (
@@ -28,7 +29,6 @@ __all__ = ["canonicalize"]
 
 _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
-_LAST = torch.iinfo(torch.int64).max
 
 
 def canonicalize(graph: Graph) -> Graph:
@@ -54,7 +54,7 @@ def _rms_norm(graph: Graph, rsqrt: fx.Node) -> None:
     if not isinstance(eps, float):
         raise Miss("eps is not a number")
     mean = expect(mean, _aten.mean.dim, what="a mean")
-    if list(mean.args[1]) not in ([-1], [len(mean.meta["shape"]) - 1]) or mean.args[2:3] != (True,):  # type: ignore[arg-type]
+    if not _is_over_last_axis(mean):
         raise Miss("the mean is not over the last axis")
     square: Any = mean.args[0]
     if not (
@@ -75,6 +75,16 @@ def _rms_norm(graph: Graph, rsqrt: fx.Node) -> None:
     if not is_weight(weight) or len(weight.meta["shape"]) != 1:
         raise Miss("the norm's factor is not a stored vector")
     replace(graph, user, _canonical.rms_norm.default, (x, weight, eps))
+
+
+def _centred_norm(graph: Graph, norm: fx.Node) -> None:
+    """The root mean square norm of ``x - mean(x)`` is a layer norm without a bias."""
+    x, weight, eps = norm.args
+    if not is_op(x, _aten.sub.Tensor) or x.kwargs:  # type: ignore[union-attr]
+        return
+    source, mean = x.args  # type: ignore[union-attr]
+    if is_op(mean, _aten.mean.dim) and mean.args[0] is source and _is_over_last_axis(mean):  # type: ignore[union-attr]
+        replace(graph, norm, _canonical.layer_norm.default, (source, weight, None, eps))
 
 
 def _layer_norm(graph: Graph, node: fx.Node) -> None:
@@ -183,101 +193,8 @@ def _lift_over_flattening(graph: Graph, linear: fx.Node) -> None:
             graph.fx.erase_node(user)
 
 
-def _rotary(graph: Graph, add: fx.Node) -> None:
-    """``x * cos + cat(-x[half:], x[:half]) * sin``."""
-    first, second = add.args[:2]
-    if not (is_op(first, _aten.mul.Tensor) and is_op(second, _aten.mul.Tensor)):
-        return
-    for direct, turned in ((first, second), (second, first)):
-        for cat, sin in (turned.args[:2], turned.args[1::-1]):  # type: ignore[union-attr]
-            if is_op(cat, _aten.cat.default) and (x := _half_rotated(cat)) is not None:
-                if x not in direct.args:  # type: ignore[union-attr]
-                    raise Miss("the rotated value is not the one multiplied by the cosine")
-                cos = other_operand(direct, x)  # type: ignore[arg-type]
-                replace(graph, add, _canonical.rotary.default, (x, cos, sin, False))
-                return
-
-
-def _half_rotated(cat: Any) -> fx.Node | None:
-    operands: Any = cat.args[0]
-    rank = len(cat.meta["shape"])
-    axis = cat.args[1] if len(cat.args) > 1 else 0
-    if len(operands) != 2 or axis not in (-1, rank - 1) or not is_op(operands[0], _aten.neg.default):
-        return None
-    upper, lower = operands[0].args[0], operands[1]
-    if not (is_op(upper, _aten.slice.Tensor) and is_op(lower, _aten.slice.Tensor)):
-        return None
-    x = upper.args[0]
-    half = x.meta["shape"][-1] // 2
-    lower_args = arguments(lower, 1, 0, 0, _LAST, 1)[1:]
-    upper_args = arguments(upper, 1, 0, 0, _LAST, 1)[1:]
-    fits = (
-        lower.args[0] is x
-        and lower_args in ((rank - 1, 0, half, 1), (-1, 0, half, 1))
-        and upper_args[0] in (rank - 1, -1)
-        and upper_args[1] == half
-        and upper_args[2] >= 2 * half
-        and upper_args[3] == 1
-    )
-    return x if fits else None
-
-
-def _kv_append(graph: Graph, cat: fx.Node) -> None:
-    operands: Any = cat.args[0]
-    if len(operands) != 2 or operands[0].op != "placeholder":
-        return
-    port = graph.signature.inputs[graph.inputs.index(operands[0])]
-    if port.role != "past":
-        return
-    if len(cat.meta["shape"]) != 4 or cat.args[1:2] not in ((2,), (-2,)):
-        raise Miss("a cache is appended along another axis than the sequence")
-    replace(graph, cat, _canonical.kv_append.default, tuple(operands))
-
-
-def _attention(forms: dict[fx.Node, MaskForm | str], graph: Graph, node: fx.Node) -> None:
-    query, key, value, mask, dropout, causal = arguments(node, 3, None, 0.0, False)
-    if dropout:
-        raise Miss("attention with dropout")
-    if any(len(operand.meta["shape"]) != 4 for operand in (query, key, value)):
-        raise Miss("attention without a batch and a head axis")
-    *_, length, width = query.meta["shape"]
-    scale: Any = node.kwargs.get("scale")
-    window = None
-    if scale is None:
-        if not isinstance(width, int):
-            raise Miss("the width of a head varies")
-        scale = width**-0.5
-    if causal and key.meta["shape"][2] != length:
-        raise Miss("a causal mask that counts from the first key, where a cache makes more keys than queries")
-    key, value = _without_repeated_heads(key), _without_repeated_heads(value)
-    if mask is not None:
-        if mask not in forms:  # layers share their mask
-            forms[mask] = closed_form(graph, mask)
-        form = forms[mask]
-        if isinstance(form, str):
-            note(graph, node, "attention-mask", form)
-        else:
-            causal, window, mask = form.causal, form.window, form.padding
-    replace(
-        graph, node, _canonical.attention.default, (query, key, value, mask, float(scale), bool(causal), window, None)
-    )
-
-
-def _without_repeated_heads(node: Any) -> Any:
-    """``reshape(expand(unsqueeze(k, 2)))``, grouped-query attention's repeated heads → ``k``."""
-    reshape: Any = node
-    expand: Any = node.args[0] if node.args else None
-    if not (is_op(reshape, _aten.reshape.default) and is_op(expand, _aten.expand.default)):
-        return node
-    unsqueeze = expand.args[0]
-    if not (is_op(unsqueeze, _aten.unsqueeze.default) and unsqueeze.args[1] == 2):
-        return node
-    source = unsqueeze.args[0]
-    batch, heads, length, width = source.meta["shape"]
-    expanded = expand.meta["shape"]
-    if expanded == (batch, heads, expanded[2], length, width) and reshape.meta["shape"][2:] == (length, width):
-        return source
-    return node
+def _is_over_last_axis(mean: Any) -> bool:
+    return list(mean.args[1]) in ([-1], [len(mean.meta["shape"]) - 1]) and mean.args[2:3] == (True,)
 
 
 def _users(node: fx.Node, count: int) -> list[fx.Node]:
@@ -288,20 +205,25 @@ def _users(node: fx.Node, count: int) -> list[fx.Node]:
 
 
 def _rules() -> tuple[Rule, ...]:
+    parts: Parts = {}
+    forms: Forms = {}
     return (
+        Rule("experts", (_aten.bmm.default,), partial(chosen_product, parts)),
+        Rule("experts", (_aten.bmm.default, _aten.matmul.default), partial(stacked_product, parts)),
         Rule("rms-norm", (_aten.rsqrt.default,), _rms_norm),
         Rule("rms-norm", (_aten.rms_norm.default,), _fused_rms_norm),
+        Rule("layer-norm", (_canonical.rms_norm.default,), _centred_norm),
         Rule("layer-norm", (_aten.layer_norm.default,), _layer_norm),
         Rule("linear", (_aten.linear.default,), _linear),
         Rule("product-with-weight", PRODUCTS, _product_with_weight),
-        Rule("rotary", (_aten.add.Tensor,), _rotary),
-        Rule("kv-append", (_aten.cat.default,), _kv_append),
-        Rule("attention", (_aten.scaled_dot_product_attention.default,), partial(_attention, {})),
+        Rule("rotary", (_aten.add.Tensor,), rotary),
+        Rule("kv-append", (_aten.cat.default,), kv_append),
+        Rule("attention", (_aten.scaled_dot_product_attention.default,), partial(attention, forms)),
+        Rule("attention", (_aten.softmax.int,), partial(attention_written_out, forms)),
     )
 
 
 _LEFTOVERS = {
-    _aten.softmax.int: "attention written out: only scaled_dot_product_attention is recognised",
     _aten.conv1d.default: "convolutions are not quantized",
     _aten.bmm.default: "a product of two computed values",
     _aten.dropout.default: "dropout is active: every run gives another result",

@@ -79,10 +79,7 @@ def capture_module(
     if example_inputs is not None:
         graph = _capture_plain(model, example_inputs, dynamic_shapes, store)
     elif hasattr(model, "config") and hasattr(model, "can_generate"):
-        skeleton: Any = copy_for_tracing(model, "meta")
-        with contextlib.suppress(ValueError, AttributeError):  # a model without that implementation keeps its own
-            skeleton.set_attn_implementation("sdpa")
-        graph = _capture_transformers(skeleton, store)
+        graph = _capture_transformers(copy_for_tracing(model, "meta"), store)
         config = model.config.to_dict()  # type: ignore[operator, union-attr]
     else:
         raise InputError(
@@ -154,6 +151,7 @@ def _capture_transformers(model: nn.Module, store: WeightStore) -> Graph:
         raise UnsupportedModelError("encoder-decoder models are not captured", where=name)
     parameters = inspect.signature(model.forward).parameters
     with torch.no_grad(), quiet_transformers(), trouble(name):
+        _choose_implementations(model)
         ids = torch.empty((_EXAMPLE[BATCH], _EXAMPLE[SEQUENCE]), dtype=torch.int64, device="meta")
         probe = model(input_ids=ids, return_dict=True, **({"use_cache": True} if "use_cache" in parameters else {}))
     output = next((field for field in ("logits", "last_hidden_state") if hasattr(probe, field)), None)
@@ -175,6 +173,13 @@ def _capture_transformers(model: nn.Module, store: WeightStore) -> Graph:
             name,
         )
     return _graph(exported, Signature((*inputs, *past), (result, *present)), store, model, strip="model.")
+
+
+def _choose_implementations(model: Any) -> None:
+    """Attention as one operator, and experts as products with selected weights, where the model lets itself be told."""
+    for setter, choice in (("set_attn_implementation", "sdpa"), ("set_experts_implementation", "batched_mm")):
+        with contextlib.suppress(ValueError, AttributeError):  # a model without that implementation keeps its own
+            getattr(model, setter)(choice)
 
 
 def _input_ports(parameters: Any, *, has_cache: bool) -> tuple[Port, ...]:

@@ -18,6 +18,7 @@ from qcompiler.weights import WeightStore
 __all__ = ["Exported", "export", "symbolic_size", "trouble"]
 
 _aten = torch.ops.aten
+_LONGEST_LIST = 64  # of numbers that are made into a tensor one by one
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def export(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, name:
     Raises:
         UnsupportedModelError: the model cannot be traced, or not into a graph of plain operators.
     """
-    with torch.no_grad(), trouble(name), _without_fake_tensor_cache(), _AttentionStandIn():
+    with torch.no_grad(), trouble(name), _without_fake_tensor_cache(), _Traceable():
         program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes, strict=False)
         if _has_effects(program.graph):
             with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch uses its own old interfaces
@@ -190,16 +191,60 @@ _LIBRARY.impl("attention", _attention_shape, "Meta")
 _stand_in = torch.ops.qcompiler_tracing.attention.default
 
 
-class _AttentionStandIn(TorchFunctionMode):
-    """Traces attention as one opaque operator, whose shape is known, in place of a dozen that find it step by step.
+class _Traceable(TorchFunctionMode):
+    """What a model's code does, said in a way that traces quickly and loses nothing on meta tensors.
 
-    `_Rebuilder` puts ``aten.scaled_dot_product_attention`` back; the arguments are the same.
+    Attention becomes one opaque operator, whose shape is known, in place of a dozen that find it step by step;
+    `_Rebuilder` puts ``aten.scaled_dot_product_attention`` back, the arguments are the same. A tensor made of numbers,
+    whose value a constant on meta would lose, becomes an operator that makes it.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args and args[0].dim() == 4:
             func = _stand_in
-        return func(*args, **(kwargs or {}))
+        elif func is torch.tensor and _is_meta(kwargs.get("device")) and _are_numbers(args[0]):
+            return _tensor_of(args[0], **{k: v for k, v in kwargs.items() if k in ("dtype", "device")})
+        elif func is Tensor.__getitem__ and _is_meta(args[0].device):
+            args = (args[0], _without_lists(args[1], args[0].device))
+        return func(*args, **kwargs)
+
+
+def _is_meta(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "meta"
+
+
+def _are_numbers(data: Any) -> bool:
+    items = data if isinstance(data, (list, tuple)) else [data]
+    return 0 < len(items) <= _LONGEST_LIST and all(isinstance(item, (bool, int, float)) for item in items)
+
+
+def _tensor_of(data: Any, **options: Any) -> Tensor:
+    """``torch.tensor(data)`` of a number or a flat list of numbers, made by operators."""
+    if not isinstance(data, (list, tuple)):
+        return torch.full((), data, **options)
+    kinds = {type(item) for item in data}
+    dtype = torch.get_default_dtype() if float in kinds else torch.int64 if int in kinds else torch.bool
+    options.setdefault("dtype", dtype)
+    return torch.stack([torch.full((), item, **options) for item in data])
+
+
+def _without_lists(index: Any, device: torch.device) -> Any:
+    """An index in which lists of integers are tensors, or a slice for one integer where nothing else is a tensor."""
+    parts = index if isinstance(index, tuple) else (index,)
+    lists = [part for part in parts if isinstance(part, list) and _are_numbers(part) and not isinstance(part[0], bool)]
+    if not lists:
+        return index
+    is_alone = len(lists) == 1 and not any(isinstance(part, Tensor) for part in parts)
+
+    def replaced(part: Any) -> Any:
+        if not any(part is item for item in lists):
+            return part
+        if is_alone and len(part) == 1:
+            return slice(part[0], part[0] + 1 if part[0] != -1 else None)
+        return _tensor_of(part, device=device)
+
+    return tuple(replaced(part) for part in parts)
 
 
 # --- our graph --------------------------------------------------------------------------------------------------------

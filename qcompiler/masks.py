@@ -47,7 +47,8 @@ def closed_form(graph: Graph, mask: fx.Node) -> MaskForm | str:
     """The closed form a mask equals on every probe, or the reason there is none.
 
     Probes vary batch, length, past length (0 included), positions, and padding on either side. Every integer constant
-    of the sub-graph may be a sliding window, give or take one, so lengths beyond each are probed.
+    of the sub-graph may be a sliding window, give or take one, so lengths beyond each are probed; where the mask is cut
+    out of a stored table, the whole table is.
     """
     try:
         return _closed_form(graph, mask)
@@ -60,13 +61,16 @@ def _closed_form(graph: Graph, mask: fx.Node) -> MaskForm:
     ports = dict(zip(graph.inputs, graph.signature.inputs, strict=True))
     _check_sources(nodes, ports)
     padding_input = next((node for node in nodes if node in ports and ports[node].role == "mask"), None)
-    constants = {c for node in nodes for c in _integers(node.args) if 1 < c < _LARGEST_WINDOW}
+    tables = {size for node in nodes if node.op == "get_attr" for size in node.meta["shape"] if size > 2}
+    constants = {c for node in nodes for c in _integers(node.args) if 1 < c < min((_LARGEST_WINDOW, *tables))}
     if graph.signature.has_cache:
-        sizes = [(2, 4, 0), (2, 1, 5), (3, 3, 2), *((1, 2, c + 2) for c in constants)]
+        sizes = [(2, 4, 0), (2, 1, 5), (3, 3, 2), *((1, 2, c + 2) for c in constants), *((1, 2, t - 2) for t in tables)]
     else:
-        sizes = [(2, 4, 0), (3, 1, 0), (3, 7, 0), *((1, c + 3, 0) for c in constants)]
-        if any(constant > _LARGEST_SQUARE for constant in constants):
-            raise _Strange(f"the mask uses numbers too large to be probed: {max(constants)}")
+        sizes = [(2, 4, 0), (3, 1, 0), (3, 7, 0), *((1, c + 3, 0) for c in constants), *((1, t, 0) for t in tables)]
+        if any(constant > _LARGEST_SQUARE for constant in constants | tables):
+            raise _Strange(f"the mask uses numbers too large to be probed: {max(constants | tables)}")
+    if tables:
+        sizes = [(batch, queries, past) for batch, queries, past in sizes if past + queries <= min(tables)]
     stretch = Stretch(list(graph.fx.nodes), [mask])
     loaded = stretch.load(graph.weights.read, _CPU)
     probes = []
@@ -75,7 +79,8 @@ def _closed_form(graph: Graph, mask: fx.Node) -> MaskForm:
             padding = _padding(batch, past + queries, padded=padding_input is not None)
             values = {node: _value(port, queries, past, padding, shift) for node, port in ports.items()}
             probes.append(_Probe(queries, past, padding, _allowed(stretch, loaded, values, mask, padding, queries)))
-    candidates = sorted({c + step for c in constants for step in (-1, 0, 1) if c + step > 0})
+    seen = {int(probe.allowed[0, 0, -1].sum()) for probe in probes}  # by the last query
+    candidates = sorted({c + step for c in constants for step in (-1, 0, 1) if c + step > 0} | (seen - {0}))
     for causal, window in ((True, None), *((True, window) for window in candidates), (False, None)):
         if all(_agrees(probe, causal, window) for probe in probes):
             return MaskForm(causal, window, None if padding_input is None else _padding_node(graph, padding_input))

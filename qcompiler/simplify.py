@@ -38,7 +38,14 @@ _IDENTITIES = (
     _aten.lift_fresh_copy.default,
     _aten.lift_fresh.default,
 )
-_CASTS = (_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default)
+_CASTS = (
+    _aten.to.dtype,
+    _aten.to.device,
+    _aten.to.dtype_layout,
+    _aten.to.other,
+    _aten.type_as.default,
+    _aten._to_copy.default,
+)
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
 _TURNS = (_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default)
 _MOVEMENTS = (
