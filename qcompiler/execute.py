@@ -89,6 +89,7 @@ class Stretch:
         loaded: Mapping[fx.Node, Any],
         device: torch.device,
         passed_through: Collection[fx.Node] = (),
+        fixed: Mapping[fx.Node, Any] | None = None,
     ) -> dict[fx.Node, Any]:
         """Executes the nodes for one batch.
 
@@ -97,6 +98,7 @@ class Stretch:
             loaded: what `load` returned.
             device: where tensors that the graph itself creates are put.
             passed_through: nodes that give their first argument instead of being called.
+            fixed: values that nodes give instead of being called.
 
         Returns:
             The values of the kept nodes, those that came from outside included.
@@ -104,8 +106,12 @@ class Stretch:
         env: dict[fx.Node, Any] = {**loaded, **{node: values[node] for node in self.inputs}}
         with torch.no_grad():
             for node in self.nodes:
-                is_skipped = node in passed_through
-                env[node] = env[node.all_input_nodes[0]] if is_skipped else _call(node, env, device)
+                if fixed and node in fixed:
+                    env[node] = fixed[node]
+                elif node in passed_through:
+                    env[node] = env[node.all_input_nodes[0]]
+                else:
+                    env[node] = _call(node, env, device)
                 for dead in self._frees.get(node, ()):
                     del env[dead]
         return {node: env[node] if node in env else values[node] for node in self._keep}

@@ -374,6 +374,9 @@ class _Position:
         wanted = dict.fromkeys([*ahead.inputs, *self.segment.outputs, *wanted_later])
         kept = [node for node in wanted if node in done or node in held]
         stretch = Stretch(remaining, [*targets, *kept])
+        routing = _routing(stretch.nodes) if runner.has_reference else []
+        if routing:
+            stretch = Stretch(remaining, [*targets, *kept, *routing])
         loaded = stretch.load(runner.graph.weights.read, runner.device)
         originals = self._originals(loaded) if runner.has_reference else loaded
         leaves_start = self._values is self._start and (self.keep_start or bool(may_be_rewritten & done))
@@ -388,9 +391,9 @@ class _Position:
             values = stretch.run({**outside, **self._park.get(parked)}, loaded, runner.device)
             expected = values
             if is_forked:
-                expected = stretch.run(
-                    {**outside, **self._park.get(parked_reference)}, originals, runner.device, rounding
-                )
+                before = {**outside, **self._park.get(parked_reference)}
+                alike = {node: values[node] for node in routing}
+                expected = stretch.run({**before, **alike}, originals, runner.device, rounding, alike)
             if not leaves_start:
                 self._values.drop_one(self._park, parked, parked_reference)
             if observe is not None and index >= runner.probes:
@@ -429,6 +432,12 @@ class _Position:
     def _drop(self, lanes: "_Lanes") -> None:
         for parked, reference in zip(*lanes.both, strict=True):
             lanes.drop_one(self._park, parked, reference)
+
+
+def _routing(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The values that say which expert each row goes to: the reference sends rows the same way, or none would match."""
+    take = torch.ops.qcompiler.take_expert.default
+    return list(dict.fromkeys(node.args[1] for node in nodes if node.target is take))  # type: ignore[misc]
 
 
 def _activation_rounding(nodes: Sequence[fx.Node]) -> set[fx.Node]:
