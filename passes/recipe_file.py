@@ -34,15 +34,15 @@ def load_recipe(recipe: str | Path | Sequence[Pass]) -> tuple[Pass, ...]:
     Raises:
         RecipeError: if it is none of these, or damaged.
     """
-    if isinstance(recipe, (str, Path)):
-        if str(recipe).endswith(".toml"):
-            return read_recipe(Path(recipe))
-        if isinstance(recipe, Path) or recipe.endswith(".py"):
-            raise RecipeError("not a recipe file", got=recipe, expected="FILE.toml, or FILE.py:NAME")
-        return import_passes(recipe) if ":" in recipe else named_recipe(recipe)
-    if isinstance(recipe, Pass) or not isinstance(recipe, Sequence):
-        raise RecipeError("a recipe is a name, a file or a sequence of passes", got=repr(recipe))
-    return tuple(recipe)
+    if not isinstance(recipe, (str, Path)):
+        if not isinstance(recipe, (list, tuple)):
+            raise RecipeError("a recipe is a name, a file, or a list or tuple of passes", got=repr(recipe))
+        return tuple(recipe)
+    if str(recipe).endswith(".toml"):
+        return read_recipe(Path(recipe))
+    if isinstance(recipe, Path) or recipe.endswith(".py"):
+        raise RecipeError("not a recipe file", got=recipe, expected="FILE.toml, or FILE.py:NAME")
+    return import_passes(recipe) if ":" in recipe else named_recipe(recipe)
 
 
 def override_schemes(

@@ -17,6 +17,7 @@ from qcompiler.execute import Stretch
 from qcompiler.feed import feed
 from qcompiler.graph import Graph
 from qcompiler.report import strict_json
+from qcompiler.report_html import render_report
 from qcompiler.staging import StagedFiles
 from qcompiler.weights import WeightStore
 
@@ -26,6 +27,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 _GRAPH = "graph.json"
 _REPORT = "report.json"
+_REPORT_PAGE = "report.html"
 _HELD_OUT = "held_out.json"
 _PARTIAL = ".partial-"
 
@@ -47,7 +49,7 @@ def save_native(
         graph: quantized or not.
         directory: made if missing.
         manifest: recipe, seed, versions; ``schema`` is added, and the graph's ``provenance`` where it has none.
-        report: what ``report.json`` holds.
+        report: what ``report.json`` holds, and ``report.html`` shows.
         held_out: int64 ``[n, length]``, tokens that calibration did not see, to measure the artifact with.
 
     Raises:
@@ -66,6 +68,8 @@ def save_native(
     moved: list[Path] = []
     try:
         source = graph.provenance.get("companions")
+        provenance = {key: value for key, value in graph.provenance.items() if key != "companions"}
+        described = _json({"schema": SCHEMA, "provenance": provenance, **manifest})
         with StagedFiles(partial) as staged:
             for name, path in companion_files(Path(source) if source else None).items():
                 with staged.file(name) as write:
@@ -76,13 +80,14 @@ def save_native(
             for name, content in files.items():
                 with staged.file(name) as write:
                     write(_json(content))
+            with staged.file(_REPORT_PAGE) as write:
+                write(render_report(json.loads(_json(report)), json.loads(described)).encode())
         graph.weights.save(partial, names=graph.weight_names())
         for path in sorted(partial.iterdir()):
             moved.append(path.replace(root / path.name))
         partial.rmdir()
         with StagedFiles(root) as staged, staged.file(MANIFEST) as write:  # syncs the directory: the moves too
-            provenance = {key: value for key, value in graph.provenance.items() if key != "companions"}
-            write(_json({"schema": SCHEMA, "provenance": provenance, **manifest}))
+            write(described)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         for path in moved:

@@ -57,6 +57,8 @@ class CompileReport:
     Attributes:
         sites: one entry per site that was rewritten.
         skipped: one entry per site that was left alone, with its reason.
+        regions: what may share a scale or a rotation, one entry each: ``name``, ``kind``, ``producers``, ``consumers``,
+            ``channels``, ``status`` (``folded``, ``refused`` or ``found``), ``reason`` and ``details``.
         unrecognized: what canonicalization left as it was.
         notes: sentences the user should read.
         sweeps: how many times the model was gone through.
@@ -69,10 +71,12 @@ class CompileReport:
         calibration: where the tokens came from; None without.
         bytes_spilled: calibration values that went to disk.
         targets: one entry per lowering.
+        machine: processor, threads and versions it ran with.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
+    regions: list[dict[str, Any]] = field(default_factory=list)
     unrecognized: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sweeps: int = 0
@@ -86,6 +90,7 @@ class CompileReport:
     calibration: Mapping[str, Any] | None = None
     bytes_spilled: int = 0
     targets: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=machine)
 
     @property
     def bits_per_weight(self) -> float:
@@ -106,7 +111,7 @@ class CompileReport:
         """The report as plain JSON values; a number that is infinite or not one becomes None."""
         fields = asdict(self)
         fields["bits_per_weight"] = self.bits_per_weight
-        found: dict[str, Any] = strict_json({"schema": 1, "machine": machine(), **fields})
+        found: dict[str, Any] = strict_json({"schema": 1, **fields})
         return found
 
     @classmethod
@@ -122,6 +127,7 @@ class CompileReport:
                 SiteReport(**{**site, "sqnr_db": math.inf if site["sqnr_db"] is None else site["sqnr_db"]})
                 for site in known.get("sites", [])
             ]
+            known.setdefault("machine", {})  # not this one
             known["skipped"] = [Skip(**skip) for skip in known.get("skipped", [])]
             return cls(**known)
         except (TypeError, KeyError, AttributeError) as error:

@@ -22,7 +22,7 @@ from qcompiler.spec import Scheme
 from qcompiler.weights import WeightStore
 from tests.tiny_graphs import chain, interpret, language_model, token_batches
 
-FILES = ["graph.json", "manifest.json", "model.safetensors", "report.json"]
+FILES = ["graph.json", "manifest.json", "model.safetensors", "report.html", "report.json"]
 
 
 def quantized(scheme: str = "w4a16-g8-asym", **options: Any) -> Graph:
@@ -48,6 +48,7 @@ def test_files(saved):
     assert manifest["schema"] == 1
     assert manifest["seed"] == 1
     assert manifest["provenance"]["source"] == "tiny"
+    assert "<h1>tiny</h1>" in (saved / "report.html").read_text()
 
 
 @pytest.mark.parametrize("scheme", ["w4a16-g8-asym", "w3a16-channel", "w8a16-tensor", "w2a16-g5"])
@@ -128,7 +129,7 @@ def test_nothing_is_left_by_an_interrupted_save(tmp_path, monkeypatch, error, st
     elif step == "graph":
         failing(monkeypatch, Graph, "to_dict", error, lambda *_: True)
     elif step == "manifest":
-        failing(monkeypatch, native, "_json", error, lambda content: "seed" in content)
+        failing(monkeypatch, native.StagedFiles, "file", error, lambda _, name: name == "manifest.json")
     else:
         name = {"move of graph": "graph.json", "move of weights": "model.safetensors"}[step]
         failing(monkeypatch, Path, "replace", error, is_file(name))

@@ -19,6 +19,18 @@ def full_report() -> CompileReport:
             SiteReport("b", "rtn", "int8", math.inf),
         ],
         skipped=[Skip("head", "assign", "left in float")],
+        regions=[
+            {
+                "name": "norm_1",
+                "kind": "scale",
+                "producers": ["0.norm_1"],
+                "consumers": ["0.q", "0.k"],
+                "channels": 16,
+                "status": "folded",
+                "reason": "",
+                "details": {"alpha": 0.5},
+            }
+        ],
         unrecognized=[{"node": "x", "reason": "y"}],
         notes=["a note"],
         sweeps=1,
@@ -76,6 +88,13 @@ def test_fields():
 def test_damaged_report(fields):
     with pytest.raises(ArtifactError, match="damaged report"):
         CompileReport.from_dict(fields)
+
+
+def test_a_report_keeps_the_machine_it_was_made_on():
+    fields = {**full_report().to_dict(), "machine": {"processor": "another"}}
+    assert CompileReport.from_dict(fields).to_dict()["machine"] == {"processor": "another"}
+    del fields["machine"]
+    assert CompileReport.from_dict(fields).machine == {}
 
 
 def test_peak_memory_is_of_this_process():
