@@ -292,18 +292,20 @@ class _Grid:
     Attributes:
         scale: float32 ``[groups, rows]``, contiguous; ``low`` and ``high``, the inclusive bounds of a step, likewise.
         group: the group of every column, in the order columns are taken.
+        float_dtype: of codes that are floats; None: steps are whole numbers.
     """
 
     scale: Tensor
     low: Tensor
     high: Tensor
     group: list[int]
+    float_dtype: torch.dtype | None = None
 
     @classmethod
     def of(cls, scale: Tensor, zero: Tensor, spec: QuantSpec, group: Tensor) -> "_Grid":
         """From scales and zero points ``[rows, groups]`` and the group of every column, in order."""
         low, high = (spec.quant_min - zero).T.contiguous(), (spec.quant_max - zero).T.contiguous()
-        return cls(scale.T.contiguous(), low, high, group.tolist())
+        return cls(scale.T.contiguous(), low, high, group.tolist(), spec.code_dtype if spec.is_float else None)
 
 
 def _round_with_feedback(errors: Tensor, feedback: Tensor, grid: _Grid) -> Tensor:
@@ -370,9 +372,12 @@ def _round_block(
             np.dot(weights[j, :j], errors[:j], out=scratch)
             np.add(value, scratch, out=value)
         np.divide(value, scale, out=step)
-        np.rint(step, out=step)
+        if grid.float_dtype is None:
+            np.rint(step, out=step)
         np.maximum(step, lows[group], out=step)
         np.minimum(step, highs[group], out=step)
+        if grid.float_dtype is not None:
+            steps[j] = steps[j].to(grid.float_dtype)
         np.multiply(step, scale, out=scratch)
         np.subtract(start, scratch, out=error)
 
@@ -387,9 +392,12 @@ def _round_block_torch(
         if j:
             value.addmv_(residual[:j].T, feedback[j, :j])
         torch.div(value, scale, out=step)
-        step.round_()
+        if grid.float_dtype is None:
+            step.round_()
         torch.maximum(step, grid.low[group], out=step)
         torch.minimum(step, grid.high[group], out=step)
+        if grid.float_dtype is not None:
+            step.copy_(step.to(grid.float_dtype))
         torch.mul(step, scale, out=scratch)
         torch.sub(base[j], scratch, out=residual[j])
 
