@@ -1,9 +1,11 @@
 """Passes: one file, one pass. `recipes` names tuples of them."""
 
 from qcompiler.passes.assign import Assign
+from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.recipes import RECIPES, recipe
 from qcompiler.passes.rtn import RTN
+from qcompiler.passes.smooth_quant import SmoothQuant
 
-__all__ = ["GPTQ", "RECIPES", "RTN", "Assign", "InsertQDQ", "recipe"]
+__all__ = ["AWQ", "GPTQ", "RECIPES", "RTN", "Assign", "InsertQDQ", "SmoothQuant", "recipe"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
@@ -89,6 +90,7 @@ class Graph:
         schemes: what is quantized at each site; set by one pass, read by all.
         provenance: where the model came from: ``source``, ``config``, ``fingerprint``, ``parameters`` (elements).
         unrecognized: what canonicalization left as it was, each with its reason.
+        source_dtypes: the dtype that float tensors rewritten since had in the source, see `rewrite_float`.
     """
 
     fx: FxGraph
@@ -97,6 +99,7 @@ class Graph:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     unrecognized: list[dict[str, str]] = field(default_factory=list)
+    source_dtypes: dict[str, str] = field(default_factory=dict)
 
     @property
     def inputs(self) -> list[Node]:
@@ -137,6 +140,39 @@ class Graph:
     def weight_names(self) -> list[str]:
         """The tensors the graph reads, in execution order, each once."""
         return list(dict.fromkeys(str(node.target) for node in self.fx.nodes if node.op == "get_attr"))
+
+    def rewrite_float(self, name: str, value: Tensor) -> None:
+        """Replaces a float tensor by another of its shape, kept in float32 until the model is written.
+
+        Args:
+            name: of the tensor.
+            value: float, the shape it has.
+
+        Raises:
+            PipelineError: if the shape is another one.
+        """
+        info = self.weights.info(name)
+        if tuple(value.shape) != info.shape:
+            raise PipelineError("a weight of the wrong shape", where=name, got=tuple(value.shape), expected=info.shape)
+        self.source_dtypes.setdefault(name, info.dtype)
+        self.weights.set(name, value.float())
+
+    def source_dtype(self, name: str) -> str:
+        """The dtype a float tensor has in the source model, whatever it was rewritten to."""
+        return self.source_dtypes.get(name, self.weights.info(name).dtype)
+
+    def round_rewritten(self) -> None:
+        """Rounds rewritten matrices to the dtype of the source, when nothing more will be computed from them.
+
+        Vectors (norms, biases) stay in float32: they take no room, and the columns that make good their scale do not make
+        good its rounding.
+        """
+        for name in self.weight_names():
+            dtype = self.source_dtypes.pop(name, None)
+            info = self.weights.info(name)
+            if dtype is not None and dtype != info.dtype and len(info.shape) > 1:
+                target = getattr(torch, dtype)
+                self.weights.derive(name, (name,), lambda t, d=target: t.to(d), dtype=dtype, shape=info.shape)
 
     def quantize_input(
         self, value: Node, readers: Sequence[Node], spec: QuantSpec, scale: str | None, zero_point: str | None

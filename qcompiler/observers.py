@@ -73,6 +73,7 @@ class Gram:
     def rescale(self, factor: Tensor) -> None:
         """``D G D`` with ``D = diag(factor)``."""
         if self._sum is not None:
+            factor = factor.to(self._sum.device)
             self._sum *= factor * factor[:, None]
 
     def result(self) -> Tensor:
@@ -106,6 +107,7 @@ class CrossGram:
     def rescale(self, factor: Tensor) -> None:
         """``D C D`` with ``D = diag(factor)``: the original model is rescaled alike."""
         if self._sum is not None:
+            factor = factor.to(self._sum.device)
             self._sum *= factor * factor[:, None]
 
     def merge(self, other: "CrossGram") -> None:
@@ -142,7 +144,7 @@ class AbsMax:
     def rescale(self, factor: Tensor) -> None:
         """Every magnitude times its channel's factor."""
         if self._largest is not None:
-            self._largest = self._largest * factor.abs()
+            self._largest = self._largest * factor.abs().to(self._largest.device)
 
     def result(self) -> Tensor:
         """float32 ``[channels]``."""

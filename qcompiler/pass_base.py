@@ -20,6 +20,8 @@ __all__ = [
     "ACTIVATIONS_QUANTIZED",
     "CANONICAL",
     "DROP",
+    "FLOAT_ACTIVATIONS",
+    "FLOAT_WEIGHTS",
     "SCHEMES",
     "WEIGHTS_QUANTIZED",
     "Effect",
@@ -38,6 +40,8 @@ Wave = Sequence[Site]
 
 CANONICAL = "canonical operators"
 SCHEMES = "schemes"
+FLOAT_WEIGHTS = "float weights"
+FLOAT_ACTIVATIONS = "float activations"
 WEIGHTS_QUANTIZED = "quantized weights"
 ACTIVATIONS_QUANTIZED = "quantized activations"
 
@@ -150,11 +154,13 @@ class PassContext:
         graph: the graph being rewritten.
         device: where to compute.
         seed: the only source of randomness.
+        segment: the segment being rewritten; None outside of a sweep.
     """
 
     graph: Graph
     device: torch.device
     seed: int
+    segment: Segment | None = None
 
     def weight(self, site: Site) -> Tensor:
         """The float weight of a site, float32 ``[out, in]`` on `device`."""
@@ -164,7 +170,7 @@ class PassContext:
         """The dtype scales of a site are stored in."""
         spec = self.graph.schemes[site.name].weight
         assert spec is not None
-        return spec.scale_torch_dtype(getattr(torch, self.graph.weights.info(site.weight).dtype))
+        return spec.scale_torch_dtype(getattr(torch, self.graph.source_dtype(site.weight)))
 
     def generator(self, site: Site) -> torch.Generator:
         """Random numbers that depend on the seed and the site alone."""

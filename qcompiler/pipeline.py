@@ -5,9 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompiler.errors import PipelineError
-from qcompiler.pass_base import CANONICAL, WEIGHTS_QUANTIZED, Pass
+from qcompiler.pass_base import (
+    ACTIVATIONS_QUANTIZED,
+    CANONICAL,
+    FLOAT_ACTIVATIONS,
+    FLOAT_WEIGHTS,
+    WEIGHTS_QUANTIZED,
+    Pass,
+)
 
 __all__ = ["Pipeline", "Stage"]
+
+
+_ENDS = {WEIGHTS_QUANTIZED: FLOAT_WEIGHTS, ACTIVATIONS_QUANTIZED: FLOAT_ACTIVATIONS}
+"""Facts that are no longer true where another is."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +95,23 @@ def _with_implied(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
 
 
 def _prove(passes: tuple[Pass, ...]) -> None:
-    facts = {CANONICAL}
+    facts = {CANONICAL, FLOAT_WEIGHTS, FLOAT_ACTIVATIONS}
+    ended: dict[str, str] = {}
     problems = []
     for position, item in enumerate(passes):
         name = type(item).__name__
         for fact in sorted(item.requires - facts):
             later = [type(p).__name__ for p in passes[position + 1 :] if fact in p.establishes]
-            hint = f"{later[0]} establishes it, but stands behind" if later else "no pass here establishes it"
+            if fact in ended:
+                hint = f"{ended[fact]} stands before it"
+            else:
+                hint = f"{later[0]} establishes it, but stands behind" if later else "no pass here establishes it"
             problems.append(f"{name} (position {position}) needs {fact!r}: {hint}")
         if WEIGHTS_QUANTIZED in item.establishes and WEIGHTS_QUANTIZED in facts:
             problems.append(f"{name} (position {position}) quantizes weights that are quantized already")
-        facts = (facts - item.invalidates) | item.establishes
+        lost = item.invalidates | {_ENDS[fact] for fact in item.establishes if fact in _ENDS}
+        ended.update(dict.fromkeys(facts & lost, f"{name} (position {position})"))
+        facts = (facts - lost) | item.establishes
     if problems:
         raise PipelineError(
             "the passes cannot run in this order",

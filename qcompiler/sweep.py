@@ -14,7 +14,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +232,7 @@ class _Runner:
         nodes = position.segment.nodes()
         before = state_of(self.graph, nodes)
         expected = position.probe() if item.effect is Effect.EXACT else []
-        result = item.rewrite(wave, statistics, self._context)
+        result = item.rewrite(wave, statistics, replace(self._context, segment=position.segment))
         where = f"{item.name}, segment {position.segment.index}"
         check_declared(item, result, before, state_of(self.graph, position.segment.nodes()), where)
         if item.effect is Effect.EXACT and result.modified:
@@ -384,9 +384,7 @@ class _Position:
         is_forked = runner.has_reference and (originals is not loaded or bool(rounding) or self._values.is_forked)
         advanced: list[Parked] = []
         reference: list[Parked] = [] if is_forked else advanced
-        for index, (batch, parked, parked_reference) in enumerate(
-            zip(runner.batches, *self._values.both, strict=True)
-        ):
+        for index, (batch, parked, parked_reference) in enumerate(zip(runner.batches, *self._values.both, strict=True)):
             outside = runner.outside_values(batch)
             values = stretch.run({**outside, **self._park.get(parked)}, loaded, runner.device)
             expected = values
