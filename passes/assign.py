@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from qcompiler.errors import RecipeError
+from qcompiler.experts import routers
 from qcompiler.graph import Graph, ancestors
 from qcompiler.pass_base import CANONICAL, SCHEMES, Effect, Pass, PassContext, PassResult, Skip
 from qcompiler.spec import Scheme
@@ -18,7 +19,8 @@ class Assign(Pass):
     """Gives every site a scheme.
 
     The linear layers behind which no other follows (the output projection of a language model) stay in float unless an
-    override names them: their error reaches the logits undamped, and their weight is often the embedding table.
+    override names them: their error reaches the logits undamped, and their weight is often the embedding table. So do
+    layers that choose among experts: they are small, and a row sent to another expert is no small error.
 
     Attributes:
         scheme: a scheme name, see `Scheme.parse`.
@@ -58,13 +60,15 @@ class Assign(Pass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         """Writes ``graph.schemes``."""
         sites = graph.sites()
-        last = _last_sites(graph)
+        last, choosing = _last_sites(graph), routers(graph)
         unmatched = set(self.overrides)
         skips = []
         for site in sites:
             name, reason = self.scheme, "no scheme is assigned"
             if site.name in last:
                 name, reason = None, "output projection, left in float; name it in an override to quantize it"
+            elif site.name in choosing:
+                name, reason = None, "chooses among experts, left in float; name it in an override to quantize it"
             for pattern, override in self.overrides.items():
                 if fnmatchcase(site.name, pattern):
                     unmatched.discard(pattern)

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
 from qcompiler import numerics
 from qcompiler.errors import ZeroCoverageError
+from qcompiler.experts import is_expert
 from qcompiler.graph import Graph, Site
 from qcompiler.observers import CrossGram, Gram
 from qcompiler.pass_base import (
@@ -24,7 +25,7 @@ from qcompiler.pass_base import (
     Wave,
 )
 from qcompiler.passes._gptq_solver import solve_gptq
-from qcompiler.passes.rtn import implied_assign
+from qcompiler.passes.rtn import RTN, implied_assign
 from qcompiler.segments import Segment
 
 __all__ = ["GPTQ"]
@@ -37,7 +38,8 @@ class GPTQ(Pass):
     ``linear(x, W)`` becomes ``linear(x, dequantize(codes, scale))`` with codes that keep ``||X W' - X Q'||`` small for
     the calibration inputs ``X``, through the Gram matrix ``X'X`` alone. Sites are taken in true sequence: the inputs of
     ``o`` are gathered with ``q``, ``k`` and ``v`` quantized already, those of ``down`` with ``gate`` and ``up``.
-    Sites that read the same value share one Gram matrix, one factorization and one column loop.
+    Sites that read the same value share one Gram matrix, one factorization and one column loop. An expert that no
+    calibration row is sent to is rounded to nearest.
 
     Attributes:
         bits: with ``group_size`` and ``symmetric``, shorthand for an `Assign` ahead of this pass; None: schemes are
@@ -96,14 +98,23 @@ class GPTQ(Pass):
                 if cross is not None:
                     cross.merge(statistics[Tap(value, CrossGram)])
             if gram.rows == 0:
-                raise ZeroCoverageError(
-                    "calibration never reached this layer",
-                    where=sites[0].name,
-                    expected="at least one input row",
-                    remedy="use more or other calibration text, or leave the layer out with an override",
-                )
-            reports += self._solve(sites, gram, cross, context)
+                reports += self._round_unreached(sites, context)
+            else:
+                reports += self._solve(sites, gram, cross, context)
         return PassResult(modified=bool(reports), sites=tuple(reports))
+
+    def _round_unreached(self, sites: list[Site], context: PassContext) -> list[SiteReport]:
+        """Rounds experts to nearest that no calibration row was sent to."""
+        if not all(is_expert(site) for site in sites):
+            raise ZeroCoverageError(
+                "calibration never reached this layer",
+                where=sites[0].name,
+                expected="at least one input row",
+                remedy="use more or other calibration text, or leave the layer out with an override",
+            )
+        details = {"calibration_rows": 0, "fallback": "rounded to nearest: no calibration row was sent to this expert"}
+        done = RTN().rewrite(sites, {}, context)
+        return [replace(report, method=self.name, details=details) for report in done.sites]
 
     def _solve(self, sites: list[Site], gram: Gram, cross: CrossGram | None, context: PassContext) -> list[SiteReport]:
         start = time.perf_counter()

@@ -91,6 +91,11 @@ def _reciprocal_root(e: Emitter, node: fx.Node) -> ir.Value:
     return e.op("Reciprocal", e.op("Sqrt", e.value(node.args[0], result_dtype(e, node))))
 
 
+def _square(e: Emitter, node: fx.Node) -> ir.Value:
+    x = e.value(node.args[0], result_dtype(e, node))
+    return e.op("Mul", x, x)
+
+
 def _silu(e: Emitter, node: fx.Node) -> ir.Value:
     x = e.value(node.args[0], result_dtype(e, node))
     return e.op("Mul", x, e.op("Sigmoid", x))
@@ -212,6 +217,7 @@ ELEMENTWISE_BUILDERS: Builders = {
     _aten.round.default: _unary("Round"),
     _aten.sign.default: _unary("Sign"),
     _aten.softplus.default: _unary("Softplus"),
+    _aten.square.default: _square,
     _aten.silu.default: _silu,
     _aten.gelu.default: _gelu,
     _aten.clamp.default: _clamp,

@@ -223,6 +223,19 @@ def _triangle(upper: int) -> Builder:
     return build
 
 
+def _repeat_interleave(e: Emitter, node: fx.Node) -> ir.Value:
+    """Every slice along an axis as often as a number says, side by side."""
+    (x,) = tensor_arguments(node, 1)
+    repeats, axis = node.args[1], argument(node, 2, "dim")
+    if not isinstance(repeats, int) or axis is None:
+        raise TargetError("repeat_interleave without an axis has no builder", where=node.name)
+    axis %= _rank(x)
+    sizes: list[int | ir.Value] = [e.dim(x, i) for i in range(_rank(x))]
+    apart = e.op("Unsqueeze", e.value(x), e.const([axis + 1]))
+    wide = e.op("Expand", apart, e.const([repeats if i == axis + 1 else 1 for i in range(_rank(x) + 1)]))
+    return e.op("Reshape", wide, _concat(e, [*sizes[:axis], -1, *sizes[axis + 1 :]]))
+
+
 def _repeat(e: Emitter, node: fx.Node) -> ir.Value:
     repeats: Any = node.args[1]
     x = e.value(node.args[0])
@@ -313,6 +326,7 @@ SHAPE_BUILDERS: Builders = {
     _aten.slice.Tensor: _slice,
     _aten.select.int: _select,
     _aten.cat.default: _cat,
+    _aten.concat.default: _cat,
     _aten.stack.default: _stack,
     _aten.split.Tensor: _split,
     _aten.split_with_sizes.default: _split,
@@ -324,6 +338,7 @@ SHAPE_BUILDERS: Builders = {
     _aten.triu.default: _triangle(1),
     _aten.tril.default: _triangle(0),
     _aten.repeat.default: _repeat,
+    _aten.repeat_interleave.self_int: _repeat_interleave,
     _aten.arange.default: _arange,
     _aten.arange.start: _arange,
     _aten.arange.start_step: _arange,

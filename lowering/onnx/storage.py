@@ -96,7 +96,7 @@ def _rows_per_chunk(width: int) -> int:
 
 
 def _row_chunks(tensor: Tensor, *, transpose: bool) -> Iterator[Tensor]:
-    """Strips of whole rows of ``tensor`` (or of its transpose), each a small contiguous tensor."""
+    """Strips of whole rows of ``tensor`` (or of its transpose), each a small contiguous vector."""
     if tensor.dim() < 2:
         yield tensor.reshape(-1).contiguous()
         return
@@ -105,9 +105,9 @@ def _row_chunks(tensor: Tensor, *, transpose: bool) -> Iterator[Tensor]:
     rows = _rows_per_chunk(width)
     for start in range(0, length, rows):
         if transpose:  # copied before it is turned: torch transposes a whole matrix several times faster than a view
-            yield matrix[:, start : start + rows].contiguous().t().contiguous()
+            yield matrix[:, start : start + rows].contiguous().t().reshape(-1)
         else:
-            yield matrix[start : start + rows].contiguous()
+            yield matrix[start : start + rows].reshape(-1)
 
 
 def float_chunks(read: Callable[[], Tensor], dtype: torch.dtype, name: str, *, transpose: bool = False) -> Chunks:

@@ -16,6 +16,7 @@ from qcompiler.graph import Graph, ancestors, site_name
 from qcompiler.lowering.onnx.canonical import CANONICAL_BUILDERS, code_dtype, is_linear_weight
 from qcompiler.lowering.onnx.elementwise import ELEMENTWISE_BUILDERS
 from qcompiler.lowering.onnx.emitter import Emitter
+from qcompiler.lowering.onnx.experts import EXPERT_BUILDERS
 from qcompiler.lowering.onnx.folder import copy_companions, generation_config
 from qcompiler.lowering.onnx.products import PRODUCT_BUILDERS
 from qcompiler.lowering.onnx.shapes import SHAPE_BUILDERS
@@ -29,7 +30,7 @@ __all__ = ["write"]
 MODEL_FILE = "model.onnx"
 METADATA_PREFIX = "qcompiler."
 
-BUILDERS = {**CANONICAL_BUILDERS, **ELEMENTWISE_BUILDERS, **PRODUCT_BUILDERS, **SHAPE_BUILDERS}
+BUILDERS = {**CANONICAL_BUILDERS, **EXPERT_BUILDERS, **ELEMENTWISE_BUILDERS, **PRODUCT_BUILDERS, **SHAPE_BUILDERS}
 _WORKING = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 

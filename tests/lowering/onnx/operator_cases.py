@@ -57,6 +57,7 @@ for _name in (
     "round",
     "sign",
     "silu",
+    "square",
 ):
     case(_name, getattr(aten, _name).default, lambda b, s: (floats(b, s, 8) * 3,))
 for _name in ("sqrt", "rsqrt", "reciprocal", "log"):
@@ -237,6 +238,7 @@ case("slice step", aten.slice.Tensor, lambda b, s: (floats(b, s, 8),), lambda x,
 case("slice all", aten.slice.Tensor, lambda b, s: (floats(b, s, 8),), lambda x, b, s: (x, 2, 0, 2**63 - 1))
 case("select", aten.select.int, lambda b, s: (floats(b, s, 8),), lambda x, b, s: (x, 1, -1))
 case("cat", aten.cat.default, lambda b, s: (floats(b, s), floats(b, 3)), lambda x, y, b, s: ([x, y], -1))
+case("concat", aten.concat.default, lambda b, s: (floats(b, s), floats(b, 3)), lambda x, y, b, s: ([x, y], -1))
 case("cat promotes", aten.cat.default, lambda b, s: (floats(b, s), ints(b, 3)), lambda x, y, b, s: ([x, y], 1))
 case("cat with nothing", aten.cat.default, lambda b, s: (floats(0), floats(b, 3)), lambda x, y, b, s: ([x, y], 1))
 case("stack", aten.stack.default, lambda b, s: (floats(b, s), floats(b, s)), lambda x, y, b, s: ([x, y], -1))
@@ -269,6 +271,18 @@ case("triu", aten.triu.default, lambda b, s: (floats(b, s),), lambda x, b, s: (x
 case("tril", aten.tril.default, lambda b, s: (floats(b, s),))
 case("tril bools", aten.tril.default, lambda b, s: (bools(b, s),), lambda x, b, s: (x, -1))
 case("repeat", aten.repeat.default, lambda b, s: (floats(1, 4),), lambda x, b, s: (x, [2, 3, 1]))
+case(
+    "repeat interleave",
+    aten.repeat_interleave.self_int,
+    lambda b, s: (floats(b, s, 4),),
+    lambda x, b, s: (x, 3, 1),
+)
+case(
+    "repeat interleave the last axis",
+    aten.repeat_interleave.self_int,
+    lambda b, s: (floats(b, s, 4),),
+    lambda x, b, s: (x, 2, -1),
+)
 case("arange", aten.arange.default, lambda b, s: (floats(b, s),), lambda x, b, s: (s,))
 case("arange start", aten.arange.start, lambda b, s: (floats(b, s),), lambda x, b, s: (-2, s))
 case(

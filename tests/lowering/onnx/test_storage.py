@@ -45,6 +45,12 @@ def test_float_strips_make_up_the_tensor(transpose):
     assert torch.equal(torch.cat([chunk.reshape(-1) for chunk in chunks]), expected.reshape(-1))
 
 
+@pytest.mark.parametrize("shape", [(1, 32), (32, 1)])
+def test_a_matrix_of_one_row_or_column(shape):
+    tensor = torch.randn(shape)
+    assert bytes_of(float_chunks(lambda: tensor, torch.float32, "w", transpose=True)) == tensor.numpy().tobytes()
+
+
 def test_tensors_are_aligned_and_found_at_their_offset():
     data = DataFile()
     values = [np.arange(n, dtype=np.int8) for n in (5, 70, 1)]
