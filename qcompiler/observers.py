@@ -187,7 +187,7 @@ class MinMax:
 
 @dataclass(frozen=True)
 class Distribution:
-    """How often values fell into bins of one width; bin ``i`` covers ``[(first + i) * width, (first + i + 1) * width)``.
+    """How often values fell into bins of one width: bin ``i`` begins at ``(first + i) * width``, which belongs to it.
 
     Attributes:
         counts: int64 ``[bins]``, on the CPU.

@@ -68,7 +68,7 @@ def check_schemes(
                 raise TargetError(
                     "the target does not take this scheme",
                     where=f"{target.name}: {site}",
-                    got=scheme.weight,
+                    got=scheme,
                     expected=support.reason,
                     remedy="choose another group size or bit width, or leave this target out",
                 )

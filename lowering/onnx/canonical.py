@@ -1,5 +1,6 @@
 """Canonical operators (`qcompiler.ops`) as standard ONNX operators of opset 21."""
 
+import operator
 from typing import Any
 
 import onnx_ir as ir
@@ -7,7 +8,7 @@ import torch
 from torch import fx
 
 from qcompiler.errors import TargetError
-from qcompiler.graph import is_op, site_name
+from qcompiler.graph import is_op, quantized_value, site_name
 from qcompiler.lowering.onnx.attention import attend
 from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument, dtype_of, onnx_dtype, tensor_arguments
 
@@ -26,7 +27,11 @@ _CODES = {
     ("uint4", 21): ir.DataType.UINT4,
     ("int8", 21): ir.DataType.INT8,
     ("uint8", 21): ir.DataType.UINT8,
+    ("float8_e4m3fn", 21): ir.DataType.FLOAT8E4M3FN,
+    ("float8_e5m2", 21): ir.DataType.FLOAT8E5M2,
 }
+_LARGEST_CODE = {torch.int8: 127.5, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+_SMALLEST_SCALE = 2.0**-23
 
 
 # --- linear and its weights ------------------------------------------------------------------------------------------
@@ -120,11 +125,15 @@ def _linear(e: Emitter, node: fx.Node) -> ir.Value:
     weight = matmul_weight(e, weight_node, dtype_of(x))
     result = e.op("MatMul", x, weight, name=f"{_site(weight_node, node)}/MatMul")
     bias = argument(node, 2, "bias")
-    return (
-        result
-        if bias is None
-        else e.op("Add", result, e.value(bias, dtype_of(x)), name=f"{_site(weight_node, node)}/Add")
-    )
+    if bias is None:
+        return result
+    shift = e.value(bias, dtype_of(x))
+    rank = len(x_node.meta.get("shape", ())) if isinstance(x_node, fx.Node) else 0
+    if rank > 2 and quantized_value(x_node) is not None:
+        # A bias of one dimension lets ONNX Runtime make a float Gemm of product and sum where the sizes are fixed, and
+        # with int8 codes it then builds a graph that it refuses itself (1.32).
+        shift = e.op("Unsqueeze", shift, e.const(list(range(rank - 1))))
+    return e.op("Add", result, shift, name=f"{_site(weight_node, node)}/Add")
 
 
 def _site(weight: fx.Node, node: fx.Node) -> str:
@@ -141,7 +150,9 @@ def _quantize(e: Emitter, node: fx.Node) -> ir.Value:
     x_node, scale, zero_point, axis, block, dtype = node.args
     x = e.value(x_node, e.float_like(x_node))
     code = onnx_dtype(dtype)  # type: ignore[arg-type]
-    zero = e.value(zero_point, code) if zero_point is not None else None
+    if _is_dynamic_uint8(x_node, scale, zero_point):
+        return _dynamic_quantize(e, x)[0]
+    zero = _zero_point(e, scale, zero_point, code)
     return e.op(
         "QuantizeLinear",
         x,
@@ -159,9 +170,61 @@ def _dequantize(e: Emitter, node: fx.Node) -> ir.Value:
     if codes.op == "get_attr" and isinstance(scale, fx.Node) and scale.op == "get_attr":
         return _stored_dequantize(e, codes, scale, zero_point, axis=axis, block=block, dtype=e.working, transpose=False)
     value = e.value(codes)
-    zero = e.value(zero_point, dtype_of(value)) if zero_point is not None else None
+    zero = _zero_point(e, scale, zero_point, dtype_of(value))
     scales = e.value(scale, e.working)
     return e.op("DequantizeLinear", value, scales, zero, dtype=e.working, axis=axis, block_size=block or None)
+
+
+def _zero_point(e: Emitter, scale: object, zero_point: object, code: ir.DataType) -> ir.Value | None:
+    """The third input of both operators.
+
+    ONNX Runtime makes an integer product of one scale per tensor only where a zero point is given, be it 0.
+    """
+    if zero_point is not None:
+        return e.value(zero_point, code)
+    is_one = isinstance(scale, fx.Node) and scale.meta.get("shape") == ()
+    return e.const(0, code) if is_one and code == ir.DataType.INT8 else None
+
+
+def _dynamic_quantize(e: Emitter, x: ir.Value) -> tuple[ir.Value, ...]:
+    """Codes, scale and zero point."""
+    dtypes = (ir.DataType.UINT8, _FLOAT, ir.DataType.UINT8)
+    return e.ops("DynamicQuantizeLinear", e.cast(x, _FLOAT), dtypes=dtypes)
+
+
+def _is_dynamic_uint8(x: object, scale: object, zero_point: object) -> bool:
+    """Whether scale and zero point are those DynamicQuantizeLinear gives for ``x``."""
+    if not (isinstance(scale, fx.Node) and isinstance(zero_point, fx.Node) and is_op(scale, operator.getitem)):
+        return False
+    chosen = scale.args[0]
+    assert isinstance(chosen, fx.Node)
+    is_chosen = is_op(chosen, _canonical.choose_qparams.default) and chosen.args == (x, torch.uint8, None)
+    return is_chosen and (scale.args, zero_point.args) == ((chosen, 0), (chosen, 1))
+
+
+def _choose_qparams(e: Emitter, node: fx.Node) -> tuple[ir.Value, ...]:
+    """Computed in float32 whatever the working dtype; the smallest scale is positive in float16 too."""
+    x_node, dtype, axis = node.args[0], node.args[1], argument(node, 2, "axis")
+    x = e.value(x_node, e.float_like(x_node))
+    if dtype == torch.uint8 and axis is None:
+        return _dynamic_quantize(e, x)[1:]
+    wide = e.cast(x, _FLOAT)
+    axes = None if axis is None else e.const([axis])
+
+    def reduce(kind: str, value: ir.Value) -> ir.Value:
+        return e.op(kind, value, axes, keepdims=int(axis is not None))
+
+    smallest = e.const(_SMALLEST_SCALE, _FLOAT)
+    if dtype != torch.uint8:
+        assert isinstance(dtype, torch.dtype)
+        amax = reduce("ReduceMax", e.op("Abs", wide))
+        scale = e.op("Max", e.op("Div", amax, e.const(_LARGEST_CODE[dtype], _FLOAT)), smallest)
+        return scale, e.const(0, ir.DataType.INT8)  # read by nobody: these codes have no zero point
+    none = e.const(0.0, _FLOAT)
+    low, high = e.op("Min", reduce("ReduceMin", wide), none), e.op("Max", reduce("ReduceMax", wide), none)
+    scale = e.op("Max", e.op("Div", e.op("Sub", high, low), e.const(255.0, _FLOAT)), smallest)
+    zero = e.op("Round", e.op("Div", e.op("Neg", low), scale))
+    return scale, e.cast(e.op("Clip", zero, none, e.const(255.0, _FLOAT)), ir.DataType.UINT8)
 
 
 # --- norms and rotary ------------------------------------------------------------------------------------------------
@@ -242,4 +305,5 @@ CANONICAL_BUILDERS: Builders = {
     _canonical.attention.default: _attention,
     _canonical.quantize.default: _quantize,
     _canonical.dequantize.default: _dequantize,
+    _canonical.choose_qparams.default: _choose_qparams,
 }

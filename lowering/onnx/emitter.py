@@ -42,6 +42,8 @@ _DTYPES = {
     torch.int8: ir.DataType.INT8,
     torch.uint8: ir.DataType.UINT8,
     torch.bool: ir.DataType.BOOL,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
+    torch.float8_e5m2: ir.DataType.FLOAT8E5M2,
 }
 _TORCH = {
     ir.DataType.FLOAT: torch.float32,

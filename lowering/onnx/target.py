@@ -1,9 +1,10 @@
 """What ONNX Runtime makes of a quantized linear layer, said before anything is calibrated."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from qcompiler.errors import TargetError
-from qcompiler.spec import Scheme
+from qcompiler.spec import QuantSpec, Scheme
 from qcompiler.target import Support
 
 __all__ = ["OPSETS", "OnnxTarget"]
@@ -16,19 +17,27 @@ _SMALLEST_FUSED_BLOCK = 16
 
 @dataclass(frozen=True)
 class OnnxTarget:
-    """ONNX with blocked DequantizeLinear, run by ONNX Runtime.
+    """ONNX with standard QuantizeLinear and DequantizeLinear, run by ONNX Runtime.
 
-    Runtime facts are those of ONNX Runtime 1.32 on a CPU: ``DequantizeLinear → MatMul`` becomes one ``MatMulNBits``
-    where the block is a power of two of at least 16, or a scale serves a whole channel or tensor.
+    Runtime facts are those of ONNX Runtime 1.32 on a CPU, seen in the graphs it makes:
+
+    * weights alone: ``DequantizeLinear → MatMul`` becomes one ``MatMulNBits`` where the block is a power of two of at
+      least 16, or a scale serves a whole channel or tensor;
+    * int8 weights, one scale per channel or tensor, and int8 activations, one scale per tensor:
+      ``MatMulIntegerToFloat``, or ``DynamicQuantizeMatMul`` where the range is dynamic and has a zero point; in
+      float32, for inputs of more than two dimensions (others with a bias become a float Gemm);
+    * everything else that rounds activations: computed in float from dequantized values, exactly.
 
     Attributes:
         opset: the ONNX operator set, 21 to 25.
+        float_dtype: of weights and activations.
 
     Raises:
         TargetError: for another operator set.
     """
 
     opset: int = 21
+    float_dtype: Literal["float32", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
@@ -50,17 +59,19 @@ class OnnxTarget:
 
     def supports(self, scheme: Scheme, width: int) -> Support:
         """What becomes of a linear layer of ``width`` input channels under ``scheme``."""
-        spec = scheme.weight
-        if spec is None:
-            return Support("fused")
-        widened = ""
-        if spec.bits == 3 or (spec.bits == 2 and self.opset < 25):
-            widened = f"{spec.bits}-bit codes are stored in 4 bits: exact, but larger than they need be"
+        if scheme.activation is not None:
+            return self._supports_both(scheme.weight, scheme.activation, width)
+        return Support("fused") if scheme.weight is None else self._supports_weight(scheme.weight, width)
+
+    def _supports_weight(self, spec: QuantSpec, width: int) -> Support:
+        if spec.group_size == 1 < width:
+            return Support("refused", "one scale per weight takes more room than the weight")
+        widened = self._widened(spec)
+        if spec.is_float:
+            return Support("runs", f"{spec.dtype} weights: dequantized anew in every run, multiplied in float")
         if spec.group_size is None or spec.group_size >= width:
             return Support("fused", widened)
         group = spec.group_size
-        if group == 1:
-            return Support("refused", "one scale per weight takes more room than the weight")
         if group & (group - 1) or group < _SMALLEST_FUSED_BLOCK:
             reason = (
                 f"groups of {group}: ONNX Runtime fuses powers of two from {_SMALLEST_FUSED_BLOCK} on; "
@@ -68,3 +79,33 @@ class OnnxTarget:
             )
             return Support("runs", f"{reason}; {widened}" if widened else reason)
         return Support("fused", widened)
+
+    def _supports_both(self, weight: QuantSpec | None, activation: QuantSpec, width: int) -> Support:
+        if weight is None:
+            return Support("runs", "float weights: the product of rounded activations is computed in float")
+        if weight.group_size == 1 < width:
+            return self._supports_weight(weight, width)
+        if activation.is_float or weight.is_float:
+            kinds = " and ".join(dict.fromkeys((weight.dtype, activation.dtype)))
+            return Support("runs", f"{kinds}: no such product on a CPU; dequantized, multiplied in float")
+        if activation.granularity == "per_token":
+            return Support("runs", "one scale per token: dequantized, multiplied in float; one per tensor is fused")
+        is_grouped = weight.group_size is not None and weight.group_size < width
+        if weight.bits == 8 and is_grouped:
+            return Support(
+                "refused",
+                "int8 weights in groups with int8 activations: ONNX Runtime makes an integer product that takes one "
+                "scale per channel; choose scales per channel, or dynamic ranges per token",
+            )
+        if weight.bits < 8:
+            reason = f"int{weight.bits} weights with int8 activations: dequantized, multiplied in float"
+            widened = self._widened(weight)
+            return Support("runs", f"{reason}; {widened}" if widened else reason)
+        if self.float_dtype != "float32":
+            return Support("runs", "integer products give float32 only: in float16 dequantized, multiplied in float")
+        return Support("fused")
+
+    def _widened(self, spec: QuantSpec) -> str:
+        if spec.bits == 3 or (spec.bits == 2 and self.opset < 25):
+            return f"{spec.bits}-bit codes are stored in 4 bits: exact, but larger than they need be"
+        return ""

@@ -38,9 +38,9 @@ def write(
     graph: Graph, directory: str | Path, *, opset: int, float_dtype: str, companions: str | Path | None
 ) -> dict[str, Any]:
     """See `qcompiler.lowering.onnx.lower`."""
-    target = OnnxTarget(opset)
     if float_dtype not in _WORKING:
         raise TargetError("unknown float dtype", where="float_dtype", got=float_dtype, expected=" or ".join(_WORKING))
+    target = OnnxTarget(opset, float_dtype)  # type: ignore[arg-type]
     final = Path(directory)
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise InputError("the output is not empty", where=final, remedy="choose another directory, or remove this one")
