@@ -72,7 +72,6 @@ class OnnxArtifact:
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
-        options.add_session_config_entry("session.x64quantprecision", "1")  # no sums saturated at 16 bits on older x86
         try:
             self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
