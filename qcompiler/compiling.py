@@ -19,12 +19,12 @@ from qcompiler.errors import CalibrationError, InputError, RecipeError
 from qcompiler.feed import feed, feed_tensors
 from qcompiler.graph import Graph
 from qcompiler.native import NativeArtifact, save_native
-from qcompiler.pass_base import PassContext
+from qcompiler.pass_base import Effect, PassContext
 from qcompiler.pipeline import Pipeline
 from qcompiler.report import CompileReport, peak_rss_bytes
 from qcompiler.sweep import Batch, Progress, sweep
 from qcompiler.target import TargetSpec, check_schemes
-from qcompiler.verify import verify_graph
+from qcompiler.verify import check_declared, state_of, verify_graph
 
 __all__ = ["CalibrationInput", "CompileResult", "choose_device", "compile_graph"]
 
@@ -98,12 +98,18 @@ def compile_graph(
         held_out: Tensor | None = None
         for stage in pipeline.stages:
             for item in stage.whole_graph:
+                before = state_of(graph, graph.fx.nodes)
                 result = item.run(graph, context)
+                check_declared(item, result, before, state_of(graph, graph.fx.nodes), item.name)
                 report.sites += result.sites
                 report.skipped += result.skips
+                report.regions += [dict(region) for region in result.regions]
             widths = {site.name: site.in_features for site in graph.sites()}
             check_schemes(graph.schemes, widths, targets)
-            if stage.is_calibrated and batches is None:
+            is_checked = any(item.effect is Effect.EXACT for item in stage.swept)
+            takes_tokens = graph.signature.input("ids") is not None
+            wants_inputs = stage.is_calibrated or (is_checked and not takes_tokens and calibration is not None)
+            if wants_inputs and batches is None:
                 with report.timed("calibration"):
                     batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
             with report.timed("sweep"):
@@ -112,12 +118,14 @@ def compile_graph(
                     stage.swept,
                     batches if batches is not None and stage.is_calibrated else (),
                     context,
+                    probe=batches[0] if batches else _probe(graph, device) if is_checked and takes_tokens else None,
                     work_dir=workspace,
                     value_budget=memory_budget,
                     progress=progress,
                 )
             report.sites += done.sites
             report.skipped += done.skips
+            report.regions += done.regions
             report.sweeps += 1
             report.segments = done.segments
             report.bytes_spilled += done.bytes_spilled
@@ -223,6 +231,16 @@ def _limits(graph: Graph) -> tuple[int | None, int | None]:
     config = graph.provenance.get("config") or {}
     positions = config.get("max_position_embeddings", config.get("n_positions"))
     return config.get("vocab_size"), positions
+
+
+def _probe(graph: Graph, device: torch.device) -> Batch:
+    """A few tokens that exact passes are checked on where nothing is calibrated."""
+    vocab_size, max_positions = _limits(graph)
+    if vocab_size is None:
+        index = graph.signature.index_of_output("logits")
+        vocab_size = 2 if index is None else int(graph.signature.outputs[index].shape[-1])
+    shape = (2, min(16, max_positions or 16))
+    return feed(graph, torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device))
 
 
 def _judge_coverage(report: CompileReport, strict: bool) -> None:

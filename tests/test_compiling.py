@@ -10,13 +10,13 @@ import torch
 
 from qcompiler.calibration import Calibration
 from qcompiler.compiling import choose_device, compile_graph
-from qcompiler.errors import InputError, RecipeError, WeightError
+from qcompiler.errors import InputError, RecipeError, VerificationError, WeightError
 from qcompiler.graph import Graph
 from qcompiler.pass_base import Effect, Pass, PassContext, PassResult, Skip, Wave
 from qcompiler.passes import GPTQ, RTN, Assign
 from qcompiler.pipeline import Pipeline
 from qcompiler.report import CompileReport
-from tests.tiny_graphs import language_model
+from tests.tiny_graphs import language_model, residual_mlp
 
 CPU = torch.device("cpu")
 
@@ -92,3 +92,53 @@ def test_devices() -> None:
     with pytest.raises(InputError) as caught:
         choose_device("abacus")
     assert caught.value.got == "abacus"
+
+
+@dataclass(frozen=True)
+class _Scale(Pass):
+    """Multiplies ``up`` and divides ``down`` of every gated block: exact where the factors are inverse."""
+
+    factor: float
+    inverse: float
+
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def rewrite(self, wave: Wave, statistics: Mapping[Any, Any], context: PassContext) -> PassResult:
+        factors = {"up": self.factor, "down": self.inverse}
+        chosen = [(site, factors[site.name[2:]]) for site in wave if site.name[2:] in factors]
+        if len(chosen) < 2:  # they lie in two segments
+            return PassResult(modified=False)
+        for site, factor in chosen:
+            context.graph.weights.set(site.weight, context.weight(site) * factor)
+        return PassResult(modified=True)
+
+
+@pytest.mark.parametrize(("graph", "inputs"), [(language_model, None), (residual_mlp, [(torch.ones(3, 8),)])])
+def test_exact_passes_are_checked_where_nothing_is_calibrated(graph: Any, inputs: Any) -> None:
+    assert run(graph(), [_Scale(4.0, 0.25)], inputs).calibration == (
+        None if inputs is None else {"source": "inputs", "samples": 1}
+    )
+    with pytest.raises(VerificationError, match="exact"):
+        run(graph(), [_Scale(4.0, 0.26)], inputs)
+
+
+@dataclass(frozen=True)
+class _Claim(Pass):
+    """Changes a weight of the whole graph or not, and says so or not."""
+
+    changes: bool
+    claims: bool
+
+    effect: ClassVar[Effect] = Effect.APPROXIMATE
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        if self.changes:
+            graph.weights.set("0.q.weight", graph.weights.read("0.q.weight") * 2)
+        return PassResult(modified=self.claims, regions=({"name": "a region"},))
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_passes_on_the_whole_graph_are_held_to_what_they_say(changes: bool) -> None:
+    assert run(language_model(), [_Claim(changes, changes)]).regions == [{"name": "a region"}]
+    with pytest.raises(VerificationError, match="say truly"):
+        run(language_model(), [_Claim(changes, not changes)])
