@@ -4,11 +4,10 @@ How rows are routed and how results are weighted stays as it was; each product a
 definition. Every expert's matrix thereby becomes a site of its own, which sees exactly the rows routed to it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qcompiler.graph import Graph, is_op, site_name
 from qcompiler.pattern import Miss, is_weight, other_operand
@@ -102,18 +101,16 @@ def _parts(made: Parts, graph: Graph, stack: fx.Node, *, is_turned: bool) -> lis
     source, store = str(stack.target), graph.weights
     if (source, is_turned) not in made:
         count, *rest = stack.meta["shape"]
-        shape, dtype = rest[::-1] if is_turned else rest, store.info(source).dtype
         names = [f"{site_name(source)}.{index}{'.weight' if len(rest) == 2 else ''}" for index in range(count)]
         if any(name in store for name in names):  # the stack is also read the other way round
             names = [f"{site_name(source)}.{index}.transposed.weight" for index in range(count)]
         for index, name in enumerate(names):
-            store.derive(name, (source,), _part(index, is_turned=is_turned), dtype=dtype, shape=shape)
+            store.slice(name, source, index)
+            if is_turned:
+                dtype = store.info(source).dtype
+                store.derive(name, (name,), torch.t, dtype=dtype, shape=rest[::-1], rearranges=True)
         made[source, is_turned] = names
     return made[source, is_turned]
-
-
-def _part(index: int, *, is_turned: bool) -> Callable[[Tensor], Tensor]:
-    return lambda stack: stack[index].t() if is_turned else stack[index]
 
 
 def _linear(graph: Graph, x: fx.Node, weight: str, bias: str | None) -> fx.Node:

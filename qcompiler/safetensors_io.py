@@ -153,24 +153,32 @@ class SafetensorsFile:
         self.entries = {name: self._check_entry(name, value, data_start) for name, value in header.items()}
         self._check_layout(data_start, status.st_size)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, index: int | None = None) -> Tensor:
         """Reads one tensor into a new buffer.
+
+        Args:
+            name: the tensor.
+            index: read only this slice along the first axis.
 
         Raises:
             WeightError: if the file changed since it was opened, or cannot be read.
         """
         entry = self.entries[name]
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        offset, size, shape = entry.offset, entry.nbytes, entry.shape
+        if index is not None:
+            size, shape = size // shape[0], shape[1:]
+            offset += index * size
+        buffer = torch.empty(size, dtype=torch.uint8)
         with self._open() as (fd, _):
-            read_exactly(fd, buffer.numpy().data, entry.offset, f"{self.path}: {name}")
-        if entry.dtype is torch.bool and entry.nbytes and int(buffer.max()) > 1:
+            read_exactly(fd, buffer.numpy().data, offset, f"{self.path}: {name}")
+        if entry.dtype is torch.bool and size and int(buffer.max()) > 1:
             raise WeightError(
                 "a boolean tensor holds other bytes than 0 and 1",
                 where=f"{self.path}: {name}",
                 got=int(buffer.max()),
                 remedy=_DOWNLOAD_AGAIN,
             )
-        return buffer.view(entry.dtype).reshape(entry.shape)
+        return buffer.view(entry.dtype).reshape(shape)
 
     def read_blocks(self, name: str, blocks: Sequence[tuple[int, int]]) -> list[bytes]:
         """Reads the byte ranges ``(begin, end)``, counted from the tensor's first byte."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qcompiler.conversions import convert_names
 from qcompiler.errors import UnsupportedModelError, WeightError
 from qcompiler.weights import WeightStore
 
@@ -131,7 +132,7 @@ def bind_checkpoint(store: WeightStore, model: nn.Module, computed: Mapping[str,
     """Gives the tensors of a checkpoint the names of the model's parameters and buffers, and drops the rest.
 
     Names may lack the prefix of the base model or have it where the model does not; a parameter with several names may
-    be stored under any of them.
+    be stored under any of them; what transformers renames, merges or splits on loading is (`qcompiler.conversions`).
 
     Args:
         store: changed in place.
@@ -146,6 +147,9 @@ def bind_checkpoint(store: WeightStore, model: nn.Module, computed: Mapping[str,
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+    used = {stored for name in wanted if (stored := _stored_name(store, model, name)) is not None}
+    if len(used) < len(store):
+        convert_names(store, model, used.__contains__)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)

@@ -33,11 +33,14 @@ __all__ = [
     "METADATA_KEY",
     "Deferred",
     "InFile",
+    "Rearranged",
+    "SliceOf",
     "StoredTensor",
     "check_storable",
     "decode",
     "encode",
     "reachable",
+    "stack",
     "stored_form",
     "tensors_of",
     "write_tensors",
@@ -65,6 +68,30 @@ class Deferred:
 
     sources: tuple["StoredTensor", ...]
     function: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Rearranged(Deferred):
+    """A tensor of the same numbers as its sources, in other places."""
+
+
+@dataclass(frozen=True)
+class SliceOf(Rearranged):
+    """One slice along the first axis of another tensor."""
+
+    index: int = 0
+
+    def load(self, *, check_finite: bool) -> Tensor:
+        """The slice; of a tensor in a file, nothing else is read."""
+        (whole,) = self.sources
+        if isinstance(whole.source, InFile) and whole.dtype in _PLAIN:
+            return whole.source.file.read(whole.source.name, self.index)
+        return decode(whole.load(check_finite=check_finite), whole)[self.index]
+
+
+def stack(*parts: Tensor) -> Tensor:
+    """Parts along a new first axis; `WeightStore.slice` recognises it and takes a part as it is."""
+    return torch.stack(parts)
 
 
 @dataclass(eq=False)
@@ -106,8 +133,11 @@ class StoredTensor:
             WeightError: if it cannot be read, is not what a transform promised, or is not finite.
         """
         if isinstance(self.source, Deferred):
-            sources = [decode(entry.load(check_finite=check_finite), entry) for entry in self.source.sources]
-            tensor = self.source.function(*sources).detach().cpu()
+            if isinstance(self.source, SliceOf):
+                tensor = self.source.load(check_finite=check_finite)
+            else:
+                sources = [decode(entry.load(check_finite=check_finite), entry) for entry in self.source.sources]
+                tensor = self.source.function(*sources).detach().cpu()
             if tuple(tensor.shape) != self.shape:
                 raise WeightError(
                     "a deferred transform gave another shape than declared",

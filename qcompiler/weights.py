@@ -5,6 +5,7 @@ Nothing is held in memory but what was `WeightStore.set` and not yet spilled. `W
 
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,14 @@ from qcompiler.stored_tensor import (
     METADATA_KEY,
     Deferred,
     InFile,
+    Rearranged,
+    SliceOf,
     StoredTensor,
     check_storable,
     decode,
     encode,
     reachable,
+    stack,
     stored_form,
     write_tensors,
 )
@@ -159,6 +163,7 @@ class WeightStore:
         *,
         dtype: str,
         shape: Sequence[int],
+        rearranges: bool = False,
     ) -> None:
         """Defines a tensor as a function of others, computed at every read.
 
@@ -171,6 +176,7 @@ class WeightStore:
             function: called with the sources as `read` gives them; must not write into them.
             dtype: dtype of the result; for a packed integer the function returns int8 or uint8 codes.
             shape: shape of the result.
+            rearranges: the function moves the numbers of its sources to other places and leaves them as they are.
 
         Raises:
             WeightError: if a source is missing or the dtype unknown; on read, if the function breaks its promise.
@@ -178,7 +184,24 @@ class WeightStore:
         _check_name(name)
         stored_form(dtype, tuple(shape))  # refuses unknown dtypes
         tensors = tuple(self._find(source) for source in sources)
-        self._tensors[name] = StoredTensor(name, dtype, tuple(shape), Deferred(tensors, function))
+        kind = Rearranged if rearranges else Deferred
+        self._tensors[name] = StoredTensor(name, dtype, tuple(shape), kind(tensors, function))
+
+    def slice(self, name: str, source: str, index: int) -> None:
+        """Defines a tensor as one slice of another along its first axis; the other slices are not read where possible.
+
+        Raises:
+            WeightError: if there is no tensor ``source``, or no such slice of it.
+        """
+        _check_name(name)
+        whole = self._find(source)
+        if not whole.shape or not 0 <= index < whole.shape[0]:
+            raise WeightError("no such slice of a tensor", where=source, got=index, expected=f"shape {whole.shape}")
+        if isinstance(whole.source, Deferred) and whole.source.function is stack:
+            self._tensors[name] = whole.source.sources[index]
+            return
+        part = SliceOf((whole,), operator.itemgetter(index), index)
+        self._tensors[name] = StoredTensor(name, whole.dtype, whole.shape[1:], part)
 
     def alias(self, name: str, of: str) -> None:
         """Ties ``name``, new or not, to the tensor of ``of``: stored once, until one of them is set anew.
@@ -235,7 +258,7 @@ class WeightStore:
 
         Of each tensor 16 blocks of 4096 bytes are hashed, evenly spaced from its first byte to its last, or all of it
         where that is less: 20 MB of reading for 300 large tensors. It tells models apart and notices retraining; it is
-        no proof against changes of single values. Derived tensors are computed for it.
+        no proof against changes of single values. Derived tensors are computed for it, but those that only rearrange.
         """
         digest = hashlib.sha256()
         for name in sorted(self._tensors):
@@ -366,6 +389,10 @@ def _sample(entry: StoredTensor) -> Iterator[bytes | memoryview]:
         blocks = [(start, start + _SAMPLE_BYTES) for start in starts]
     if isinstance(entry.source, InFile):
         yield from entry.source.file.read_blocks(entry.source.name, blocks)
+        return
+    if isinstance(entry.source, Rearranged) and not isinstance(entry.source, SliceOf):
+        for source in entry.source.sources:
+            yield from _sample(source)
         return
     for chunk in byte_chunks(entry.load(check_finite=False).contiguous()):
         yield from (chunk[begin:end] for begin, end in blocks)

@@ -8,61 +8,32 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
 
 from qcompiler.canonicalize import canonicalize
 from qcompiler.capture import capture_module
 from qcompiler.execute import Stretch
 from qcompiler.graph import Graph
 from qcompiler.weights import WeightStore
+from tests.families import COMMON, SPECS
+from tests.families import POSITIONS as POSITIONS
+from tests.families import VOCABULARY as VOCABULARY
+from tests.families import WINDOW as WINDOW
 
-VOCABULARY = 61
-POSITIONS = 48
-WINDOW = 4
 FAMILIES = ("llama", "mistral", "gpt2", "bert")
 DECODERS = ("llama", "mistral", "gpt2")
-
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": POSITIONS,
-    "initializer_range": 0.3,  # logits far enough apart to tell a wrong graph from rounding
-}
 
 
 def build(family: str, *, layers: int = 2, **options: Any) -> nn.Module:
     """A model in evaluation mode, float32, every parameter random (norms and biases, too)."""
     torch.manual_seed(7)
-    common = {**_COMMON, "num_hidden_layers": layers}
-    model: nn.Module
-    if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**{**common, "num_key_value_heads": 2, **options}))
-    elif family == "mistral":
-        grouped = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": WINDOW}
-        model = MistralForCausalLM(MistralConfig(**{**common, **grouped, **options}))
-    elif family == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": POSITIONS, "initializer_range": 0.3}
-        ends = {"bos_token_id": 0, "eos_token_id": 0}
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **ends, **options))
-    elif family == "bert":
-        model = BertForMaskedLM(BertConfig(**{**common, **options}))
-    else:
-        raise ValueError(family)
+    kind, config, own = SPECS[family]
+    settings = getattr(transformers, config)(**{**COMMON, "num_hidden_layers": layers, **own, **options})
+    model: nn.Module = getattr(transformers, kind)(settings)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or float(parameter.std()) == 0:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval()
 

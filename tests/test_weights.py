@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qcompiler.errors import InputError, ResourceError, WeightError
+from qcompiler.stored_tensor import stack
 from qcompiler.weights import TensorInfo, WeightStore
 
 
@@ -445,3 +446,37 @@ def test_memory_is_that_of_one_tensor_however_many_there_are(tmp_path):
     assert 7 < save < 8 + 3
     assert 7 < read < 8 + 3
     assert 7 < transpose < 8 + 1 + 3  # one, and the part that is being laid out anew
+
+
+def test_a_slice_of_a_file_is_read_alone(tmp_path: Path) -> None:
+    whole = torch.randn(3, 4, 5)
+    WeightStore.from_tensors({"w": whole, "flags": torch.tensor([[True], [False]])}).save(tmp_path)
+    store = WeightStore.from_directory(tmp_path)
+    store.slice("w.1", "w", 1)
+    store.slice("flag", "flags", 0)
+    assert (store.info("w.1").shape, store.info("w.1").dtype, store.info("w.1").nbytes) == ((4, 5), "float32", 80)
+    assert torch.equal(store.read("w.1"), whole[1])
+    assert store.read("flag").tolist() == [True]
+    store.set("w", torch.zeros(3, 4, 5))
+    assert torch.equal(store.read("w.1"), whole[1])  # what its source's name stood for when it was defined
+    for index in (-1, 3):
+        with pytest.raises(WeightError, match="no such slice"):
+            store.slice("none", "w", index)
+
+
+def test_a_slice_of_anything_else() -> None:
+    store = WeightStore.from_tensors({"w": torch.arange(6.0).reshape(2, 3)})
+    store.derive("twice", ("w",), lambda w: 2 * w, dtype="float32", shape=(2, 3))
+    store.slice("row", "twice", 1)
+    assert store.read("row").tolist() == [6.0, 8.0, 10.0]
+    store.set("codes", torch.tensor([[1, -2, 3], [4, -5, 6]], dtype=torch.int8), "int4")
+    store.slice("code", "codes", 1)
+    assert (store.info("code").dtype, store.read("code").tolist()) == ("int4", [4, -5, 6])
+
+
+def test_a_slice_of_a_stack_is_the_part() -> None:
+    store = WeightStore.from_tensors({"a": torch.ones(2), "b": torch.zeros(2)})
+    store.derive("ab", ("a", "b"), stack, dtype="float32", shape=(2, 2), rearranges=True)
+    store.slice("second", "ab", 1)
+    assert store.tied("second") == ("b",)
+    assert torch.equal(store.read("ab"), torch.tensor([[1.0, 1.0], [0.0, 0.0]]))

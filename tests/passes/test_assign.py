@@ -9,6 +9,7 @@ from qcompiler.pass_base import PassContext, PassResult, Skip
 from qcompiler.passes import Assign
 from qcompiler.signature import Port
 from qcompiler.spec import QuantSpec, Scheme
+from tests.models import canonical_graph, copy_graph
 from tests.tiny_graphs import Maker, chain, language_model, other
 
 LOGITS = Port("logits", "logits", "float32", ("batch", 8))
@@ -124,3 +125,13 @@ def test_agreement():
     assert Assign("w4a16", overrides={"head": None}).agrees_with(Assign("w4a16-g128-sym"))
     assert not Assign("w4a16").agrees_with(Assign("w4a16", symmetric=False))
     assert not Assign("w4a16").agrees_with(Assign(None))
+
+
+def test_what_chooses_among_experts_stays_in_float():
+    graph = copy_graph(canonical_graph("mixtral"))
+    result = assign(graph, "w4a16-g8")
+    choosing = {f"model.layers.{layer}.mlp.gate" for layer in range(2)}
+    assert {skip.site for skip in result.skips} == {*choosing, "lm_head"}
+    assert all("chooses among experts" in skip.reason for skip in result.skips if skip.site in choosing)
+    assign(graph, "w4a16-g8", overrides={"*.gate": "w8a16"})
+    assert {graph.schemes[name] for name in choosing} == {Scheme.parse("w8a16", group_size=None)}
