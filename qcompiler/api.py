@@ -21,7 +21,7 @@ from qcompiler.generate import Generation
 from qcompiler.generate import generate as generate_text
 from qcompiler.graph import Graph
 from qcompiler.hf import HFArtifact, load_tokenizer
-from qcompiler.native import MANIFEST, load_held_out, load_native
+from qcompiler.native import MANIFEST, NativeArtifact, load_held_out, load_native
 from qcompiler.parity import check_parity
 from qcompiler.pass_base import Pass
 from qcompiler.passes.assign import Assign
@@ -217,9 +217,14 @@ def lower(
         raise TargetError("unknown option of a target", where=target, got=error) from error
     if verify and result.graph.signature.index_of_output("logits") is not None:
         tolerance = 2e-2 if options.get("float_dtype") == "float16" else 1e-3
+        rounds = any(scheme.activation is not None for scheme in result.graph.schemes.values())
+        unrounded = NativeArtifact(result.graph, round_activations=False) if rounds else None
         try:
             written["parity"] = check_parity(
-                result.artifact(), onnx.OnnxArtifact(Path(directory), accuracy_level=1), tolerance=tolerance
+                result.artifact(),
+                onnx.OnnxArtifact(Path(directory), accuracy_level=1),
+                tolerance=tolerance,
+                unrounded=unrounded,
             )
         except BaseException:  # what was not verified must not look as if it had been
             shutil.rmtree(directory, ignore_errors=True)

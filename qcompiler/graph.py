@@ -18,7 +18,7 @@ from qcompiler.signature import Signature
 from qcompiler.spec import QuantSpec, Scheme
 from qcompiler.weights import WeightStore
 
-__all__ = ["Graph", "Site", "ancestors", "is_op", "quantized_value", "site_name"]
+__all__ = ["Graph", "Site", "activation_rounding", "ancestors", "is_op", "quantized_value", "site_name"]
 
 _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
@@ -39,6 +39,15 @@ def quantized_value(node: object) -> Node | None:
     value = codes.args[0]
     assert isinstance(value, Node)
     return value
+
+
+def activation_rounding(nodes: Iterable[Node]) -> set[Node]:
+    """Of some nodes, the pairs of ``quantize`` and ``dequantize`` that round activations."""
+    found: set[Node] = set()
+    for node in nodes:
+        if quantized_value(node) is not None:
+            found |= {node, node.all_input_nodes[0]}
+    return found
 
 
 def site_name(weight_name: str) -> str:
@@ -183,8 +192,8 @@ class Graph:
             value: an activation.
             readers: ``linear`` nodes, in graph order; the new nodes stand ahead of the first.
             spec: the number format.
-            scale, zero_point: stored tensors, 0-D; None where the format is dynamic (the range is then computed from the
-                value) or has no zero point.
+            scale, zero_point: stored tensors, 0-D; None where the format is dynamic (the range is then computed from
+                the value) or has no zero point.
 
         Returns:
             The ``dequantize`` node.

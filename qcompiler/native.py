@@ -15,7 +15,7 @@ from qcompiler.companions import companion_files
 from qcompiler.errors import ArtifactError, InputError, RecipeError
 from qcompiler.execute import Stretch
 from qcompiler.feed import feed
-from qcompiler.graph import Graph
+from qcompiler.graph import Graph, activation_rounding
 from qcompiler.report import strict_json
 from qcompiler.report_html import render_report
 from qcompiler.staging import StagedFiles
@@ -181,12 +181,20 @@ class NativeArtifact:
         graph: a causal language model; see `load_native`.
         path: its directory, for the tokenizer.
         device: where it runs.
+        round_activations: False leaves activations in float that the graph quantizes ahead of linear layers.
 
     Raises:
         InputError: if the graph returns no logits.
     """
 
-    def __init__(self, graph: Graph, path: Path | None = None, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        path: Path | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        round_activations: bool = True,
+    ) -> None:
         index = graph.signature.index_of_output("logits")
         if index is None:
             raise InputError(
@@ -210,6 +218,7 @@ class NativeArtifact:
         self._whole = Stretch(graph.fx.nodes, [self._logits])
         self._cached = Stretch(graph.fx.nodes, [self._logits, *self._present])
         self._loaded: dict[fx.Node, Any] | None = None
+        self._passed_through = set() if round_activations else activation_rounding(graph.fx.nodes)
 
     def _weights(self) -> dict[fx.Node, Any]:
         if self._loaded is None:
@@ -219,7 +228,7 @@ class NativeArtifact:
     def forward(self, ids: Tensor) -> Tensor:
         """float32 logits ``[batch, length, vocab]`` of int64 ``[batch, length]``, without a cache."""
         values = feed(self._graph, ids.to(self._device))
-        logits: Tensor = self._whole.run(values, self._weights(), self._device)[self._logits]
+        logits: Tensor = self._whole.run(values, self._weights(), self._device, self._passed_through)[self._logits]
         return logits.float()
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, object]:
@@ -234,7 +243,7 @@ class NativeArtifact:
     def _extend(self, ids: Tensor, cache: _Cache | None) -> tuple[Tensor, _Cache]:
         past = None if cache is None else cache.values
         values = feed(self._graph, ids.to(self._device), past)
-        results = self._cached.run(values, self._weights(), self._device)
+        results = self._cached.run(values, self._weights(), self._device, self._passed_through)
         length = ids.shape[1] + (0 if cache is None else cache.length)
         return results[self._logits].float(), _Cache([results[node] for node in self._present], length)
 

@@ -195,8 +195,8 @@ class Scheme:
             raise RecipeError(
                 "unknown scheme",
                 got=name,
-                expected="w2a16, w3a16, w4a16 or w8a16, with -g<size>, -channel, -tensor, -sym or -asym behind it; w8a8 "
-                "or w4a8, with -dynamic, -dyntensor, -actsym or -actasym besides; fp8, with -dynamic or -e5m2",
+                expected="w2a16, w3a16, w4a16 or w8a16, with -g<size>, -channel, -tensor, -sym or -asym behind it; "
+                "w8a8 or w4a8, with -dynamic, -dyntensor, -actsym or -actasym besides; fp8, with -dynamic or -e5m2",
             )
         options = match["options"].split("-")[1:]
         chosen: dict[str, str] = {}

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from qcompiler.errors import CalibrationError, PipelineError, ResourceError
 from qcompiler.execute import Stretch
-from qcompiler.graph import Graph, Site, quantized_value
+from qcompiler.graph import Graph, Site, activation_rounding
 from qcompiler.memory import trim
 from qcompiler.observers import Rescalable, Statistic
 from qcompiler.pass_base import (
@@ -380,7 +380,7 @@ class _Position:
         loaded = stretch.load(runner.graph.weights.read, runner.device)
         originals = self._originals(loaded) if runner.has_reference else loaded
         leaves_start = self._values is self._start and (self.keep_start or bool(may_be_rewritten & done))
-        rounding = _activation_rounding(stretch.nodes) if runner.has_reference else set()
+        rounding = activation_rounding(stretch.nodes) if runner.has_reference else set()
         is_forked = runner.has_reference and (originals is not loaded or bool(rounding) or self._values.is_forked)
         advanced: list[Parked] = []
         reference: list[Parked] = [] if is_forked else advanced
@@ -436,21 +436,6 @@ def _routing(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """The values that say which expert each row goes to: the reference sends rows the same way, or none would match."""
     take = torch.ops.qcompiler.take_expert.default
     return list(dict.fromkeys(node.args[1] for node in nodes if node.target is take))  # type: ignore[misc]
-
-
-def _activation_rounding(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Nodes that round activations, which the reference does not."""
-    found: set[fx.Node] = set()
-    for node in nodes:
-        if quantized_value(node) is not None:
-            found |= {node, node.all_input_nodes[0]}
-    return found
-
-
-def _activation_quantizers(nodes: Sequence[fx.Node]) -> frozenset[fx.Node]:
-    """Pairs of ``quantize`` and ``dequantize`` on activations, which the reference passes over."""
-    last = [node for node in nodes if quantized_value(node) is not None]
-    return frozenset([*last, *(node.args[0] for node in last)])  # type: ignore[list-item]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Checks on what passes made: quantized weights and activations are legal, and the graph holds together."""
 
 import operator
-
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
