@@ -3,7 +3,7 @@
 #   make test    the tests that run on any machine                        make bench   the benchmark tables
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-slow test-gpu demo check format bench clean
+.PHONY: help setup test test-slow test-gpu demo check format bench matrix clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,6 +49,10 @@ MODEL ?= examples/booklm
 bench: setup
 	$(BIN)/python -m benchmarks.quality $(MODEL) --calib $(CALIB) --text $(TEXT)
 	$(BIN)/python -m benchmarks.memory
+
+# The table of recipes and targets in README.md; a test fails when it is stale.
+matrix: setup
+	$(BIN)/python -m docs.update_matrix
 
 clean:
 	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

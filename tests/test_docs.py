@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from qcompiler.passes.recipe_file import read_recipe
+from qcompiler import observers
+from qcompiler.graph import Graph
+from qcompiler.pass_base import Pass, PassContext
+from qcompiler.passes.recipe_file import load_recipe, read_recipe
 from qcompiler.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +31,7 @@ TOML = [(page, text) for page in PAGES for text in blocks(page, "toml")]
 
 
 def test_there_are_recipes() -> None:
-    assert len(TOML) >= 2
+    assert len(TOML) >= 3
 
 
 @pytest.mark.parametrize("text", [text for _, text in TOML], ids=[page.name for page, _ in TOML])
@@ -36,3 +39,24 @@ def test_recipes_are_legal(text: str, tmp_path: Path) -> None:
     text = text.replace("../examples/", f"{ROOT}/examples/")
     (tmp_path / "recipe.toml").write_text(text, encoding="utf-8")
     assert len(Pipeline(read_recipe(tmp_path / "recipe.toml")).passes) >= 2
+
+
+def test_the_pass_on_the_page_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = tmp_path / "page.py"
+    program.write_text("\n".join(blocks(ROOT / "docs" / "writing-a-pass.md", "python")), encoding="utf-8")
+    (imported, *_) = load_recipe(f"{program}:RECIPE")
+    assert imported.name == "assign"
+    assert "relative squared error" in capsys.readouterr().out
+
+
+def test_every_fact_and_method_on_the_page_is_there() -> None:
+    page = (ROOT / "docs" / "writing-a-pass.md").read_text(encoding="utf-8")
+    for name in ("requires", "establishes", "invalidates", "barrier", "rewrites_upstream", "waves", "statistics"):
+        assert hasattr(Pass, name)
+        assert f"`{name}" in page
+    for name in re.findall(r"`context\.(\w+)", page):
+        assert name in {*PassContext.__dataclass_fields__, *vars(PassContext)}, name
+    for name in re.findall(r"`(?:context\.)?graph\.(\w+)", page):
+        assert name in {*Graph.__dataclass_fields__, *vars(Graph)}, name
+    for name in re.findall(r"`(Gram|CrossGram|AbsMax|MinMax|Histogram)`", page):
+        assert hasattr(observers, name)
