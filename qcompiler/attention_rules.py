@@ -1,5 +1,6 @@
 """Rotary embeddings, cache appends and attention, in every form in which models write them out."""
 
+import operator
 from typing import Any
 
 import torch
@@ -7,10 +8,10 @@ from torch import fx
 
 from qcompiler.graph import Graph, is_op
 from qcompiler.masks import MaskForm, closed_form
-from qcompiler.pattern import Miss, arguments, note, other_operand, replace
+from qcompiler.pattern import Miss, arguments, note, other_operand, replace, shared_call
 from qcompiler.written_attention import Logits, find_logits, find_result, without_repeated_heads
 
-__all__ = ["attention", "attention_written_out", "kv_append", "rotary"]
+__all__ = ["Forms", "attention", "attention_written_out", "kv_append", "rotary", "rotary_by_halves"]
 
 _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
@@ -81,6 +82,46 @@ def _pairs_rotated(flat: Any) -> fx.Node | None:
         if axis not in (rank - 1, -1) or (start or 0) != first or step != 2 or end < width - 1 + first:
             return None
     return x if width % 2 == 0 else None
+
+
+def rotary_by_halves(graph: Graph, cat: fx.Node) -> None:
+    """``cat(a * cos - b * sin, b * cos + a * sin)``, with a cosine of half the width → ``rotary(cat(a, b), ...)``."""
+    operands: Any = cat.args[0]
+    if len(operands) != 2 or cat.args[1:] not in ((-1,), (len(cat.meta["shape"]) - 1,)):
+        return
+    difference, total = operands
+    if not (is_op(difference, _aten.sub.Tensor) and is_op(total, _aten.add.Tensor)):
+        return
+    products = [*difference.args, *total.args]
+    if not all(is_op(product, _aten.mul.Tensor) for product in products) or difference.kwargs or total.kwargs:
+        return
+    for first, cos in (products[0].args, products[0].args[::-1]):
+        for second, sin in (products[1].args, products[1].args[::-1]):
+            sums = [set(product.args) for product in products[2:]]
+            if {second, cos} in sums and {first, sin} in sums and first.meta["shape"] == second.meta["shape"]:
+                x = _joined(graph, first, second)
+                wide = [
+                    shared_call(graph, _aten.cat.default, ([t, t], -1), _doubled(t), t.meta["dtype"])
+                    for t in (cos, sin)
+                ]
+                replace(graph, cat, _canonical.rotary.default, (x, *wide, False))
+                return
+
+
+def _joined(graph: Graph, first: fx.Node, second: fx.Node) -> fx.Node:
+    """What two values are the halves of, or one in which they are."""
+    if all(is_op(part, operator.getitem) for part in (first, second)) and first.args[0] is second.args[0]:
+        split: Any = first.args[0]
+        if is_op(split, _aten.split.Tensor, _aten.chunk.default) and (first.args[1], second.args[1]) == (0, 1):
+            source: fx.Node = split.args[0]
+            if source.meta["shape"] == _doubled(first):
+                return source
+    return shared_call(graph, _aten.cat.default, ([first, second], -1), _doubled(first), first.meta["dtype"])
+
+
+def _doubled(node: fx.Node) -> tuple[Any, ...]:
+    *leading, width = node.meta["shape"]
+    return (*leading, 2 * width)
 
 
 def kv_append(graph: Graph, cat: fx.Node) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompiler.attention_rules import Forms, attention, attention_written_out, kv_append, rotary
+from qcompiler.attention_rules import Forms, attention, attention_written_out, kv_append, rotary, rotary_by_halves
 from qcompiler.expert_rules import Parts, chosen_product, stacked_product
 from qcompiler.graph import Graph, is_op
 from qcompiler.pattern import Miss, Rule, apply_rules, arguments, expect, is_weight, note, other_operand, replace
 from qcompiler.signature import Dim
 from qcompiler.simplify import (
     PRODUCTS,
+    assemble_parts,
     fold_weight_expressions,
     is_turned_weight,
     merge_equal_nodes,
@@ -34,6 +35,7 @@ _canonical = torch.ops.qcompiler
 def canonicalize(graph: Graph) -> Graph:
     """Rewrites ``graph`` in place and returns it; applying it twice changes nothing more."""
     remove_noise(graph)
+    assemble_parts(graph)
     merge_equal_nodes(graph)
     fold_weight_expressions(graph)
     apply_rules(graph, _rules())
@@ -217,6 +219,7 @@ def _rules() -> tuple[Rule, ...]:
         Rule("linear", (_aten.linear.default,), _linear),
         Rule("product-with-weight", PRODUCTS, _product_with_weight),
         Rule("rotary", (_aten.add.Tensor,), rotary),
+        Rule("rotary", (_aten.cat.default,), rotary_by_halves),
         Rule("kv-append", (_aten.cat.default,), kv_append),
         Rule("attention", (_aten.scaled_dot_product_attention.default,), partial(attention, forms)),
         Rule("attention", (_aten.softmax.int,), partial(attention_written_out, forms)),

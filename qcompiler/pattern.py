@@ -9,7 +9,18 @@ from torch import fx
 
 from qcompiler.graph import Graph, is_op
 
-__all__ = ["Miss", "Rule", "apply_rules", "arguments", "expect", "is_weight", "note", "other_operand", "replace"]
+__all__ = [
+    "Miss",
+    "Rule",
+    "apply_rules",
+    "arguments",
+    "expect",
+    "is_weight",
+    "note",
+    "other_operand",
+    "replace",
+    "shared_call",
+]
 
 
 class Miss(Exception):
@@ -83,3 +94,26 @@ def replace(graph: Graph, old: fx.Node, target: Any, args: tuple[Any, ...], **me
     old.replace_all_uses_with(new)
     graph.fx.erase_node(old)
     return new
+
+
+def shared_call(graph: Graph, target: Any, args: tuple[Any, ...], shape: Any, dtype: torch.dtype | None) -> fx.Node:
+    """A call right behind its operands; the one that is there already, where another layer has made it.
+
+    Args:
+        graph: which it belongs to.
+        target: the operator.
+        args: its arguments, at least one of them a node.
+        shape: of the result.
+        dtype: of the result; None for a size.
+    """
+    operands: list[fx.Node] = []
+    fx.node.map_arg(args, operands.append)
+    for user in operands[0].users:
+        if is_op(user, target) and user.args == args and not user.kwargs:
+            return user
+    behind = max(operands)
+    with graph.fx.inserting_after(graph.inputs[-1] if behind.op == "placeholder" else behind):
+        node = graph.fx.call_function(target, args)
+    if dtype is not None:
+        node.meta.update(dtype=dtype, shape=shape)
+    return node

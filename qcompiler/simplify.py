@@ -11,6 +11,7 @@ from qcompiler.pattern import arguments, is_weight
 
 __all__ = [
     "PRODUCTS",
+    "assemble_parts",
     "fold_weight_expressions",
     "is_turned_weight",
     "merge_equal_nodes",
@@ -38,6 +39,7 @@ _IDENTITIES = (
     _aten.lift_fresh_copy.default,
     _aten.lift_fresh.default,
 )
+_EMPTY = (_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default)
 _CASTS = (
     _aten.to.dtype,
     _aten.to.device,
@@ -127,6 +129,46 @@ def _only_operand(cat: fx.Node) -> fx.Node | None:
     if kept and len(kept) < len(operands):
         cat.args = (kept, *cat.args[1:])
     return kept[0] if len(kept) == 1 else None
+
+
+def assemble_parts(graph: Graph) -> None:
+    """Turns writing into slices of an empty tensor, one after another until it is full, into a concatenation."""
+    for node in list(graph.fx.nodes):
+        if not is_op(node, _aten.slice_scatter.default) or node._erased:
+            continue
+        axis, parts = arguments(node, 2, 0, 0, None, 1)[2], _parts_written(node)
+        if parts is not None:
+            with graph.fx.inserting_before(node):
+                whole = graph.fx.call_function(_aten.cat.default, (parts, axis))
+            whole.meta.update(node.meta)
+            node.replace_all_uses_with(whole)
+            graph.fx.eliminate_dead_code()
+
+
+def _parts_written(last: fx.Node) -> list[fx.Node] | None:
+    """The values written by a chain of ``slice_scatter`` in order, if they fill an empty tensor without overlap."""
+    axis = arguments(last, 2, 0, 0, None, 1)[2]
+    size = last.meta["shape"][axis]
+    written: dict[int, tuple[int, fx.Node]] = {}
+    node: Any = last
+    while is_op(node, _aten.slice_scatter.default):
+        base, part, this_axis, start, end, step = arguments(node, 2, 0, 0, None, 1)
+        if is_op(part, _aten.copy.default) and part.args[1].meta.get("shape") == part.meta["shape"]:
+            part = part.args[1]
+        width = part.meta["shape"][axis]
+        ends = isinstance(width, int) and (end is None or end >= start + width)
+        if this_axis != axis or step != 1 or not ends or part.meta["dtype"] != last.meta["dtype"] or start in written:
+            return None
+        written[start] = (width, part)
+        node = base
+    if not is_op(node, *_EMPTY):
+        return None
+    place = 0
+    for start, (width, _) in sorted(written.items()):
+        if start != place:
+            return None
+        place += width
+    return [part for _, (_, part) in sorted(written.items())] if place == size else None
 
 
 def merge_equal_nodes(graph: Graph) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from qcompiler.graph import Graph, is_op
-from qcompiler.pattern import Miss, is_weight
+from qcompiler.pattern import Miss, is_weight, shared_call
 from qcompiler.signature import BATCH, Dim
 
 __all__ = ["Logits", "Result", "find_logits", "find_result", "without_repeated_heads"]
@@ -150,7 +150,7 @@ def _maskings(graph: Graph, node: Any) -> tuple[Any, list[tuple[str, fx.Node]], 
                 raise Miss("the logits are a sum of products, or one with a number")
             node = logits
             if factor != 1.0:
-                mask = _shared(graph, _aten.mul.Tensor, (mask, factor), mask.meta["shape"], mask.meta["dtype"])
+                mask = shared_call(graph, _aten.mul.Tensor, (mask, factor), mask.meta["shape"], mask.meta["dtype"])
             found.append(("add", mask))
         elif is_op(node, *_MASKINGS, *_CHOICES):
             is_choice = is_op(node, *_CHOICES)
@@ -178,19 +178,19 @@ def _one_mask(graph: Graph, maskings: list[tuple[str, fx.Node]]) -> fx.Node | No
     mask: fx.Node | None = None
     for kind, node in maskings:
         if kind == "hide":
-            kind, node = "keep", _shared(graph, _aten.logical_not.default, (node,), node.meta["shape"], torch.bool)
+            kind, node = "keep", shared_call(graph, _aten.logical_not.default, (node,), node.meta["shape"], torch.bool)
         if mask is None:
             mask = node
             continue
         shape = _broadcast(mask.meta["shape"], node.meta["shape"])
         boolean = mask.meta["dtype"] == torch.bool
         if kind == "add" and not boolean:
-            mask = _shared(graph, _aten.add.Tensor, (mask, node), shape, mask.meta["dtype"])
+            mask = shared_call(graph, _aten.add.Tensor, (mask, node), shape, mask.meta["dtype"])
         elif kind == "keep" and boolean:
-            mask = _shared(graph, _aten.logical_and.default, (mask, node), shape, torch.bool)
+            mask = shared_call(graph, _aten.logical_and.default, (mask, node), shape, torch.bool)
         else:
             keep, added = (node, mask) if kind == "keep" else (mask, node)
-            mask = _shared(graph, _aten.where.ScalarOther, (keep, added, _LOWEST), shape, added.meta["dtype"])
+            mask = shared_call(graph, _aten.where.ScalarOther, (keep, added, _LOWEST), shape, added.meta["dtype"])
     return mask
 
 
@@ -200,25 +200,10 @@ def _bias_with_heads(graph: Graph, bias: fx.Node, heads: Dim) -> fx.Node:
     sizes: list[Any] = [-1, heads, queries, keys]
     for axis in (1, 2):
         if not isinstance(bias.meta["shape"][axis], int):
-            sizes[axis + 1] = _shared(graph, _aten.sym_size.int, (bias, axis), None, None)
+            sizes[axis + 1] = shared_call(graph, _aten.sym_size.int, (bias, axis), None, None)
     if not isinstance(heads, int):
         raise Miss("the number of heads varies")
-    return _shared(graph, _aten.reshape.default, (bias, sizes), (BATCH, heads, queries, keys), bias.meta["dtype"])
-
-
-def _shared(graph: Graph, target: Any, args: tuple[Any, ...], shape: Any, dtype: Any) -> fx.Node:
-    """A call right behind its operands; the one that is there already, where another layer has made it."""
-    operands: list[fx.Node] = []
-    fx.node.map_arg(args, operands.append)
-    for user in operands[0].users:
-        if is_op(user, target) and user.args == args and not user.kwargs:
-            return user
-    behind = max(operands)
-    with graph.fx.inserting_after(graph.inputs[-1] if behind.op == "placeholder" else behind):
-        node = graph.fx.call_function(target, args)
-    if dtype is not None:
-        node.meta.update(dtype=dtype, shape=shape)
-    return node
+    return shared_call(graph, _aten.reshape.default, (bias, sizes), (BATCH, heads, queries, keys), bias.meta["dtype"])
 
 
 def _broadcast(one: tuple[Dim, ...], other: tuple[Dim, ...]) -> tuple[Dim, ...]:

@@ -221,6 +221,7 @@ ELEMENTWISE_BUILDERS: Builders = {
     _aten.silu.default: _silu,
     _aten.gelu.default: _gelu,
     _aten.clamp.default: _clamp,
+    _aten.clamp.Tensor: _clamp,
     _aten.clamp_min.default: _clamp,
     _aten.clamp_max.default: lambda e, node: e.op(
         "Min", e.value(node.args[0], result_dtype(e, node)), e.value(node.args[1], result_dtype(e, node))

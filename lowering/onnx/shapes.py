@@ -212,6 +212,16 @@ def _gather(e: Emitter, node: fx.Node) -> ir.Value:
     return e.op("GatherElements", e.value(node.args[0]), e.value(node.args[2]), axis=node.args[1])
 
 
+def _scatter(e: Emitter, node: fx.Node) -> ir.Value:
+    x, axis, index, source = node.args
+    dtype = result_dtype(e, node, x)
+    places = e.value(index, _INT64)
+    values = e.value(source, dtype)
+    if not isinstance(source, fx.Node):
+        values = e.op("Expand", values, e.op("Shape", places, dtype=_INT64))
+    return e.op("ScatterElements", e.value(x, dtype), places, values, axis=axis)
+
+
 def _triangle(upper: int) -> Builder:
     def build(e: Emitter, node: fx.Node) -> ir.Value:
         x = e.value(node.args[0])
@@ -335,6 +345,8 @@ SHAPE_BUILDERS: Builders = {
     _aten.index.Tensor: _index,
     _aten.index_select.default: _index_select,
     _aten.gather.default: _gather,
+    _aten.scatter.src: _scatter,
+    _aten.scatter.value: _scatter,
     _aten.triu.default: _triangle(1),
     _aten.tril.default: _triangle(0),
     _aten.repeat.default: _repeat,

@@ -63,6 +63,7 @@ for _name in (
 for _name in ("sqrt", "rsqrt", "reciprocal", "log"):
     case(_name, getattr(aten, _name).default, lambda b, s: (positive(b, s),))
 case("softplus", aten.softplus.default, lambda b, s: (floats(b, s),))
+case("clamp tensors", aten.clamp.Tensor, lambda b, s: (floats(b, s), -positive(s), positive(s)))
 case("gelu", aten.gelu.default, lambda b, s: (floats(b, s, 8),))
 case("gelu tanh", aten.gelu.default, lambda b, s: (floats(b, s, 8),), lambda x, b, s: (x, {"approximate": "tanh"}))
 
@@ -267,6 +268,18 @@ case(
     lambda x, i, b, s: (x, 1, i),
 )
 case("gather", aten.gather.default, lambda b, s: (floats(b, 9), ints(b, 3, low=0)), lambda x, i, b, s: (x, 1, i))
+case(
+    "scatter",
+    aten.scatter.src,
+    lambda b, s: (floats(b, 9), torch.randperm(9)[:3].expand(b, 3).contiguous(), floats(b, 3)),
+    lambda x, i, y, b, s: (x, 1, i, y),
+)
+case(
+    "scatter number",
+    aten.scatter.value,
+    lambda b, s: (floats(b, 9), ints(b, 3, low=0)),
+    lambda x, i, b, s: (x, 1, i, 1.5),
+)
 case("triu", aten.triu.default, lambda b, s: (floats(b, s),), lambda x, b, s: (x, 1))
 case("tril", aten.tril.default, lambda b, s: (floats(b, s),))
 case("tril bools", aten.tril.default, lambda b, s: (bools(b, s),), lambda x, b, s: (x, -1))
