@@ -116,6 +116,7 @@ def compile(
     Raises:
         QCompilerError: see `qcompiler.errors`; nothing is left behind.
     """
+    _check_seed(seed)
     pipeline = Pipeline(override_schemes(load_recipe(recipe), overrides))
     place = choose_device(device)
     specs = [target_spec(target) if isinstance(target, str) else target for target in targets]
@@ -137,6 +138,11 @@ def compile(
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
+
+
+def _check_seed(seed: int) -> None:
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise InputError("the seed is too large", got=seed, expected="a number of 64 bits")
 
 
 def load(directory: str | Path) -> CompileResult:
@@ -281,6 +287,8 @@ def evaluate(
     Raises:
         InputError: without text, for an artifact that keeps no tokens; see also `qcompiler.evaluate`.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError("max_tokens must be positive", got=max_tokens, expected="1 or more")
     opened = _open(artifact)
     if text is None and tokens is None:
         tokens = artifact.held_out if isinstance(artifact, CompileResult) else _held_out(opened.path)
@@ -312,6 +320,7 @@ def _held_out(path: Path | None) -> Tensor | None:
 
 def generate(artifact: str | Path | Artifact | CompileResult, prompt: str, **options: Any) -> Generation:
     """Continues a prompt; options as in `qcompiler.generate`."""
+    _check_seed(options.get("seed", 0))
     opened = _open(artifact, exact=False)
     if opened.path is None:
         raise InputError("this artifact has no tokenizer beside it", remedy="use qcompiler.generate.generate")

@@ -82,6 +82,8 @@ class Calibration:
 
     def __post_init__(self) -> None:
         _require_positive(self.samples, self.length)
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise CalibrationError("the seed is too large", where="Calibration", got=self.seed, expected="64 bits")
 
     @classmethod
     def from_text(

@@ -188,9 +188,9 @@ def _batches(
                 "a model without token ids is calibrated with its own inputs",
                 expected="an iterable of tuples of tensors",
             )
-        values = [feed_tensors(graph, [t.to(context.device) for t in tensors]) for tensors in calibration]
+        values = [_module_inputs(graph, index, tensors, context.device) for index, tensors in enumerate(calibration)]
         report.calibration = {"source": "inputs", "samples": len(values)}
-        return list(values), None
+        return values, None
     if calibration is not None and not isinstance(calibration, Calibration):
         raise CalibrationError(
             "a language model is calibrated with tokens",
@@ -202,6 +202,30 @@ def _batches(
     report.notes += bound.notes
     rows = max(1, _BATCH_TOKENS // bound.ids.shape[1])
     return [feed(graph, ids.to(context.device)) for ids in bound.ids.split(rows)], bound.held_out
+
+
+def _module_inputs(graph: Graph, index: int, tensors: Sequence[Tensor], device: torch.device) -> Batch:
+    """One batch of a plain module on the device, floats in float32, refused if it does not fit the module."""
+    where = f"calibration[{index}]"
+    if not isinstance(tensors, (tuple, list)) or not all(isinstance(t, Tensor) for t in tensors):
+        raise CalibrationError(
+            "a batch of a module is a tuple of tensors", where=where, got=type(tensors).__name__, expected="(x,)"
+        )
+    values = feed_tensors(graph, tensors)
+    for port, tensor in zip(graph.signature.inputs, tensors, strict=True):
+        sizes = zip(port.shape, tensor.shape, strict=False)
+        fits = len(port.shape) == tensor.dim() and all(not isinstance(a, int) or a == b for a, b in sizes)
+        if not fits or tensor.is_floating_point() is not getattr(torch, port.dtype).is_floating_point:
+            raise CalibrationError(
+                "a batch does not fit the module",
+                where=f"{where}: {port.name}",
+                got=f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}",
+                expected=f"{port.dtype} {list(port.shape)}",
+            )
+        if not tensor.isfinite().all():
+            raise CalibrationError("a calibration input is not finite", where=f"{where}: {port.name}")
+    floats = torch.float32
+    return {node: t.to(device, floats if t.is_floating_point() else t.dtype) for node, t in values.items()}
 
 
 def _bind(graph: Graph, calibration: Calibration | None, seed: int, trust_remote_code: bool) -> CalibrationTokens:

@@ -67,6 +67,37 @@ def test_a_module_without_tokens_needs_its_inputs(calibration: Any) -> None:
         qc.compile(chain(), [GPTQ(bits=4)], calibration)
 
 
+@pytest.mark.parametrize(
+    ("batches", "where"),
+    [
+        ([torch.randn(1, 8)], "calibration[0]"),
+        ([(torch.randn(3, 8),), [1.0]], "calibration[1]"),
+        ([(torch.randn(8),)], "calibration[0]: x"),
+        ([(torch.randn(3, 9),)], "calibration[0]: x"),
+        ([(torch.ones(3, 8, dtype=torch.int64),)], "calibration[0]: x"),
+        ([(torch.randn(3, 8),), (torch.full((3, 8), torch.nan),)], "calibration[1]: x"),
+    ],
+)
+def test_inputs_that_do_not_fit_a_module(batches: Any, where: str) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        qc.compile(chain(), [GPTQ(bits=4)], batches)
+    assert caught.value.where == where
+
+
+@pytest.mark.parametrize("batches", [[], [(torch.randn(3, 8), torch.randn(3, 8))]])
+def test_too_few_or_too_many_inputs(batches: Any) -> None:
+    with pytest.raises((CalibrationError, InputError)):
+        qc.compile(chain(), [GPTQ(bits=4)], batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_inputs_of_another_precision(dtype: torch.dtype) -> None:
+    module = nn.Sequential(nn.Linear(8, 8)).to(dtype)
+    batches = [(torch.randn(16, 8, dtype=dtype),)]
+    result = qc.compile(qc.capture(module, batches[0]), [GPTQ(bits=4)], batches)
+    assert [site.site for site in result.report.sites] == ["0"]
+
+
 def test_a_language_model_needs_tokens() -> None:
     with pytest.raises(CalibrationError, match="with tokens"):
         qc.compile(language_model(), [GPTQ(bits=4)], [(ROWS,)])
@@ -162,6 +193,7 @@ def test_a_target_refuses_before_anything_is_calibrated() -> None:
         ({"targets": ["tpu"]}, TargetError, "tpu"),
         ({"device": "abacus"}, InputError, "abacus"),
         ({"work_dir": "/proc/nowhere"}, InputError, None),
+        ({"seed": 1 << 63}, InputError, str(1 << 63)),
     ],
 )
 def test_wrong_options(options: dict[str, Any], error: type[qc.QCompilerError], got: str | None) -> None:

@@ -238,6 +238,19 @@ def test_evaluation_text_shorter_than_a_window(model: Path, tmp_path: Path) -> N
     assert "64" in outcome.error["expected"]
 
 
+@pytest.mark.parametrize("option", [("--max-tokens", "0"), ("--max-tokens", "-4")])
+def test_evaluating_on_no_tokens(model: Path, tmp_path: Path, option: tuple[str, str]) -> None:
+    outcome = command("evaluate", model, "--text", write_text(tmp_path / "text.txt"), *option, "--json")
+    assert outcome.status == 2
+    assert (outcome.error["type"], outcome.error["got"]) == ("InputError", option[1])
+
+
+def test_generating_with_a_seed_that_is_too_large(model: Path) -> None:
+    outcome = command("generate", model, "--prompt", "the sea", "--temperature", "1", "--seed", 1 << 63, "--json")
+    assert outcome.status == 2
+    assert outcome.error["what"] == "the seed is too large"
+
+
 # --- recipes, targets, options ---------------------------------------------------------------------------------------
 
 
@@ -285,6 +298,7 @@ def test_damaged_recipe(
         (("--device", "abacus"), "InputError", ("abacus",)),
         (("--work-dir", "/proc/nowhere"), "InputError", ("/proc/nowhere",)),
         (("--samples", "0"), "CalibrationError", ("samples",)),
+        (("--seed", str(1 << 63)), "InputError", (str(1 << 63), "64 bits")),
     ],
 )
 def test_unknown_option(
