@@ -115,7 +115,8 @@ def _outputs(graph: Graph, inputs: Sequence[tuple[Tensor, ...]]) -> list[list[Te
     is_language_model = graph.signature.input("ids") is not None
     found = []
     for tensors in inputs:
-        values = feed(graph, tensors[0]) if is_language_model else feed_tensors(graph, tensors)
+        floats = [t.float() if t.is_floating_point() else t for t in tensors]  # what is stored is computed in float32
+        values = feed(graph, tensors[0]) if is_language_model else feed_tensors(graph, floats)
         results = stretch.run(values, loaded, _CPU)
         found.append([results[node] for node in graph.outputs])
     return found

@@ -92,10 +92,10 @@ def test_too_few_or_too_many_inputs(batches: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_inputs_of_another_precision(dtype: torch.dtype) -> None:
-    module = nn.Sequential(nn.Linear(8, 8)).to(dtype)
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).to(dtype)
     batches = [(torch.randn(16, 8, dtype=dtype),)]
     result = qc.compile(qc.capture(module, batches[0]), [GPTQ(bits=4)], batches)
-    assert [site.site for site in result.report.sites] == ["0"]
+    assert [site.site for site in result.report.sites] == ["0", "2"]
 
 
 def test_a_language_model_needs_tokens() -> None:

@@ -40,6 +40,11 @@ def test_the_pass_that_rounds() -> None:
     assert finer.graph.weights.info("up.weight_codes").dtype == "int8"
 
 
+def test_a_model_in_bfloat16() -> None:
+    inputs = [(x.bfloat16(),) for (x,) in INPUTS]
+    assert check_pass(GPTQ(bits=4, group_size=8), MLP().bfloat16(), inputs).error > 0
+
+
 def test_a_calibrated_pass_and_a_language_model() -> None:
     nearest, moved = (check_pass(item(bits=3, group_size=8), language_model, ROWS) for item in (RTN, GPTQ))
     assert 0 < moved.error < nearest.error

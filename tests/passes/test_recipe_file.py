@@ -1,5 +1,7 @@
 """Recipes as files, as places of somebody else's passes, and overrides of the schemes of any of them."""
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -8,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
+from qcompiler import passes
 from qcompiler.errors import PipelineError, RecipeError
 from qcompiler.graph import Graph
 from qcompiler.pass_base import Effect, Pass, PassContext, PassResult
@@ -127,6 +130,27 @@ def test_every_kind_of_option(tmp_path: Path) -> None:
     }
     assert isinstance(vars(found)["ratio"], float)
     assert vars(found)["sizes"] == (1, 2)
+
+
+SHIPPED = [cls for name in passes.__all__ if isinstance(cls := getattr(passes, name), type) and issubclass(cls, Pass)]
+
+
+def as_toml(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {as_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    return json.dumps(value)
+
+
+@pytest.mark.parametrize("cls", SHIPPED, ids=lambda cls: cls.__name__)
+def test_every_option_of_every_shipped_pass_can_be_written_down(cls: type[Pass], tmp_path: Path) -> None:
+    item = cls()
+    lines = [f"{option.name} = {as_toml(getattr(item, option.name))}" for option in dataclasses.fields(cls)]
+    path = write(tmp_path, "\n".join(["[[passes]]", f'use = "{cls.__name__}"', *lines]))
+    assert read_recipe(path) == (item,)
 
 
 WRONG_OPTIONS = [
