@@ -109,6 +109,8 @@ def squared_error(seen: Distribution, low: Tensor, high: Tensor, spec: QuantSpec
 
 def range_sqnr_db(seen: Distribution, low: float, high: float, spec: QuantSpec) -> float:
     """Signal to quantization noise ratio of an activation quantized with a range, in dB; inf where it is all zeros."""
+    if seen.low == seen.high == 0:
+        return math.inf
     ends = torch.tensor([[low], [high]], dtype=torch.float32)
     noise = squared_error(seen, ends[0], ends[1], spec).item()
     signal = (seen.centers.square() @ seen.counts.double()).item()
@@ -163,13 +165,13 @@ def _mse_range(seen: Distribution, spec: QuantSpec, full: tuple[float, float]) -
 def _kl_range(seen: Distribution, spec: QuantSpec, full: tuple[float, float]) -> tuple[float, float]:
     """The histogram method of TensorRT, for one side (magnitudes, 128 levels) or two (256 levels).
 
-    For every candidate range, the reference ``P`` is the histogram inside, what lies outside added to its end bins; the
-    other one, ``Q``, is the histogram inside without that, gathered into as many levels as there are codes and spread
-    evenly over the bins that were not empty. The range with the least ``KL(P || Q)`` is taken. Where an end bin is
-    empty but takes a part of ``P``, the divergence is infinite.
+    For every candidate range, the reference ``P`` is the histogram inside, what lies outside added to its outermost
+    bins; the other one, ``Q``, is the histogram inside without that, gathered into as many levels as there are codes
+    and spread evenly over the bins that were not empty. The range with the least ``KL(P || Q)`` is taken.
 
-    Source: S. Migacz, 8-bit inference with TensorRT, GTC 2017. It differs in the bins (powers of two) and in taking 128
-    candidates rather than every bin.
+    Source: S. Migacz, 8-bit inference with TensorRT, GTC 2017. It differs in the bins (powers of two), in taking 128
+    candidates rather than every bin, and in adding to the outermost bin that is not empty: in a sparse tail the last
+    one seldom holds anything, and the divergence would be infinite.
     """
     if spec.is_float:
         raise RecipeError(
@@ -198,15 +200,16 @@ def _kl_range(seen: Distribution, spec: QuantSpec, full: tuple[float, float]) ->
 
 def _divergence(counts: Tensor, start: int, stop: int, levels: int) -> float:
     inside = counts[start:stop]
+    present = inside.nonzero()[:, 0]
+    if not len(present):
+        return math.inf
     reference = inside.clone()
-    reference[0] += counts[:start].sum()
-    reference[-1] += counts[stop:].sum()
+    reference[present[0]] += counts[:start].sum()
+    reference[present[-1]] += counts[stop:].sum()
     level = torch.arange(stop - start) * levels // (stop - start)
     filled = (inside > 0).double()
     mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, inside)
     places = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, filled)
     spread = (mass / places.clamp(min=1))[level] * filled
-    if bool(((spread == 0) & (reference > 0)).any()):
-        return math.inf
     p, q = reference / reference.sum(), spread / spread.sum()
-    return float(torch.xlogy(p, p).sum() - torch.xlogy(p, q).sum())
+    return float(torch.xlogy(p, p).sum() - torch.xlogy(p, q).sum())  # p is 0 wherever q is

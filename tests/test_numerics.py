@@ -289,3 +289,73 @@ def test_sqnr():
     noisy = large + 0.1 * torch.randn(600, 1000)
     expected = 10 * math.log10(large.double().square().sum() / (large.double() - noisy.double()).square().sum())
     assert numerics.sqnr_db(large, noisy) == pytest.approx(expected, abs=1e-9)
+
+
+# --- float codes ------------------------------------------------------------------------------------------------------
+
+FLOAT_SPECS = [
+    QuantSpec(dtype, granularity, group)
+    for dtype in ("float8_e4m3fn", "float8_e5m2")
+    for granularity, group in GROUPS.items()
+]
+
+
+def nearest_float(value: float, spec: QuantSpec) -> float:
+    """The finite number of the format nearest to a value; of two, the one with an even last bit."""
+    table = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(spec.code_dtype)
+    finite = [(float(v), byte) for byte, v in enumerate(table.float()) if math.isfinite(v)]
+    return min(finite, key=lambda entry: (abs(entry[0] - value), entry[1] % 2))[0]
+
+
+@pytest.mark.parametrize("spec", FLOAT_SPECS, ids=str)
+def test_float_codes_are_the_nearest_numbers(spec):
+    x = torch.randn(3, 41) * torch.logspace(-4, 2, 41)
+    scale, zero = numerics.min_max_qparams(x, spec, torch.float32)
+    assert zero is None
+    scale = scale * 0.8  # some values lie beyond the largest code
+    codes = numerics.quantize(x, scale, None, spec)
+    assert codes.dtype == spec.code_dtype
+    width = spec.group_of(41)
+    wide = numerics.expand_groups(scale, 41, width).expand(3, 41)
+    expected = [[nearest_float(float(v), spec) for v in row] for row in x / wide]
+    assert codes.float().tolist() == expected
+    assert float(codes.float().abs().max()) == spec.quant_max
+    values = numerics.dequantize(codes, scale, None, spec)
+    assert torch.equal(values, codes.float() * wide)
+
+
+@pytest.mark.parametrize("spec", FLOAT_SPECS, ids=str)
+@pytest.mark.parametrize("choose", [numerics.min_max_qparams, numerics.mse_qparams])
+def test_scales_of_float_codes(choose, spec):
+    x = torch.randn(4, 48)
+    x[0, :16] = 0
+    scale, zero = choose(x, spec, torch.bfloat16)
+    assert zero is None
+    assert torch.equal(scale.bfloat16().float(), scale)
+    if choose is numerics.min_max_qparams:
+        groups = x.reshape(4, -1, spec.group_of(48)).abs().amax(-1)
+        largest = groups.max().reshape(1, 1) if spec.granularity == "per_tensor" else groups
+        expected = torch.where(largest > 0, largest / spec.quant_max, 1.0)
+        torch.testing.assert_close(scale, expected, rtol=2**-8, atol=0)
+        error = (numerics.fake_quantize(x, scale, None, spec) - x).abs()
+        step = torch.finfo(spec.code_dtype).eps * largest.max()
+        assert float(error.max()) <= step
+    else:
+        full = numerics.min_max_qparams(x, spec, torch.bfloat16)
+        ones = torch.ones(48)
+        assert (squared_error(x, (scale, None), spec, ones) <= squared_error(x, full, spec, ones)).all()
+        gain = squared_error(x, full, spec, ones).sum() / squared_error(x, (scale, None), spec, ones).sum()
+        assert gain > (1.0 if spec.granularity == "per_tensor" else 1.05)
+
+
+def test_one_number_of_a_float_format_is_exact():
+    spec = QuantSpec("float8_e4m3fn", "per_tensor", None)
+    numbers = torch.arange(127).to(torch.uint8).view(torch.float8_e4m3fn).float()[None]
+    one = torch.ones(1, 1)
+    assert torch.equal(
+        numerics.fake_quantize(torch.cat([numbers, -numbers]), one, None, spec), torch.cat([numbers, -numbers])
+    )
+    assert torch.equal(numerics.round_codes(numbers, spec), numbers)
+    assert numerics.round_codes(torch.tensor([1e4, -1e4]), spec).tolist() == [448, -448]
+    integers = QuantSpec("int8", "per_tensor", None)
+    assert numerics.round_codes(torch.tensor([0.5, 1.5, 300.0]), integers).tolist() == [0, 2, 127]

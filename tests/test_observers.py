@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
-from qcompiler.observers import CrossGram, Gram
+from qcompiler.errors import CalibrationError
+from qcompiler.observers import AbsMax, CrossGram, Gram, Histogram, MinMax
 
 
 @pytest.mark.parametrize("width", [1, 5, 255, 256, 257, 600])
@@ -70,3 +73,122 @@ def test_a_batch_without_rows():
     gram.update(torch.empty(0, 4))
     assert gram.rows == 0
     assert not gram.result().any()
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------------
+
+
+def test_absmax_per_channel():
+    batches = [torch.randn(2, 3, 6), torch.randn(4, 6).bfloat16(), torch.empty(0, 6)]
+    seen = AbsMax()
+    for batch in batches:
+        seen.update(batch)
+    rows = torch.cat([batch.reshape(-1, 6).float() for batch in batches])
+    assert torch.equal(seen.result(), rows.abs().amax(0))
+    assert seen.result().dtype == torch.float32
+    other = AbsMax()
+    other.update(-3 * torch.ones(1, 6))
+    other.merge(seen)
+    other.merge(AbsMax())
+    assert torch.equal(other.result(), seen.result().clamp(min=3))
+
+
+def test_minmax():
+    seen, other = MinMax(), MinMax()
+    seen.update(torch.tensor([[1.5, -0.5]]))
+    seen.update(torch.empty(0, 2))
+    assert seen.result() == (-0.5, 1.5)
+    other.update(torch.tensor([-2.0]).bfloat16())
+    seen.merge(other)
+    seen.merge(MinMax())
+    assert seen.result() == (-2.0, 1.5)
+
+
+def histogram(*batches):
+    seen = Histogram()
+    for batch in batches:
+        seen.update(batch)
+    return seen.result()
+
+
+def equal(a, b):
+    same = (a.first, a.width, a.low, a.high) == (b.first, b.width, b.low, b.high)
+    return same and torch.equal(a.counts, b.counts)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -3e-5])
+@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 3e4])
+def test_histogram_counts_every_value_in_its_bin(magnitude, offset):
+    values = torch.randn(5000) * magnitude + offset
+    seen = histogram(values)
+    assert math.log2(seen.width) % 1 == 0
+    assert (seen.low, seen.high) == (float(values.min()), float(values.max()))
+    assert len(seen.counts) <= Histogram.bins
+    naive = [0] * len(seen.counts)
+    for value in values.tolist():
+        naive[math.floor(value / seen.width) - seen.first] += 1
+    assert seen.counts.tolist() == naive
+    assert seen.counts[0] > 0
+    assert seen.counts[-1] > 0
+    if offset < magnitude:  # else float32 has no more values than that in the range
+        assert len(seen.counts) > Histogram.bins / 2 - 2
+    middle = seen.centers[0]
+    assert seen.first * seen.width < middle < (seen.first + 1) * seen.width
+
+
+@pytest.mark.parametrize("sizes", [(4000,), (1, 3999), (1000, 2000, 1000), (3000, 10, 990)])
+def test_histogram_does_not_depend_on_batches_or_merges(sizes):
+    values = torch.randn(4000) * torch.logspace(-3, 2, 4000)  # the range grows all the way
+    whole = histogram(values)
+    assert equal(histogram(*values.split(sizes)), whole)
+    assert equal(histogram(values.flip(0)), whole)
+    merged = Histogram()
+    for part in reversed(values.split(sizes)):
+        one = Histogram()
+        one.update(part.reshape(1, -1))
+        before = one.result()
+        merged.merge(one)
+        merged.merge(Histogram())
+        assert one.result() is before
+    assert equal(merged.result(), whole)
+
+
+def test_histogram_of_zeros_and_of_one_value():
+    assert not Histogram().has_seen
+    zeros = histogram(torch.zeros(3), torch.zeros(2))
+    assert (zeros.counts.tolist(), zeros.low, zeros.high) == ([5], 0.0, 0.0)
+    grown = histogram(torch.zeros(3), torch.tensor([0.0, 1000.0]))
+    assert (int(grown.counts[0]), int(grown.counts[-1]), int(grown.counts.sum())) == (4, 1, 5)
+    same = histogram(torch.full((4,), 3e30))
+    assert same.counts.tolist() == [4]
+    assert same.first * same.width <= same.low < (same.first + 1) * same.width
+
+
+def test_coarser_bins_and_magnitudes():
+    values = torch.randn(3000) - 0.3
+    fine = histogram(values)
+    coarse = fine.coarsened(3)
+    assert coarse.width == 8 * fine.width
+    expected = torch.zeros_like(coarse.counts)
+    for value in values.tolist():
+        expected[math.floor(value / coarse.width) - coarse.first] += 1
+    assert torch.equal(coarse.counts, expected)
+    folded = fine.magnitudes()
+    assert folded.high == float(values.abs().max())
+    naive = torch.zeros_like(folded.counts)
+    for value in values.abs().tolist():
+        naive[math.floor(value / fine.width)] += 1
+    assert torch.equal(folded.counts, naive)
+
+
+@pytest.mark.parametrize("kind", [MinMax, Histogram])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_ranges_of_what_is_not_finite(kind, value):
+    with pytest.raises(CalibrationError, match="not finite"):
+        kind().update(torch.tensor([1.0, value]))
+
+
+@pytest.mark.parametrize("kind", [AbsMax, MinMax, Histogram])
+def test_no_range_was_observed(kind):
+    with pytest.raises(ValueError, match="nothing was observed"):
+        kind().result()

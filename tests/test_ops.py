@@ -140,6 +140,61 @@ def test_quantize_saturates_and_rounds_half_to_even():
     assert ops.quantize(x, torch.tensor(1.0), zero_point, 0, 0, torch.uint8).tolist() == [0, 1, 3, 3, 5, 5, 255]
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float_codes_saturate_and_round_half_to_even(dtype):
+    spec = QuantSpec(str(dtype).removeprefix("torch."), "per_tensor", None)
+    x = torch.tensor([-math.inf, -1e9, -17.0, 0.0, 2.0**-10, 1.5 * 2.0**-10, 9.0, 17.0, 19.0, 449.0, 1e9, math.inf])
+    codes = ops.quantize(x, torch.tensor(1.0), None, 0, 0, dtype)
+    assert codes.dtype == dtype
+    if dtype == torch.float8_e4m3fn:
+        expected = [-448.0, -448.0, -16.0, 0.0, 0.0, 2.0**-9, 9.0, 16.0, 20.0, 448.0, 448.0, 448.0]
+    else:
+        small, largest = [2.0**-10, 1.5 * 2.0**-10], 57344.0
+        expected = [-largest, -largest, -16.0, 0.0, *small, 8.0, 16.0, 20.0, 448.0, largest, largest]
+    assert codes.float().tolist() == expected
+    assert torch.equal(ops.dequantize(codes, torch.tensor(0.5), None, 0, 0, torch.float32), codes.float() * 0.5)
+    y = torch.randn(3, 12) * 100
+    scale, _ = numerics.min_max_qparams(y, spec, torch.float32)
+    found = ops.quantize(y, scale.reshape(()), None, 0, 0, dtype)
+    assert torch.equal(found.float(), numerics.quantize(y, scale, None, spec).float())
+
+
+@pytest.mark.parametrize("axis", [None, -1, 1])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_ranges_of_the_values_themselves(dtype, axis):
+    x = torch.randn(2, 3, 5) * torch.tensor([0.1, 1.0, 10.0])[:, None] + 0.7
+    x[0, 0] = 0
+    scale, zero = ops.choose_qparams(x, dtype, axis)
+    slices = x.reshape(1, -1) if axis is None else x.movedim(axis, -1).reshape(-1, x.shape[axis])
+    assert scale.shape == zero.shape == (() if axis is None else x.amax(axis, keepdim=True).shape)
+    assert (scale.dtype, zero.dtype) == (torch.float32, dtype)
+    for row, s, z in zip(slices, scale.flatten(), zero.flatten(), strict=True):
+        if dtype == torch.uint8:
+            low, high = min(0.0, float(row.min())), max(0.0, float(row.max()))
+            expected = max((high - low) / 255, 2.0**-23)
+            assert int(z) == round(-low / float(s))
+        else:
+            largest = {torch.int8: 127.5, torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}[dtype]
+            expected = max(float(row.abs().max()) / largest, 2.0**-23)
+            assert float(z) == 0
+        assert float(s) == pytest.approx(expected, rel=1e-6)
+    block = 0 if axis is None else x.shape[axis]
+    point = zero if dtype == torch.uint8 else None
+    codes = ops.quantize(x, scale, point, axis or 0, block, dtype)
+    back = ops.dequantize(codes, scale, point, axis or 0, block, torch.float32)
+    step = scale if dtype in (torch.int8, torch.uint8) else scale * torch.finfo(dtype).max * torch.finfo(dtype).eps
+    assert bool(((back - x).abs() <= step * 0.5001).all())
+
+
+def test_zeros_have_a_positive_scale_and_stay_zeros():
+    for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn):
+        scale, zero = ops.choose_qparams(torch.zeros(2, 4), dtype, -1)
+        assert bool((scale > 0).all())
+        assert bool((scale.half() > 0).all())
+        codes = ops.quantize(torch.zeros(2, 4), scale, zero if dtype == torch.uint8 else None, -1, 4, dtype)
+        assert bool((codes.float() == zero.float()).all())
+
+
 def test_dequantize_counts_in_the_scale_s_dtype():
     codes, scale = torch.tensor([7, -8], dtype=torch.int8), torch.tensor(0.1, dtype=torch.float16)
     values = ops.dequantize(codes, scale, None, 0, 0, torch.float32)
@@ -155,6 +210,14 @@ def test_gradients_and_tracing():
     assert gradient.abs().max() > 0
     traced = make_fx(lambda *t: ops.attention(*t, None, 0.4, True), tracing_mode="fake")(*inputs(3, 4))
     assert traced(*inputs(3, 4)).shape == (2, 4, 3, 6)
+
+    def rounded(x):
+        scale, zero = ops.choose_qparams(x, torch.uint8, -1)
+        codes = ops.quantize(x, scale, zero, -1, 5, torch.uint8)
+        return ops.dequantize(codes, scale, zero, -1, 5, torch.float32)
+
+    x = torch.randn(2, 3, 5)
+    assert torch.equal(make_fx(rounded, tracing_mode="fake")(x)(x), rounded(x))
 
 
 def test_every_operator_is_defined():

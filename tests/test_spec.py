@@ -28,6 +28,53 @@ def test_scheme_names(name, options, dtype, granularity, group, symmetric):
     assert Scheme.parse(name, **options).weight == QuantSpec(dtype, granularity, group, symmetric)
 
 
+def activation(dtype, granularity="per_tensor", symmetric=True, dynamic=False):
+    return QuantSpec(dtype, granularity, None, symmetric, dynamic=dynamic)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "expected"),
+    [
+        ("w8a8", QuantSpec("int8", "per_channel", None), activation("int8", symmetric=False)),
+        ("w8a8-actsym", QuantSpec("int8", "per_channel", None), activation("int8")),
+        ("w8a8-dynamic", QuantSpec("int8", "per_channel", None), activation("int8", "per_token", dynamic=True)),
+        ("w8a8-dynamic-actasym", QuantSpec("int8", "per_channel", None), activation("int8", "per_token", False, True)),
+        ("w8a8-dyntensor", QuantSpec("int8", "per_channel", None), activation("int8", "per_tensor", False, True)),
+        ("w8a8-tensor-asym", QuantSpec("int8", "per_tensor", None, False), activation("int8", symmetric=False)),
+        ("w4a8-g32-dynamic", QuantSpec("int4", "per_group", 32), activation("int8", "per_token", dynamic=True)),
+        ("fp8", QuantSpec("float8_e4m3fn", "per_channel", None), activation("float8_e4m3fn")),
+        ("fp8-tensor", QuantSpec("float8_e4m3fn", "per_tensor", None), activation("float8_e4m3fn")),
+        ("fp8-g128", QuantSpec("float8_e4m3fn", "per_group", 128), activation("float8_e4m3fn")),
+        ("fp8-e5m2", QuantSpec("float8_e5m2", "per_channel", None), activation("float8_e5m2")),
+        (
+            "fp8-dynamic",
+            QuantSpec("float8_e4m3fn", "per_channel", None),
+            activation("float8_e4m3fn", "per_token", dynamic=True),
+        ),
+        ("w8a16", QuantSpec("int8", "per_channel", None), None),
+    ],
+)
+def test_names_of_schemes_with_activations(name, weight, expected):
+    scheme = Scheme.parse(name)
+    assert (scheme.weight, scheme.activation) == (weight, expected)
+
+
+def test_options_are_those_of_weights():
+    scheme = Scheme.parse("w8a8", group_size=64, symmetric=False, scale_dtype="float16")
+    assert scheme.weight == QuantSpec("int8", "per_group", 64, False, "float16")
+    assert scheme.activation == Scheme.parse("w8a8").activation
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["w4a16-dynamic", "w8a16-actsym", "w8a8-e5m2", "fp8-sym", "fp8-asym", "fp8-actasym", "w8a8-dynamic-dyntensor",
+     "w8a8-actsym-actasym", "fp8-e5m2-e5m2", "w8a4", "fp8-g64-tensor"],
+)  # fmt: skip
+def test_names_with_options_that_have_no_meaning_there(name):
+    with pytest.raises(RecipeError):
+        Scheme.parse(name)
+
+
 @pytest.mark.parametrize(
     "name",
     ["", "w4", "w5a16", "w4a4", "w04a16", "W4A16", "w4a16-", "w4a16-g", "w4a16-g0", "w4a16-row", "w4a16-g64-g128",
@@ -48,11 +95,49 @@ def test_what_is_no_scheme(name):
         {"group_size": 0},
         {"group_size": -1},
         {"scale_dtype": "float64"},
+        {"dtype": "float8_e4m3fn", "symmetric": False},
+        {"dtype": "float8_e4m3"},
+        {"dynamic": True},  # in groups
+        {"granularity": "per_channel", "group_size": None, "dynamic": True},
+        {"granularity": "per_token"},  # with the default group size
     ],
 )
 def test_combinations_that_mean_nothing(fields):
     with pytest.raises(RecipeError):
         QuantSpec(**fields)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"weight": QuantSpec("int8", "per_token", None)},
+        {"weight": QuantSpec("int8", "per_tensor", None, dynamic=True)},
+        {"activation": QuantSpec("int4", "per_tensor", None)},
+        {"activation": QuantSpec("int8", "per_channel", None)},
+        {"activation": QuantSpec("int8", "per_group", 32)},
+    ],
+)
+def test_formats_that_weights_or_activations_cannot_take(parts):
+    with pytest.raises(RecipeError):
+        Scheme(**parts)
+
+
+def test_one_scale_per_token_is_dynamic():
+    assert QuantSpec("int8", "per_token", None).dynamic
+    assert not QuantSpec("int8", "per_tensor", None).dynamic
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float8_e4m3fn", 448), ("float8_e5m2", 57344)])
+def test_float_codes(dtype, largest):
+    spec = QuantSpec(dtype, "per_tensor", None)
+    assert (spec.is_float, spec.bits, spec.quant_min, spec.quant_max) == (True, 8, -largest, largest)
+    assert spec.code_dtype == getattr(torch, dtype)
+    assert torch.finfo(spec.code_dtype).max == largest
+    assert spec.stored_dtype == dtype
+
+
+def test_stored_dtype():
+    assert (QuantSpec("int4").stored_dtype, QuantSpec("int4", symmetric=False).stored_dtype) == ("int4", "uint4")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -77,11 +162,28 @@ def test_scales_take_the_weight_s_dtype_where_that_can_hold_scales():
     assert QuantSpec(scale_dtype="float16").scale_torch_dtype(torch.bfloat16) == torch.float16
 
 
-@pytest.mark.parametrize("scheme", [Scheme(), Scheme.parse("w3a16-g48-asym", scale_dtype="float16")])
+ROUND_TRIPS = ["w8a8", "w8a8-dyntensor", "fp8-dynamic", "fp8-e5m2"]
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme(), Scheme.parse("w3a16-g48-asym", scale_dtype="float16"), *map(Scheme.parse, ROUND_TRIPS)],
+)
 def test_json_round_trip(scheme):
     assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+
+
+def test_schemes_written_before_there_were_activations():
+    fields = Scheme.parse("w4a16").to_dict()
+    del fields["activation"]
+    del fields["weight"]["dynamic"]
+    assert Scheme.from_dict(fields) == Scheme.parse("w4a16")
 
 
 def test_text():
     assert str(QuantSpec()) == "int4 g128 symmetric"
     assert str(QuantSpec("int8", "per_channel", None, False)) == "int8 per_channel asymmetric"
+    assert str(Scheme.parse("w8a8-dynamic").activation) == "int8 per_token symmetric dynamic"
+    assert str(Scheme.parse("fp8").weight) == "float8_e4m3fn per_channel"
+    assert str(Scheme.parse("w8a8")) == "int8 per_channel symmetric, activation int8 per_tensor asymmetric"
+    assert (str(Scheme.parse("w4a16")), str(Scheme())) == ("int4 g128 symmetric", "float")
