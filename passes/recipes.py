@@ -19,7 +19,7 @@ RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
     "w8a8-rtn": lambda: (Assign("w8a8"), RTN(), InsertQDQ()),
     "w8a8-dynamic": lambda: (Assign("w8a8-dynamic"), RTN(), InsertQDQ(observer=None)),
     "fp8": lambda: (Assign("fp8"), InsertQDQ(observer="minmax"), GPTQ()),
-    "fp8-dynamic": lambda: (Assign("fp8-dynamic"), RTN(), InsertQDQ(observer=None)),
+    "fp8-dynamic": lambda: (Assign("fp8-dynamic"), RTN(search=True), InsertQDQ(observer=None)),
 }
 """Name → maker of the passes."""
 

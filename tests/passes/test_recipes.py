@@ -1,7 +1,7 @@
 import pytest
 
 from qcompiler.errors import RecipeError
-from qcompiler.passes import GPTQ, RECIPES, RTN, Assign, recipe
+from qcompiler.passes import GPTQ, RECIPES, RTN, Assign, InsertQDQ, recipe
 from qcompiler.pipeline import Pipeline
 
 
@@ -15,6 +15,12 @@ def test_every_recipe_is_a_legal_pipeline_of_one_sweep(name):
 def test_contents():
     assert recipe("w8a16") == (Assign("w8a16"), RTN())
     assert recipe("w4a16-gptq") == (Assign("w4a16"), GPTQ())
+    assert recipe("fp8") == (Assign("fp8"), InsertQDQ(observer="minmax"), GPTQ())
+
+
+@pytest.mark.parametrize("name", ["w8a8-dynamic", "fp8-dynamic"])
+def test_dynamic_recipes_need_no_calibration(name):
+    assert not Pipeline(recipe(name)).is_calibrated
 
 
 def test_unknown_recipe():
