@@ -39,12 +39,15 @@ class _LeaveAlone(Pass):
 
     def rewrite(self, wave: Wave, statistics: Mapping[Any, Any], context: PassContext) -> PassResult:
         reason = "no override could help"
-        return PassResult(modified=False, skips=tuple(Skip(s.name, self.name, reason, self.asked) for s in wave))
+        skips = tuple(Skip(s.name, self.name, reason, self.asked) for s in wave)
+        return PassResult(modified=False, skips=skips, regions=({"name": wave[0].name},))
 
 
 def test_strict_asks_the_skip_and_not_the_words_of_its_reason() -> None:
     assert len(run(language_model(), [_LeaveAlone(True)], strict=True).skipped) == 15
-    assert len(run(language_model(), [_LeaveAlone(False)]).skipped) == 15
+    report = run(language_model(), [_LeaveAlone(False)])
+    assert len(report.skipped) == 15
+    assert [region["name"] for region in report.regions] == ["0.q", "0.gate", "1.q", "1.gate", "head"]
     with pytest.raises(RecipeError) as caught:
         run(language_model(), [_LeaveAlone(False)], strict=True)
     assert caught.value.where == "0.q"
