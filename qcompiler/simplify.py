@@ -113,6 +113,9 @@ def _same_value(node: fx.Node) -> fx.Node | None:
     elif is_op(node, _aten.slice.Tensor):
         _, _, start, _, step = arguments(node, 1, 0, None, None, 1)
         is_same = same_shape and start in (None, 0) and step == 1
+    elif is_op(node, _aten.slice_scatter.default):
+        _, part, _, start, _, step = arguments(node, 2, 0, None, None, 1)
+        return part if part.meta["shape"] == source.meta["shape"] and start in (None, 0) and step == 1 else None
     elif is_op(node, _aten.mul.Tensor, _aten.div.Tensor):
         is_same = same_dtype and isinstance(rest[0], (int, float)) and rest[0] == 1
     elif is_op(node, _aten.add.Tensor, _aten.sub.Tensor):

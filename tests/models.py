@@ -15,6 +15,7 @@ from qcompiler.canonicalize import canonicalize
 from qcompiler.capture import capture_module
 from qcompiler.execute import Stretch
 from qcompiler.graph import Graph
+from qcompiler.stored_tensor import Deferred, StoredTensor
 from qcompiler.weights import WeightStore
 from tests.families import COMMON, SPECS
 from tests.families import POSITIONS as POSITIONS
@@ -63,7 +64,8 @@ def canonical_graph(family: str) -> Graph:
 def copy_graph(graph: Graph) -> Graph:
     """A graph with nodes, weight names and reports of its own; tensors are shared."""
     store = WeightStore()
-    store._tensors = dict(graph.weights._tensors)
+    copies: dict[StoredTensor, StoredTensor] = {}
+    store._tensors = {name: _copy_entry(entry, copies) for name, entry in graph.weights._tensors.items()}
     return dataclasses.replace(
         graph,
         fx=copy.deepcopy(graph.fx),
@@ -72,6 +74,16 @@ def copy_graph(graph: Graph) -> Graph:
         provenance=dict(graph.provenance),
         unrecognized=list(graph.unrecognized),
     )
+
+
+def _copy_entry(entry: StoredTensor, copies: dict[StoredTensor, StoredTensor]) -> StoredTensor:
+    """An entry of its own, which may be moved to a file without the original; tied ones stay tied."""
+    if entry not in copies:
+        source = entry.source
+        if isinstance(source, Deferred):
+            source = dataclasses.replace(source, sources=tuple(_copy_entry(item, copies) for item in source.sources))
+        copies[entry] = dataclasses.replace(entry, source=source)
+    return copies[entry]
 
 
 def run(graph: Graph, **values: Tensor) -> dict[str, Tensor]:

@@ -44,6 +44,59 @@ def test_rotary(function):
     assert calls(graph, aten.neg.default) == []
 
 
+def rotate_pairs(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def pair_angles():
+    table = torch.outer(torch.arange(5.0), torch.tensor([1.0, 0.3, 0.1, 0.03])).repeat_interleave(2, -1)
+    return table.cos(), table.sin()
+
+
+def test_rotary_of_pairs_side_by_side():
+    model = module(lambda self, x: x * pair_angles()[0] + rotate_pairs(x) * pair_angles()[1])
+    graph = canonical_form(model, torch.randn(2, 3, 5, 8))
+    (node,) = calls(graph, canonical.rotary.default)
+    assert node.args[3] is True
+    assert calls(graph, aten.stack.default) == []
+
+
+def turned(first, second):
+    cos, sin = (t[..., :4] for t in angles(first))
+    return torch.cat((first * cos - second * sin, second * cos + sin * first), dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("function", "joined"),
+    [
+        (lambda self, x: turned(*x.chunk(2, -1)), 0),
+        (lambda self, x: turned(*x.split(4, -1)), 0),
+        (lambda self, x: turned(x[..., ::2], x[..., 1::2]), 1),  # pairs side by side in, halves out
+    ],
+)
+def test_rotary_by_halves(function, joined):
+    graph = canonical_form(module(function), torch.randn(2, 3, 5, 8))
+    (node,) = calls(graph, canonical.rotary.default)
+    assert node.args[3] is False
+    assert is_op(node.args[0], aten.cat.default) is bool(joined)
+    assert operators(graph)["aten.sub"] == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: torch.cat((x[..., :4] * 2 - x[..., 4:] * 3, x[..., 4:] * 3 + x[..., :4] * 2), -1),
+        lambda self, x: x * pair_angles()[0] + rotate_pairs(x.flip(-1)) * pair_angles()[1],
+        lambda self, x: (
+            x * pair_angles()[0] + torch.stack((x[..., 1::2], -x[..., ::2]), dim=-1).flatten(-2) * pair_angles()[1]
+        ),
+    ],
+)
+def test_what_only_looks_like_rotary(function):
+    graph = canonical_form(module(function), torch.randn(2, 3, 5, 8))
+    assert operators(graph)["qcompiler.rotary"] == 0
+
+
 def test_what_is_no_rotary():
     other = module(lambda self, x: (x + 1) * angles(x)[0] + rotate_half(x) * angles(x)[1])
     graph = canonical_form(other, torch.randn(2, 3, 5, 8))

@@ -191,6 +191,25 @@ def test_what_is_no_rms_norm(function, reason):
     assert operators(graph)["qcompiler.rms_norm"] == 0
 
 
+def centred(self, x):
+    x = x - x.mean(-1, keepdim=True)
+    return self.w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-4))
+
+
+def test_a_layer_norm_written_out():
+    graph = canonical_form(module(centred, w=torch.randn(6)), torch.randn(2, 3, 6))
+    assert operators(graph) == {"qcompiler.layer_norm": 1}
+    (node,) = calls(graph, canonical.layer_norm.default)
+    assert node.args[2:] == (None, 1e-4)
+
+    def shifted(self, x):
+        x = x - x.mean(1, keepdim=True)
+        return self.w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-4))
+
+    graph = canonical_form(module(shifted, w=torch.randn(6)), torch.randn(2, 3, 6))
+    assert operators(graph)["qcompiler.layer_norm"] == 0
+
+
 def test_layer_norm():
     graph = canonical_form(nn.LayerNorm(6, eps=1e-3), torch.randn(2, 6))
     assert operators(graph) == {"qcompiler.layer_norm": 1}

@@ -5,10 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qcompiler.canonicalize import canonicalize
 from qcompiler.capture import capture_module
 from qcompiler.errors import UnsupportedModelError
 from qcompiler.exporting import export
-from tests.models import canonical_form, module
+from qcompiler.graph import Graph
+from qcompiler.signature import Port, Signature
+from qcompiler.weights import WeightStore
+from tests.models import canonical_form, module, run
 
 
 @pytest.mark.parametrize("kind", ["branch", "raises", "number", "state", "small"])
@@ -117,3 +121,28 @@ def test_export_takes_the_module_as_it_is():
     exported = export(nn.Dropout(0.5).train(), (torch.randn(2, 3),), None, "Dropout")
     assert [tuple(value.shape) for value in exported.inputs] == [(2, 3)]
     assert [tuple(value.shape) for value in exported.outputs] == [(2, 3)]
+
+
+class Constants(nn.Module):
+    """Makes tensors of numbers while it runs, in the ways models do."""
+
+    def forward(self, input_ids):
+        x = input_ids[:, :, None] * torch.tensor([1.0, 2.0, 3.0], device=input_ids.device)
+        x = x + torch.tensor(0.5, dtype=torch.float32, device=input_ids.device)
+        last, others = x[:, :, [-1]], x[:, :, [0, 2]]
+        return torch.cat((last, others, x[:, :, [1]]), dim=-1)
+
+
+def test_constants_keep_their_values_on_meta():
+    ids = torch.empty(2, 3, dtype=torch.int64, device="meta")
+    dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    exported = export(Constants(), (ids,), dynamic, "Constants")
+    signature = Signature(
+        (Port("input_ids", "ids", "int64", ("batch", "sequence")),),
+        (Port("output", "other", "float32", ("batch", "sequence", 4)),),
+    )
+    store = WeightStore()
+    graph = canonicalize(Graph(exported.to_fx(signature, store, {}, ""), signature, store))
+    assert graph.weight_names() == []
+    ids = torch.randint(9, (3, 5))
+    torch.testing.assert_close(run(graph, input_ids=ids)["output"], Constants()(ids))

@@ -221,3 +221,24 @@ def test_what_is_not_recognized_stays_a_tensor(mask, is_recognized):
     torch.testing.assert_close(logits[real.bool()], expected[real.bool()])
     before = list(graph.unrecognized)
     assert canonicalize(graph).unrecognized == before
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("window", [7, 20, None])
+def test_a_window_that_lies_in_a_stored_table(window, cache):
+    """It is longer than any probe whose size comes from numbers in the graph; only the whole table shows it."""
+    table = torch.ones(32, 32, dtype=torch.bool).tril()
+    if window is not None:
+        table ^= table.tril(-window)
+
+    graph = graph_of(causal, cache=cache, stored=table)
+    with graph.fx.inserting_before(graph.fx.output_node()):
+        weight = graph.fx.create_node("get_attr", "stored")
+        weight.meta.update(dtype=torch.bool, shape=(32, 32))
+        start, end = 0, graph.fx.call_function(aten.sym_size.int, (graph.inputs[0], 1))
+        if cache:
+            start = graph.fx.call_function(aten.sym_size.int, (graph.inputs[3], 2))
+            end = graph.fx.call_function(operator.add, (start, end))
+        rows = graph.fx.call_function(aten.slice.Tensor, (weight, 0, start, end))
+        mask = graph.fx.call_function(aten.slice.Tensor, (rows, 1, 0, end))
+    assert closed_form(graph, mask) == MaskForm(True, window, None)
