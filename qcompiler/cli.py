@@ -366,8 +366,8 @@ def _print_compiled(summary: dict[str, Any]) -> None:
         {
             "size": f"{before / 2**20:.1f} → {after / 2**20:.1f} MiB",
             "bits per weight": f"{summary['bits_per_weight']:.2f}",
-            "sites quantized": len(summary["sites"]),
-            "sites left alone": len(summary["skipped"]),
+            "sites rewritten": len({site["site"] for site in summary["sites"]}),
+            "sites left alone": len({skip["site"] for skip in summary["skipped"]}),
             "seconds": f"{summary['seconds']:.1f}",
             "peak memory": f"{summary['peak_rss_bytes'] / 2**20:,.0f} MiB",
             **{f"written: {name}": path for name, path in summary["artifacts"].items()},

@@ -21,7 +21,7 @@ from qcompiler.graph import Graph
 from qcompiler.native import NativeArtifact, save_native
 from qcompiler.pass_base import Effect, PassContext
 from qcompiler.pipeline import Pipeline
-from qcompiler.report import CompileReport, peak_rss_bytes
+from qcompiler.report import CompileReport, peak_rss_bytes, quantized_bits_per_weight
 from qcompiler.sweep import Batch, Progress, sweep
 from qcompiler.target import TargetSpec, check_schemes
 from qcompiler.verify import check_declared, state_of, verify_graph
@@ -130,7 +130,7 @@ def compile_graph(
             report.segments = done.segments
             report.bytes_spilled += done.bytes_spilled
         verify_graph(graph)
-        _judge_coverage(report, strict)
+        _judge_coverage(graph, report, strict)
         report.bytes_after = graph.weights.stored_bytes(graph.weight_names())
         undo.pop_all()
     report.peak_rss_bytes = peak_rss_bytes()
@@ -267,8 +267,8 @@ def _probe(graph: Graph, device: torch.device) -> Batch:
     return feed(graph, torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device))
 
 
-def _judge_coverage(report: CompileReport, strict: bool) -> None:
-    if not report.sites:
+def _judge_coverage(graph: Graph, report: CompileReport, strict: bool) -> None:
+    if quantized_bits_per_weight(graph) is None:
         report.notes.append("no weight was quantized: every site was left in float")
     unasked = [skip for skip in report.skipped if not skip.asked]
     if strict and unasked:

@@ -63,9 +63,9 @@ code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 <td class="number">{{ (report.cpu_seconds or {}).get(phase) | number(1) }}</td></tr>
 {% endfor %}</tbody></table>
 
-<h2>Layers rewritten ({{ sites | length }})</h2>
-<p class="faint">SQNR is that of the weight. The output error is the squared error of the layer's output on the
-calibration inputs, relative to the output's square; the ratio compares it with round-to-nearest: below 1 is better.</p>
+<h2>Layer by layer ({{ sites | length }})</h2>
+<p class="faint">SQNR is that of the weight or activation. The output error is the squared error of the layer's output on
+the calibration inputs, relative to the output's square; the ratio compares it with round-to-nearest: below 1 is better.</p>
 <div class="wide"><table><thead><tr><th>Layer</th><th>Method</th><th>Scheme</th><th class="number">SQNR, dB</th>
 <th class="number">Output error</th><th class="number">Ratio to RTN</th><th class="number">Seconds</th><th>Details</th>
 </tr></thead><tbody>
@@ -145,7 +145,7 @@ def _summary(report: Mapping[str, Any], manifest: Mapping[str, Any], sites: list
         ("bits per weight", f"{_number(report.get('bits_per_weight'), 2)} over {report.get('parameters'):,} parameters")
         if report.get("parameters")
         else None,
-        ("layers", f"{len(sites)} rewritten, {len(report.get('skipped') or ())} left alone"),
+        ("layers", f"{len({s.get('site') for s in sites})} rewritten, {len(report.get('skipped') or ())} left alone"),
         ("seconds", _number((report.get("seconds") or {}).get("total"), 1)),
         ("peak memory", _mebibytes(report.get("peak_rss_bytes"))),
         ("sweeps", f"{report.get('sweeps')} over {report.get('segments')} segments"),
@@ -157,7 +157,7 @@ def _summary(report: Mapping[str, Any], manifest: Mapping[str, Any], sites: list
     ratios = [site["ratio"] for site in sites if site["ratio"] is not None]
     if ratios:
         worse = sum(ratio > 1 for ratio in ratios)
-        text = f"median {median(ratios):.3f}, worst {max(ratios):.3f}; {worse} of {len(ratios)} layers are worse"
+        text = f"median {median(ratios):.3f}, worst {max(ratios):.3f}; {worse} of {len(ratios)} are worse"
         rows.append(("output error, ratio to RTN", text))
     return [row for row in rows if row is not None]
 

@@ -12,7 +12,7 @@ from qcompiler.calibration import Calibration
 from qcompiler.compiling import choose_device, compile_graph
 from qcompiler.errors import InputError, RecipeError, VerificationError, WeightError
 from qcompiler.graph import Graph
-from qcompiler.pass_base import Effect, Pass, PassContext, PassResult, Skip, Wave
+from qcompiler.pass_base import Effect, Pass, PassContext, PassResult, SiteReport, Skip, Wave
 from qcompiler.passes import GPTQ, RTN, Assign
 from qcompiler.pipeline import Pipeline
 from qcompiler.report import CompileReport
@@ -52,6 +52,13 @@ def test_strict_asks_the_skip_and_not_the_words_of_its_reason() -> None:
         run(language_model(), [_LeaveAlone(False)], strict=True)
     assert caught.value.where == "0.q"
     assert caught.value.got == "no override could help"
+
+
+def test_what_quantizes_no_weight_says_so() -> None:
+    note = "no weight was quantized: every site was left in float"
+    assert note in run(language_model(), [_LeaveAlone(True)]).notes
+    assert note in run(language_model(), [_Claim(True, True)]).notes
+    assert note not in run(language_model(), [RTN(bits=4)]).notes
 
 
 def test_phases_are_timed() -> None:
@@ -137,7 +144,8 @@ class _Claim(Pass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         if self.changes:
             graph.weights.set("0.q.weight", graph.weights.read("0.q.weight") * 2)
-        return PassResult(modified=self.claims, regions=({"name": "a region"},))
+        sites = (SiteReport("0.q", self.name, "twice as large", 0.0),) if self.changes else ()
+        return PassResult(modified=self.claims, sites=sites, regions=({"name": "a region"},))
 
 
 @pytest.mark.parametrize("changes", [False, True])

@@ -1,6 +1,7 @@
 """The page is checked by parsing: what it shows, and what it must not hold."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -59,19 +60,24 @@ def page(report: CompileReport, manifest: Any = None) -> Page:
 
 def test_everything_is_on_the_page() -> None:
     report = full_report()
+    report.sites.append(replace(report.sites[0], method="insert-qdq", site="b"))
     report.targets["onnx"]["sites"] = {"a": {"status": "fused", "reason": ""}, "b": {"status": "runs", "reason": "why"}}
     shown = page(report)
     rows = {row[0]: row[1:] for row in shown.rows}
     assert rows["a"] == ["gptq", "int4 g128", "20.5", "0.01", "0.500", "1.50", "damping=0.01, dead=1, 2"]
-    assert rows["b"][:5] == ["rtn", "int8", "–", "–", "–"]
+    assert [row[1:6] for row in shown.rows if row[0] == "b"] == [
+        ["rtn", "int8", "–", "–", "–"],
+        ["insert-qdq", "int4 g128", "20.5", "0.01", "0.500"],
+    ]
     assert rows["head"] == ["assign", "left in float", "no"]
     assert rows["norm_1"] == ["scale", "folded", "0.norm_1", "0.q, 0.k", "16", "", "alpha=0.5"]
     assert rows["sweep"] == ["1.0", "–"]
     assert rows["gptq"] == ["damping=0.01"]
     assert rows["bits per weight"] == ["4.80 over 50 parameters"]
-    assert rows["output error, ratio to RTN"] == ["median 0.500, worst 0.500; 0 of 1 layers are worse"]
+    assert rows["output error, ratio to RTN"] == ["median 0.500, worst 0.500; 0 of 2 are worse"]
     assert rows["calibration"] == ["source=text, samples=4"]
     assert rows["seed"] == ["7"]
+    assert rows["layers"] == ["2 rewritten, 1 left alone"]
     assert rows["fingerprint of the original"] == ["abc123"]
     assert rows["sites"] == ["1 fused; 1 runs (why)"]
     assert rows["parity"] == ["max_difference=1e-05"]
