@@ -88,6 +88,12 @@ class OnnxTarget:
         if activation.is_float or weight.is_float:
             kinds = " and ".join(dict.fromkeys((weight.dtype, activation.dtype)))
             return Support("runs", f"{kinds}: no such product on a CPU; dequantized, multiplied in float")
+        if activation.granularity == "per_token" and not activation.symmetric and weight.bits == 8:
+            return Support(
+                "refused",
+                "zero points per token with int8 weights: ONNX Runtime makes an integer product that takes one per "
+                "tensor; choose symmetric codes per token, or one range per tensor",
+            )
         if activation.granularity == "per_token":
             return Support("runs", "one scale per token: dequantized, multiplied in float; one per tensor is fused")
         is_grouped = weight.group_size is not None and weight.group_size < width

@@ -32,6 +32,45 @@ def test_support(name, width, status, reason):
     assert re.search(reason, support.reason) if reason else support.reason == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "status", "reason"),
+    [
+        ("w8a8", 4096, "fused", ""),
+        ("w8a8-tensor-asym", 4096, "fused", ""),
+        ("w8a8-actsym", 4096, "fused", ""),
+        ("w8a8-dyntensor", 4096, "fused", ""),
+        ("w8a8-g64", 64, "fused", ""),  # one group per channel
+        ("w8a8-dynamic", 4096, "runs", "one scale per token"),
+        ("w8a8-g64-dynamic", 4096, "runs", "one scale per token"),
+        ("w8a8-g64", 4096, "refused", "int8 weights in groups"),
+        ("w8a8-dynamic-actasym", 4096, "refused", "zero points per token"),
+        ("w4a8-dynamic-actasym", 4096, "runs", "one scale per token"),
+        ("w4a8", 4096, "runs", "int4 weights with int8 activations"),
+        ("w3a8", 4096, "runs", "3-bit codes are stored in 4 bits"),
+        ("w4a8-g1", 4096, "refused", "one scale per weight"),
+        ("fp8", 4096, "runs", "float8_e4m3fn: no such product"),
+        ("fp8-e5m2", 4096, "runs", "float8_e5m2: no such product"),
+        ("fp8-dynamic", 4096, "runs", "float8_e4m3fn"),
+    ],
+)
+def test_support_of_rounded_activations(name, width, status, reason):
+    support = OnnxTarget().supports(Scheme.parse(name), width)
+    assert support.status == status
+    assert re.search(reason, support.reason) if reason else support.reason == ""
+
+
+def test_parts_of_schemes():
+    fp8, w8a8 = Scheme.parse("fp8"), Scheme.parse("w8a8")
+    assert "dequantized anew" in OnnxTarget().supports(Scheme(fp8.weight), 4096).reason
+    assert "float8_e4m3fn and int8" in OnnxTarget().supports(Scheme(fp8.weight, w8a8.activation), 4096).reason
+    assert "float weights" in OnnxTarget().supports(Scheme(None, w8a8.activation), 4096).reason
+
+
+def test_integer_products_are_float32():
+    support = OnnxTarget(float_dtype="float16").supports(Scheme.parse("w8a8"), 4096)
+    assert (support.status, "float16" in support.reason) == ("runs", True)
+
+
 def test_two_bits_have_a_type_of_their_own_from_opset_25_on():
     assert OnnxTarget(25).supports(Scheme.parse("w2a16-g64"), 4096).reason == ""
 
