@@ -64,8 +64,9 @@ code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 {% endfor %}</tbody></table>
 
 <h2>Layer by layer ({{ sites | length }})</h2>
-<p class="faint">SQNR is that of the weight or activation. The output error is the squared error of the layer's output on
-the calibration inputs, relative to the output's square; the ratio compares it with round-to-nearest: below 1 is better.</p>
+<p class="faint">SQNR is that of the weight or activation. The output error is the squared error of the layer's output
+on the calibration inputs, relative to the output's square; the ratio compares it with round-to-nearest: below 1 is
+better.</p>
 <div class="wide"><table><thead><tr><th>Layer</th><th>Method</th><th>Scheme</th><th class="number">SQNR, dB</th>
 <th class="number">Output error</th><th class="number">Ratio to RTN</th><th class="number">Seconds</th><th>Details</th>
 </tr></thead><tbody>
