@@ -106,3 +106,11 @@ def test_no_gradients_and_the_given_device():
     assert not Stretch(nodes.nodes, [total]).run({x: x_value}, {}, CPU)[total].requires_grad
     meta = torch.device("meta")
     assert Stretch(nodes.nodes, [total]).run({x: x_value.to(meta)}, {}, meta)[total].device == meta
+
+
+def test_nodes_passed_through(graph):
+    nodes, named = graph
+    stretch = Stretch(nodes.nodes, [named["y"], named["z"]])
+    loaded = stretch.load({"w": torch.tensor(3.0)}.__getitem__, CPU)
+    values = stretch.run({named["x"]: torch.tensor(2.0)}, loaded, CPU, {named["y"]})
+    assert values == {named["y"]: torch.tensor(2.0), named["z"]: torch.tensor(4.0)}

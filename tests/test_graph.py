@@ -11,7 +11,7 @@ from qcompiler import numerics
 from qcompiler.canonicalize import canonicalize
 from qcompiler.capture import capture_module
 from qcompiler.errors import ArtifactError, PipelineError
-from qcompiler.graph import Graph, ancestors, is_op
+from qcompiler.graph import Graph, activation_rounding, ancestors, is_op, quantized_value
 from qcompiler.qtensor import Affine
 from qcompiler.spec import QuantSpec, Scheme
 from tests.models import FAMILIES, VOCABULARY, canonical_graph, copy_graph, language_inputs, operators, run
@@ -63,6 +63,8 @@ def test_ancestors():
         QuantSpec("int8", "per_channel", None),
         QuantSpec("int8", "per_channel", None, symmetric=False),
         QuantSpec("int8", "per_tensor", None),
+        QuantSpec("float8_e4m3fn", "per_channel", None),
+        QuantSpec("float8_e5m2", group_size=12),
     ],
     ids=str,
 )
@@ -74,7 +76,7 @@ def test_a_quantized_weight(spec):
     graph.set_weight(site, weight)
     assert site.weight not in graph.weights
     assert [s.name for s in graph.sites()] == [site.name, other.name]
-    assert graph.weights.info(f"{site.weight}_codes").dtype == ("int" if spec.symmetric else "uint") + str(spec.bits)
+    assert graph.weights.info(f"{site.weight}_codes").dtype == ("" if spec.symmetric else "u") + spec.dtype
     assert (f"{site.weight}_zero_point" in graph.weights) is not spec.symmetric
     with torch.no_grad():
         model[0].weight.copy_(weight.dequantize())
@@ -93,6 +95,46 @@ def test_quantizing_one_use_of_a_tied_weight_leaves_the_other():
     table = graph.weights.read("transformer.wte.weight")
     graph.set_weight(head, quantized(graph.weights.read(head.weight), QuantSpec("int4", group_size=16)))
     torch.testing.assert_close(graph.weights.read("transformer.wte.weight"), table, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-dynamic", "w8a8-dyntensor", "fp8"])
+def test_a_quantized_input(name):
+    model = nn.Sequential(nn.Linear(32, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    graph = canonicalize(capture_module(model, (torch.randn(3, 32),)))
+    spec = Scheme.parse(name).activation
+    last = graph.sites()[1]
+    (value,) = last.inputs
+    scale, zero = torch.tensor(0.02), None if spec.symmetric else torch.tensor(0, dtype=torch.uint8)
+    if not spec.dynamic:
+        graph.weights.set("scale", scale)
+        graph.weights.set("zero", torch.tensor(0, dtype=torch.uint8))
+    result = graph.quantize_input(
+        value, last.nodes, spec, None if spec.dynamic else "scale", None if spec.dynamic or spec.symmetric else "zero"
+    )
+    graph.fx.lint()
+    assert quantized_value(result) is value
+    assert quantized_value(result.args[0]) is quantized_value(value) is quantized_value(7) is None
+    assert activation_rounding(graph.fx.nodes) == {result, result.args[0]}
+    assert graph.sites()[1].inputs == (result,)
+    assert result.meta == {"dtype": torch.float32, "shape": value.meta["shape"]}
+    assert result.args[0].meta == {"dtype": spec.code_dtype, "shape": value.meta["shape"]}
+    along = -1 if spec.granularity == "per_token" else None
+    with torch.no_grad():
+        x = torch.randn(5, 32)
+        hidden = model[1](model[0](x))
+        if spec.dynamic:
+            scale, chosen = canonical.choose_qparams(hidden, spec.code_dtype, along)
+            zero = None if spec.symmetric else chosen
+            assert result.args[1].meta["shape"] == ((*value.meta["shape"][:-1], 1) if along else ())
+        place = (0, 0) if along is None else (-1, 6)
+        codes = canonical.quantize(hidden, scale, zero, *place, spec.code_dtype)
+        expected = model[2](canonical.dequantize(codes, scale, zero, *place, torch.float32))
+        torch.testing.assert_close(run(graph, input_0=x)["output_0"], expected)
+        assert (expected - model(x)).abs().max() > 1e-4
+    again = rebuilt(stored(graph), graph)
+    assert torch.equal(run(again, input_0=x)["output_0"], run(graph, input_0=x)["output_0"])
+    with pytest.raises(PipelineError, match="quantized already"):
+        graph.quantize_input(value, last.nodes, spec, "scale", None)
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

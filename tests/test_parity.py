@@ -86,3 +86,34 @@ def test_short_contexts_and_models_without_a_cache():
     found = check_parity(expected, actual, tolerance=1e-5)
     assert found["tokens"] == 16
     assert found["cached_difference"] is None
+
+
+def rounding_artifact(scale: float = 1.0, *, round_activations: bool = True) -> NativeArtifact:
+    """As `artifact`, with activations rounded per token."""
+    graph = artifact(scale)._graph
+    scheme = Scheme.parse("w8a8-dynamic")
+    for site in graph.sites()[:-1]:
+        assert scheme.activation is not None
+        graph.quantize_input(site.inputs[0], site.nodes, scheme.activation, None, None)
+    return NativeArtifact(graph, round_activations=round_activations)
+
+
+def test_rounding_of_activations_widens_the_tolerance_by_twice_what_it_does():
+    reference, unrounded = rounding_artifact(), rounding_artifact(round_activations=False)
+    plain = check_parity(reference, unrounded, tolerance=1.0)
+    assert plain["tolerance"] == 1.0
+    assert 1e-3 < plain["max_difference"] < 0.1
+    found = check_parity(reference, unrounded, tolerance=1e-3, unrounded=unrounded)
+    assert found["tolerance"] == pytest.approx(1e-3 + 2 * plain["max_difference"])
+    with pytest.raises(VerificationError):
+        check_parity(reference, unrounded, tolerance=1e-3)
+    with pytest.raises(VerificationError):
+        check_parity(reference, rounding_artifact(-1.0), tolerance=1e-3, unrounded=unrounded)
+
+
+def test_divergence():
+    found = check_parity(artifact(), artifact(2.0), tolerance=10)
+    ids = torch.randint(32, (2, 32), generator=torch.Generator().manual_seed(0))
+    p, q = (a.forward(ids).double().softmax(-1) for a in (artifact(), artifact(2.0)))
+    assert found["kl_divergence"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-6)
+    assert check_parity(artifact(), artifact(), tolerance=1e-5)["kl_divergence"] == 0

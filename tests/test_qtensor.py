@@ -29,6 +29,7 @@ def test_dequantize(symmetric):
         (QuantSpec("int4", "per_group", 8, symmetric=False), 64 * 4 + 8 * (16 + 4)),
         (QuantSpec("int8", "per_channel", None), 64 * 8 + 8 * 16),
         (QuantSpec("int2", "per_tensor", None), 64 * 2 + 16),
+        (QuantSpec("float8_e4m3fn", "per_channel", None), 64 * 8 + 8 * 16),
     ],
     ids=str,
 )
@@ -36,9 +37,14 @@ def test_stored_bits(spec, bits):
     assert affine(torch.randn(8, 8), spec).stored_bits == bits
 
 
-def test_stored_bits_are_what_the_store_needs():
+@pytest.mark.parametrize(
+    "spec",
+    [QuantSpec("int4", "per_group", 4, symmetric=False), QuantSpec("float8_e5m2", "per_channel", None)],
+    ids=str,
+)
+def test_stored_bits_are_what_the_store_needs(spec):
     graph: Graph = chain(sites=1, width=8)
     (site,) = graph.sites()
-    quantized = affine(graph.weights.read(site.weight), QuantSpec("int4", "per_group", 4, symmetric=False))
+    quantized = affine(graph.weights.read(site.weight), spec)
     graph.set_weight(site, quantized)
     assert 8 * graph.weights.stored_bytes(graph.weight_names()) == quantized.stored_bits

@@ -5,6 +5,7 @@ from qcompiler.errors import VerificationError
 from qcompiler.graph import Graph
 from qcompiler.pass_base import PassContext
 from qcompiler.passes import RTN
+from qcompiler.ranges import activation_qparams
 from qcompiler.spec import Scheme
 from qcompiler.verify import verify_graph
 from tests.tiny_graphs import chain, language_model
@@ -113,3 +114,106 @@ def test_ports_against_the_signature():
     graph = chain()
     graph.fx.output_node().args = ((graph.outputs[0], graph.outputs[0]),)
     assert "got: 1 inputs and 2 outputs" in problem(graph)
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def rounded(scheme: str) -> Graph:
+    """As `quantized`, with the inputs of the two sites rounded; no calibration: ranges are made up."""
+    graph = quantized(scheme)
+    for name in ("0", "1"):
+        spec = graph.schemes[name].activation
+        assert spec is not None
+        (site,) = (site for site in graph.sites() if site.name == name)
+        scale = zero = None
+        if not spec.dynamic:
+            qparams = activation_qparams(-1.0, 2.0, spec)
+            scale = f"{name}.input_scale"
+            graph.weights.set(scale, qparams[0])
+            if qparams[1] is not None:
+                zero = f"{name}.input_zero_point"
+                graph.weights.set(zero, qparams[1])
+        graph.quantize_input(site.inputs[0], site.nodes, spec, scale, zero)
+    return graph
+
+
+ACTIVATIONS = ["w8a8", "w8a8-actsym", "w8a8-dynamic", "w8a8-dyntensor", "w4a8-g4", "fp8", "fp8-dynamic", "fp8-e5m2"]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_legal_activations(name):
+    verify_graph(rounded(name))
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-tensor", "fp8-g4", "fp8-e5m2"])
+def test_legal_float_weights(name):
+    graph = rounded(name)
+    assert graph.weights.info("0.weight_codes").dtype.startswith("float8")
+    verify_graph(graph)
+
+
+def test_a_float_activation_where_the_scheme_says_rounded():
+    text = problem(quantized("w8a8"))
+    assert "got: a float activation" in text
+    assert "expected: int8 per_tensor asymmetric" in text
+    assert "InsertQDQ" in text
+
+
+def test_a_rounded_activation_without_a_scheme():
+    graph = rounded("w8a8")
+    graph.schemes["1"] = Scheme(graph.schemes["1"].weight)
+    text = problem(graph)
+    assert "where: 1" in text
+    assert "got: a quantized activation" in text
+
+
+@pytest.mark.parametrize(
+    ("actual", "stated", "found"),
+    [
+        ("fp8", "fp8-e5m2", "codes are torch.float8_e4m3fn, not torch.float8_e5m2"),
+        ("w8a8", "w8a8-actsym", "codes are torch.uint8, not torch.int8"),
+        ("w8a8", "w8a8-actsym", "a zero point where the scheme is symmetric"),
+        ("w8a8-actsym", "w8a8", "none where it is not"),
+        ("w8a8", "w8a8-dyntensor", "a range that is static where the scheme is dynamic"),
+        ("w8a8-dyntensor", "w8a8", "or the other way round"),
+        ("w8a8-dyntensor-actsym", "w8a8-dynamic", "scales run along (axis, block) (0, 0), not (-1, 8)"),
+        ("w8a8-dyntensor-actsym", "w8a8-dynamic", "a range of something else"),
+    ],
+)
+def test_other_activation_formats_than_the_scheme_s(actual, stated, found):
+    graph = rounded(actual)
+    graph.schemes["1"] = Scheme(graph.schemes["1"].weight, Scheme.parse(stated).activation)
+    text = problem(graph)
+    assert "where: 1" in text
+    assert found in text
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "found"),
+    [
+        ("input_scale", torch.tensor(0.0), "not all positive and finite"),
+        ("input_scale", torch.tensor(-1.0), "not all positive and finite"),
+        ("input_scale", torch.tensor(torch.inf), "not all positive and finite"),
+        ("input_scale", torch.ones(1), "1.input_scale is not one number"),
+        ("input_zero_point", torch.tensor(3, dtype=torch.int8), "zero point is not uint8"),
+    ],
+)
+def test_planted_ranges(name, tensor, found):
+    graph = rounded("w8a8")
+    graph.weights.set(f"1.{name}", tensor)
+    assert found in problem(graph)
+
+
+def test_dequantized_with_another_scale():
+    graph = rounded("w8a8")
+    first, second = (site.inputs[0] for site in graph.sites()[:2])
+    second.update_arg(1, first.args[1])
+    assert "not dequantized with the scale it was quantized with" in problem(graph)
+
+
+def test_a_range_of_another_value():
+    graph = rounded("w8a8-dynamic")
+    first, second = (site.inputs[0].args[0] for site in graph.sites()[:2])
+    second.args[1].args[0].update_arg(0, first.args[0])
+    assert "a range of something else" in problem(graph)
