@@ -48,7 +48,7 @@ def canonicalize(graph: Graph) -> Graph:
 
 
 def _rms_norm(graph: Graph, rsqrt: fx.Node) -> None:
-    """``x * rsqrt(mean(x^2) + eps) * weight``, computed in float32 inside a narrower model or not."""
+    """``x * rsqrt(mean(x^2) + eps) * weight``, computed in float32 inside a narrower model or not; weight may lack."""
     add = expect(rsqrt.args[0], _aten.add.Tensor, what="mean + eps")
     mean, eps = add.args[:2]
     if isinstance(eps, fx.Node):
@@ -69,14 +69,34 @@ def _rms_norm(graph: Graph, rsqrt: fx.Node) -> None:
     scaled = expect(scaled, _aten.mul.Tensor, what="x * rsqrt")
     if other_operand(scaled, rsqrt) is not x:
         raise Miss("another value than the squared one is scaled")
-    last, (user,) = scaled, _users(scaled, 1)
-    while is_op(user, _aten.to.dtype):
-        last, (user,) = user, _users(user, 1)
-    user = expect(user, _aten.mul.Tensor, what="a multiplication by the norm's weight")
-    weight = other_operand(user, last)
-    if not is_weight(weight) or len(weight.meta["shape"]) != 1:
-        raise Miss("the norm's factor is not a stored vector")
-    replace(graph, user, _canonical.rms_norm.default, (x, weight, eps))
+    end, weight = _norm_weight(graph, scaled, x.meta["shape"][-1])
+    replace(graph, end, _canonical.rms_norm.default, (x, weight, eps))
+
+
+def _norm_weight(graph: Graph, scaled: fx.Node, width: Dim) -> tuple[fx.Node, fx.Node]:
+    """Where a norm ends, and its weight: a stored vector it is multiplied with there, else ones."""
+    last = scaled
+    while len(last.users) == 1:
+        (user,) = last.users
+        if is_op(user, _aten.mul.Tensor):
+            weight = other_operand(user, last)
+            if is_weight(weight) and weight.meta["shape"] == (width,):
+                return user, weight
+        if not is_op(user, _aten.to.dtype):
+            break
+        last = user
+    return scaled, _ones(graph, scaled, width)
+
+
+def _ones(graph: Graph, norm: fx.Node, width: Dim) -> fx.Node:
+    if not isinstance(width, int):
+        raise Miss("the width of a norm varies")
+    name = f"{norm.name}.ones"
+    graph.weights.set(name, torch.ones(width))
+    with graph.fx.inserting_before(norm):
+        node = graph.fx.create_node("get_attr", name)
+    node.meta.update(dtype=torch.float32, shape=(width,))
+    return node
 
 
 def _centred_norm(graph: Graph, norm: fx.Node) -> None:
@@ -101,7 +121,9 @@ def _fused_rms_norm(graph: Graph, node: fx.Node) -> None:
     x, shape, weight, eps = arguments(node, 2, None, None)
     if len(shape) != 1:
         raise Miss("normalizes over more than the last axis")
-    if not is_weight(weight):
+    if weight is None:
+        weight = _ones(graph, node, x.meta["shape"][-1])
+    elif not is_weight(weight):
         raise Miss("the norm's factor is not a stored vector")
     eps = torch.finfo(node.meta["dtype"]).eps if eps is None else eps
     replace(graph, node, _canonical.rms_norm.default, (x, weight, float(eps)))

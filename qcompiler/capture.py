@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcompiler.errors import InputError, UnsupportedModelError
 from qcompiler.exporting import Exported, export, symbolic_size, trouble
@@ -152,13 +153,16 @@ def _capture_transformers(model: nn.Module, store: WeightStore) -> Graph:
     parameters = inspect.signature(model.forward).parameters
     with torch.no_grad(), quiet_transformers(), trouble(name):
         _choose_implementations(model)
-        ids = torch.empty((_EXAMPLE[BATCH], _EXAMPLE[SEQUENCE]), dtype=torch.int64, device="meta")
-        probe = model(input_ids=ids, return_dict=True, **({"use_cache": True} if "use_cache" in parameters else {}))
+        # fake tensors tell models that look at values not to
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            ids = torch.empty((_EXAMPLE[BATCH], _EXAMPLE[SEQUENCE]), dtype=torch.int64, device="meta")
+            probe = model(input_ids=ids, return_dict=True, **({"use_cache": True} if "use_cache" in parameters else {}))
     output = next((field for field in ("logits", "last_hidden_state") if hasattr(probe, field)), None)
     if output is None:
         raise UnsupportedModelError("the model returns neither logits nor hidden states", where=name)
     past = _cache_ports(probe, name)
-    inputs = _input_ports(parameters, has_cache=bool(past))
+    has_types = bool(getattr(config, "type_vocab_size", 0))  # else what is asked for is read as tokens, and 0 is one
+    inputs = _input_ports(parameters, has_cache=bool(past), has_types=has_types)
     width = getattr(probe, output).shape[-1]
     result = Port(output, "logits" if output == "logits" else "other", "float32", (BATCH, SEQUENCE, width))
     present = tuple(
@@ -182,7 +186,7 @@ def _choose_implementations(model: Any) -> None:
             getattr(model, setter)(choice)
 
 
-def _input_ports(parameters: Any, *, has_cache: bool) -> tuple[Port, ...]:
+def _input_ports(parameters: Any, *, has_cache: bool, has_types: bool) -> tuple[Port, ...]:
     """What the model takes besides the cache, of what we know how to feed."""
     shape: tuple[Dim, ...] = (BATCH, SEQUENCE)
     ports = [Port("input_ids", "ids", "int64", shape)]
@@ -190,7 +194,7 @@ def _input_ports(parameters: Any, *, has_cache: bool) -> tuple[Port, ...]:
         ports.append(Port("attention_mask", "mask", "int64", (BATCH, TOTAL if has_cache else SEQUENCE)))
     if "position_ids" in parameters and has_cache:
         ports.append(Port("position_ids", "positions", "int64", shape))
-    if "token_type_ids" in parameters and not has_cache:
+    if "token_type_ids" in parameters and has_types and not has_cache:
         ports.append(Port("token_type_ids", "other", "int64", shape))
     return tuple(ports)
 

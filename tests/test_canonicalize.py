@@ -168,6 +168,24 @@ def no_weight(self, x):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * (x + 2)
 
 
+def alone(self, x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def read_twice(self, x):
+    y = alone(self, x)
+    return y * self.w + y
+
+
+@pytest.mark.parametrize("function", [no_weight, alone, read_twice, lambda self, x: F.rms_norm(x, (6,), eps=1e-5)])
+def test_a_norm_without_a_weight_has_one_of_ones(function):
+    graph = canonical_form(module(function, w=torch.randn(6)), torch.randn(2, 3, 6))
+    (node,) = calls(graph, canonical.rms_norm.default)
+    assert torch.equal(graph.weights.read(str(node.args[1].target)), torch.ones(6))
+    assert node.args[2] == 1e-5
+    assert graph.unrecognized == []
+
+
 def stored_eps(self, x):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.w.abs()) * self.w
 
@@ -179,7 +197,6 @@ def stored_eps(self, x):
         (another_power, "not of a square"),
         (another_value, "another value"),
         (second_reader, "2 readers"),
-        (no_weight, "not a stored vector"),
         (stored_eps, "eps is not a number"),
     ],
 )

@@ -98,6 +98,32 @@ def test_ports_of_an_encoder():
     assert graph.provenance["limits"] == {SEQUENCE: POSITIONS}
 
 
+def test_a_model_that_looks_for_padding_in_its_tokens():
+    """Without a mask it would look at values, which are not there while it is captured."""
+    graph = canonicalize(capture_module(build("gpt2", layers=1, pad_token_id=0)))
+    assert graph.signature.has_cache
+
+
+def test_token_types_are_asked_for_where_they_have_a_table_of_their_own():
+    """Elsewhere they are read as tokens: zeros would not mean nothing."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    torch.manual_seed(7)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": POSITIONS}
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes, initializer_range=0.3)).eval()
+    graph = canonicalize(capture_module(model))
+    assert [port.name for port in graph.signature.inputs] == ["input_ids", "attention_mask"]
+    assert_same_logits(graph, model, torch.randint(VOCABULARY, (2, 6)), padding_mask(2, 6, "right"))
+
+
+def test_experts_are_captured_as_products_with_chosen_matrices():
+    model = build("mixtral", layers=1)
+    before = model.config._experts_implementation
+    graph = capture_module(model)
+    assert model.config._experts_implementation == before
+    assert operators(graph)["aten.bmm"] == 2
+
+
 def test_provenance():
     graph = canonical_graph("llama")
     model = model_of("llama")
