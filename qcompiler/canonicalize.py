@@ -39,6 +39,7 @@ def canonicalize(graph: Graph) -> Graph:
     merge_equal_nodes(graph)
     fold_weight_expressions(graph)
     apply_rules(graph, _rules())
+    merge_equal_nodes(graph)  # rows that several matrices of one expert read
     _note_leftovers(graph)
     graph.fx.lint()
     return graph

@@ -11,6 +11,8 @@ __all__ = ["Segment", "SegmentedGraph", "segment_graph"]
 
 _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
+_LARGEST_MOMENTS = 1 << 28
+"""Elements of the second moments that are gathered together: 1 GB in float32."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,11 @@ class Segment:
         return found
 
     def waves(self) -> list[tuple[Site, ...]]:
-        """Sites grouped by how many others of the segment stand before them: q, k, v → o; gate, up → down."""
+        """Sites grouped by how many others of the segment stand before them: q, k, v → o; gate, up → down.
+
+        Groups with many inputs, such as the experts of a mixture, come in several parts, so that second moments of all
+        their inputs need not be in memory together.
+        """
         depth: dict[fx.Node, int] = {}
         site_of = {node: site for site in self.sites for node in site.nodes}
         level: dict[str, int] = {}
@@ -54,10 +60,28 @@ class Segment:
                 level[name] = max(level.get(name, 0), before)
                 before += 1
             depth[node] = before
-        return [
-            tuple(site for site in self.sites if level[site.name] == depth_now)
-            for depth_now in sorted(set(level.values()))
-        ]
+        waves = ([s for s in self.sites if level[s.name] == depth_now] for depth_now in sorted(set(level.values())))
+        return [part for wave in waves for part in _parts(wave)]
+
+
+def _parts(sites: list[Site]) -> list[tuple[Site, ...]]:
+    """Sites whose inputs are independent, in runs whose second moments have a bounded size together.
+
+    Sites that read one value stay together.
+    """
+    together: dict[tuple[fx.Node, ...], list[Site]] = {}
+    for site in sites:
+        together.setdefault(site.inputs, []).append(site)
+    parts: list[list[Site]] = [[]]
+    size = 0
+    for inputs, group in together.items():
+        elements = len(inputs) * group[0].in_features ** 2
+        if parts[-1] and size + elements > _LARGEST_MOMENTS:
+            parts.append([])
+            size = 0
+        parts[-1] += group
+        size += elements
+    return [tuple(part) for part in parts]
 
 
 @dataclass(frozen=True)

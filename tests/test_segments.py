@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from qcompiler import segments
 from qcompiler.canonicalize import canonicalize
 from qcompiler.capture import capture_module
 from qcompiler.execute import Stretch
@@ -176,3 +177,19 @@ def test_segments_outlive_a_rewrite():
     after = [node for node in segments[1].nodes() if node.op == "call_function"]
     assert [node for node in after if node is not doubled] == before
     assert doubled in after
+
+
+def test_many_inputs_are_gathered_in_parts(monkeypatch):
+    """A mixture of experts: the second moments of all experts' inputs need not be in memory together."""
+    cut = segment_graph(canonical_graph("mixtral"))
+    (segment,) = (s for s in cut.segments if any("layers.1.mlp.experts" in site.name for site in s.sites))
+    whole = segment.waves()
+    assert [len(wave) for wave in whole] == [1, 4, 4]  # what chooses; gate and up; down
+    monkeypatch.setattr(segments, "_LARGEST_MOMENTS", 2 * 48 * 48)
+    parts = segment.waves()
+    assert [len(wave) for wave in parts] == [1, 4, 2, 2]
+    assert [site for wave in parts for site in wave] == [site for wave in whole for site in wave]
+    monkeypatch.setattr(segments, "_LARGEST_MOMENTS", 0)
+    assert [len(wave) for wave in segment.waves()] == [1] * 9
+    (attention,) = (s for s in cut.segments if any("layers.1.self_attn" in site.name for site in s.sites))
+    assert [len(wave) for wave in attention.waves()] == [3, 1]  # those that read one value stay together

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import qcompiler as qc
+from qcompiler import segments
 from qcompiler.graph import Graph, is_op
 from qcompiler.passes import GPTQ
 from qcompiler.segments import segment_graph
@@ -206,3 +207,18 @@ def test_no_calibration_row_for_an_expert(tmp_path: Path) -> None:
     assert any(rows.values())
     for name, details in experts.items():
         assert ("fallback" in details) is (rows[name] == 0)
+
+
+def test_experts_quantized_a_few_at_a_time_get_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.randint(1, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(5))
+    codes = []
+    for limit in (1 << 28, 0):
+        monkeypatch.setattr(segments, "_LARGEST_MOMENTS", limit)
+        graph = copy_graph(canonical_graph("mixtral"))
+        qc.compile(graph, [GPTQ(bits=4, group_size=16)], qc.Calibration.from_tokens(tokens))
+        codes.append({name: graph.weights.read(name) for name in graph.weight_names() if name.endswith("_codes")})
+    together, apart = codes
+    assert len(together) == 24
+    assert together.keys() == apart.keys()
+    for name, value in together.items():
+        assert torch.equal(value, apart[name]), name
