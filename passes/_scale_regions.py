@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from qcompiler.folding import fold, input_factors
 from qcompiler.graph import Graph, Site
-from qcompiler.observers import AbsMax, Gram, Statistic
+from qcompiler.observers import AbsMax, Gram, RowSample, Statistic
 from qcompiler.pass_base import (
     CANONICAL,
     FLOAT_ACTIVATIONS,
@@ -29,6 +29,7 @@ from qcompiler.segments import Segment
 
 __all__ = ["Choice", "Observed", "ScaleRegions", "clamped"]
 
+_KINDS = (Gram, AbsMax, RowSample)
 _LARGEST_RATIO = 2.0**20
 """Between the largest and the smallest scale of a region: beyond, float32 would begin to lose what is small."""
 
@@ -38,14 +39,16 @@ class Observed:
     """What is known of the input of a layer, folds already made included.
 
     Attributes:
-        rows: how many were seen.
-        gram: float32 ``[in, in]``; None where it was not gathered.
-        largest: float32 ``[in]``, the largest magnitude of each channel; None where it was not gathered.
+        gram: float32 ``[in, in]``, its second moments.
+        largest: float32 ``[in]``, the largest magnitude of each channel.
+        sample: float32 ``[rows, in]``, some of its rows.
+
+    Each is None where the pass did not ask for it.
     """
 
-    rows: int
     gram: Tensor | None
     largest: Tensor | None
+    sample: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class ScaleRegions(Pass):
 
     @property
     def kinds(self) -> tuple[type[Statistic], ...]:
-        """The statistics wanted of every input: `Gram`, `AbsMax` or both."""
+        """The statistics wanted of every input, among `Gram`, `AbsMax` and `RowSample`."""
         raise NotImplementedError
 
     def counts(self, graph: Graph, site: Site) -> bool:
@@ -135,7 +138,7 @@ class ScaleRegions(Pass):
                     "seconds": time.perf_counter() - start,
                 },
             }
-        changes = {Tap(value, kind): Rescale(f) for value, f in factors.items() for kind in (AbsMax, Gram)}
+        changes = {Tap(value, kind): Rescale(f) for value, f in factors.items() for kind in _KINDS}
         return PassResult(modified=bool(factors), statistics=changes, regions=tuple(entries.values()))
 
 
@@ -158,20 +161,19 @@ def _regions(graph: Graph, segment: Segment) -> Regions:
 
 
 def _observed(site: Site, statistics: Mapping[Tap, Any], factors: Mapping[fx.Node, Tensor]) -> Observed:
-    gram, largest = Gram(), AbsMax()
-    given: set[type[Statistic]] = set()
-    for value in site.inputs:
-        for total in (gram, largest):
-            found = statistics.get(Tap(value, type(total)))
-            if found is None:
-                continue
-            part = type(total)()
-            part.merge(found)
+    found: dict[type[Statistic], Tensor] = {}
+    for kind in _KINDS:
+        parts = [(value, statistics[Tap(value, kind)]) for value in site.inputs if Tap(value, kind) in statistics]
+        total = kind()
+        for value, statistic in parts:
+            part = kind()
+            part.merge(statistic)
             if value in factors:
                 part.rescale(factors[value])
             total.merge(part)  # type: ignore[arg-type]
-            given.add(type(total))
-    return Observed(gram.rows, gram.result() if Gram in given else None, largest.result() if AbsMax in given else None)
+        if parts:
+            found[kind] = total.result()
+    return Observed(found.get(Gram), found.get(AbsMax), found.get(RowSample))
 
 
 def _entries(regions: Regions) -> dict[str, dict[str, Any]]:

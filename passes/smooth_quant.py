@@ -10,14 +10,17 @@ from qcompiler import numerics
 from qcompiler.errors import RecipeError
 from qcompiler.folding import consumer_scale, per_channel
 from qcompiler.graph import Graph, Site
-from qcompiler.observers import AbsMax, Gram, Statistic
+from qcompiler.observers import AbsMax, RowSample, Statistic
 from qcompiler.pass_base import PassContext
 from qcompiler.passes._scale_regions import Choice, Observed, ScaleRegions, clamped
 from qcompiler.regions import Consumer, Region
+from qcompiler.spec import QuantSpec
 
 __all__ = ["SmoothQuant"]
 
 _GRID = tuple(step / 20 for step in range(21))
+_REACHES = (1.0, 0.85, 0.7, 0.55, 0.4)
+"""Shares of the largest magnitude that the codes may cover; what lies beyond is clipped."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,12 @@ class SmoothQuant(ScaleRegions):
     channel: the same function, whose activations have a smaller range and whose weights a larger one.
 
     With ``alpha=None`` the exponent is chosen per region, 0 to 1 in steps of 0.05 and no scale at all among the
-    candidates, by the error expected in the layers' outputs, from the Gram matrix ``G`` of their input ``x`` (``n`` rows):
+    candidates, by trying it on a sample of rows ``x``: the sum over rows and layers of
 
-        ``E(s) = Σ tr(ΔW G ΔWᵀ) + n Δ² / 12 · |Q(W diag(s))|²``
+        ``|Q(x / s) Q(W diag(s))ᵀ - x Wᵀ|² / (|x Wᵀ|² + mean |x Wᵀ|²)``
 
-    where ``ΔW`` is the rounding of the scaled weight, undone, and ``Δ`` the step of the scaled activation: the range
-    over all channels, divided by the codes. The second term takes rounding for white noise.
+    Relative to the row's own output, because what follows is normalized: an absolute error would let a few large rows
+    decide alone.
 
     Layers count whose activations are integers; those of floating-point formats have a relative precision that a scale does
     not change. Regions are proved on the graph (`qcompiler.regions`).
@@ -56,8 +59,8 @@ class SmoothQuant(ScaleRegions):
 
     @property
     def kinds(self) -> tuple[type[Statistic], ...]:
-        """The largest magnitudes and, to search, the Gram matrix."""
-        return (AbsMax, Gram) if self.alpha is None else (AbsMax,)
+        """The largest magnitudes and, to search, some rows."""
+        return (AbsMax, RowSample) if self.alpha is None else (AbsMax,)
 
     def counts(self, graph: Graph, site: Site) -> bool:
         """Layers whose input will be quantized to integers."""
@@ -85,7 +88,7 @@ class SmoothQuant(ScaleRegions):
 
         def error(scale: Tensor) -> float:
             given = zip(readers, weights, inputs, strict=True)
-            return sum(_expected(region, reader, scale, w, observed, context) for reader, w, observed in given)
+            return sum(_tried(region, reader, scale, w, observed, context) for reader, w, observed in given)
 
         plain = least = error(torch.ones(region.size))
         best: Tensor | None = None
@@ -103,19 +106,33 @@ def _largest(observed: Observed) -> Tensor:
     return observed.largest
 
 
-def _expected(
+def _tried(
     region: Region, reader: Consumer, scale: Tensor, weight: Tensor, observed: Observed, context: PassContext
 ) -> float:
-    """The squared error expected in a layer's output, summed over calibration rows."""
+    """The relative squared error of a layer's output, summed over sampled rows, with weight and input rounded."""
     scheme = context.graph.schemes[reader.site.name]
-    assert scheme.activation is not None and observed.gram is not None
+    assert scheme.activation is not None
+    assert observed.sample is not None
     columns = consumer_scale(region, reader, scale).to(weight.device)
-    scaled, total = weight * columns, 0.0
+    scaled = weight * columns
     if scheme.weight is not None:
         qparams = numerics.min_max_qparams(scaled, scheme.weight, context.scale_dtype(reader.site))
         scaled = numerics.fake_quantize(scaled, *qparams, scheme.weight)
-        wrong = scaled / columns - weight
-        total = float((torch.mm(wrong, observed.gram) * wrong).sum(dtype=torch.float64))
-    span = 2 * float((_largest(observed) / columns).max())
-    step = span / (scheme.activation.quant_max - scheme.activation.quant_min)
-    return total + observed.rows * step**2 / 12 * float(scaled.square().sum(dtype=torch.float64))
+    rounded = _rounded(observed.sample / columns, (_largest(observed) / columns).max(), scheme.activation)
+    exact = torch.mm(observed.sample, weight.T)
+    energy = exact.square().sum(-1)
+    wrong = torch.mm(rounded, scaled.T).sub_(exact).square_().sum(-1)
+    return float((wrong / (energy + energy.mean()).clamp(min=torch.finfo(torch.float32).tiny)).sum(dtype=torch.float64))
+
+
+def _rounded(rows: Tensor, largest: Tensor, spec: QuantSpec) -> Tensor:
+    """Activations ``[rows, channels]`` rounded to steps that cover the range with the least squared error."""
+    if spec.granularity == "per_token":
+        return _to_steps(rows, rows.abs().amax(-1, keepdim=True), spec)
+    tried = [_to_steps(rows, largest * reach, spec) for reach in _REACHES]
+    return min(tried, key=lambda rounded: float((rounded - rows).square().sum(dtype=torch.float64)))
+
+
+def _to_steps(rows: Tensor, reach: Tensor, spec: QuantSpec) -> Tensor:
+    step = (2 * reach / (spec.quant_max - spec.quant_min)).clamp(min=torch.finfo(torch.float32).tiny)
+    return (rows / step).round_().mul_(step).clamp_(-reach, reach)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcompiler.errors import CalibrationError
 
-__all__ = ["AbsMax", "CrossGram", "Distribution", "Gram", "Histogram", "MinMax", "Rescalable", "Statistic"]
+__all__ = ["AbsMax", "CrossGram", "Distribution", "Gram", "Histogram", "MinMax", "Rescalable", "RowSample", "Statistic"]
 
 _BLOCK = 256
 _FINEST_BITS = 30  # bins are no narrower than the largest magnitude times 2^-30
@@ -155,6 +155,59 @@ class AbsMax:
 
     def _take(self, largest: Tensor) -> None:
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+
+
+class RowSample:
+    """A few hundred rows of an activation, evenly spaced over all that were seen: to try candidates on.
+
+    Every ``stride``-th row is kept; when there are twice as many as wanted, every other one goes and the stride doubles.
+    The rows depend on what was seen alone, not on how it was cut into batches.
+    """
+
+    needs_reference: ClassVar[bool] = False
+    wanted: ClassVar[int] = 256
+    """At least this many rows are kept, and fewer than twice as many; all, where there are not so many."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        """How many were seen."""
+        self._stride = 1
+        self._kept: Tensor | None = None
+
+    def update(self, batch: Tensor, reference: Tensor | None = None) -> None:
+        """Takes ``[..., channels]``; the reference does not matter."""
+        rows = batch.reshape(-1, batch.shape[-1])
+        chosen = rows[-self.rows % self._stride :: self._stride].float()
+        self.rows += len(rows)
+        self._keep(chosen)
+
+    def merge(self, other: "RowSample") -> None:
+        """Takes the other's rows, thinned alike."""
+        if other._kept is None:
+            return
+        taken = other._kept
+        while self._stride < other._stride and self._kept is not None:
+            self._kept, self._stride = self._kept[::2], 2 * self._stride
+        self._stride = max(self._stride, other._stride)
+        self.rows += other.rows
+        self._keep(taken[:: self._stride // other._stride])
+
+    def rescale(self, factor: Tensor) -> None:
+        """Every row times the factor."""
+        if self._kept is not None:
+            self._kept = self._kept * factor.to(self._kept.device)
+
+    def result(self) -> Tensor:
+        """float32 ``[kept, channels]``."""
+        if self._kept is None:
+            raise ValueError("nothing was observed")
+        return self._kept
+
+    def _keep(self, rows: Tensor) -> None:
+        kept = rows.clone() if self._kept is None else torch.cat([self._kept, rows])
+        while len(kept) >= 2 * self.wanted:
+            kept, self._stride = kept[::2].clone(), 2 * self._stride
+        self._kept = kept
 
 
 class MinMax:
