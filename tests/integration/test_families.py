@@ -167,6 +167,18 @@ def test_compiled_and_lowered(family: str, tmp_path: Path) -> None:
         assert report["parity"]["cached_difference"] < 1e-5
 
 
+def test_a_directory_of_experts_is_compiled_saved_loaded_and_lowered(tmp_path: Path) -> None:
+    """As published: every matrix of every expert a tensor of its own, under other names than the model's."""
+    model_of("mixtral").save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    tokens = torch.randint(1, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(5))
+    result = qc.compile(tmp_path / "model", [GPTQ(bits=4, group_size=16)], qc.Calibration.from_tokens(tokens))
+    result.save(tmp_path / "out")
+    loaded = qc.load(tmp_path / "out")
+    report = qc.lower(loaded, "onnx", tmp_path / "onnx")
+    assert report["parity"]["max_difference"] < 1e-5
+    assert "model.layers.1.mlp.experts.down_proj.3" in {site.name for site in loaded.graph.sites()}
+
+
 # --- what makes a family itself ---------------------------------------------------------------------------------------
 
 
