@@ -17,6 +17,7 @@ _CPU = torch.device("cpu")
 _HIDDEN = -1e4
 """Added to a logit, this or less hides a key."""
 _LARGEST_WINDOW = 1 << 20
+_LONGEST_SMALL_PROBE = 7
 _LARGEST_SQUARE = 1 << 10  # without a cache, a probe beyond a window has that many queries, too
 
 
@@ -62,15 +63,16 @@ def _closed_form(graph: Graph, mask: fx.Node) -> MaskForm:
     _check_sources(nodes, ports)
     padding_input = next((node for node in nodes if node in ports and ports[node].role == "mask"), None)
     tables = {size for node in nodes if node.op == "get_attr" for size in node.meta["shape"] if size > 2}
-    constants = {c for node in nodes for c in _integers(node.args) if 1 < c < min((_LARGEST_WINDOW, *tables))}
+    constants = {c for node in nodes for c in _integers(node.args) if 1 < c < _LARGEST_WINDOW}
+    longest = max(tables, default=0)
+    if longest > _LONGEST_SMALL_PROBE:  # no probe reaches beyond the table
+        constants = {c for c in constants if c + 3 <= longest}
     if graph.signature.has_cache:
         sizes = [(2, 4, 0), (2, 1, 5), (3, 3, 2), *((1, 2, c + 2) for c in constants), *((1, 2, t - 2) for t in tables)]
     else:
         sizes = [(2, 4, 0), (3, 1, 0), (3, 7, 0), *((1, c + 3, 0) for c in constants), *((1, t, 0) for t in tables)]
         if any(constant > _LARGEST_SQUARE for constant in constants | tables):
             raise _Strange(f"the mask uses numbers too large to be probed: {max(constants | tables)}")
-    if tables:
-        sizes = [(batch, queries, past) for batch, queries, past in sizes if past + queries <= min(tables)]
     stretch = Stretch(list(graph.fx.nodes), [mask])
     loaded = stretch.load(graph.weights.read, _CPU)
     probes = []

@@ -9,7 +9,7 @@ it.
 | ``linear(x, weight, bias?)`` | ``x @ weight.T + bias``; weight ``[out, in]`` |
 | ``rms_norm(x, weight, eps)`` | ``x / sqrt(mean(x^2) + eps) * weight``, last axis (arXiv 1910.07467) |
 | ``layer_norm(x, weight?, bias?, eps)`` | mean and variance over the last axis (arXiv 1607.06450) |
-| ``rotary(x, cos, sin, interleaved)`` | rotary embedding of ``x[B, H, S, D]`` (arXiv 2104.09864) |
+| ``rotary(x, cos, sin, interleaved)`` | rotary embedding of ``x[..., D]``; cos, sin broadcast (arXiv 2104.09864) |
 | ``kv_append(past, new)`` | ``[B, H, P, D]`` and ``[B, H, S, D]`` → ``[B, H, P + S, D]`` |
 | ``attention(q, k, v, mask?, scale, causal, window?, softcap?)`` | softmax attention, grouped heads; `_attention` |
 | ``take_expert(x, experts, index)`` | the rows of ``x[S, D]`` that go to one expert; `_take_expert` |

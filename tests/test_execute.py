@@ -114,3 +114,11 @@ def test_nodes_passed_through(graph):
     loaded = stretch.load({"w": torch.tensor(3.0)}.__getitem__, CPU)
     values = stretch.run({named["x"]: torch.tensor(2.0)}, loaded, CPU, {named["y"]})
     assert values == {named["y"]: torch.tensor(2.0), named["z"]: torch.tensor(4.0)}
+
+
+def test_values_given_instead_of_being_computed(graph):
+    nodes, named = graph
+    stretch = Stretch(nodes.nodes, [named["y"], named["z"]])
+    loaded = stretch.load({"w": torch.tensor(3.0)}.__getitem__, CPU)
+    values = stretch.run({named["x"]: torch.tensor(2.0)}, loaded, CPU, fixed={named["y"]: torch.tensor(5.0)})
+    assert values == {named["y"]: torch.tensor(5.0), named["z"]: torch.tensor(7.0)}

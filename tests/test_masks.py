@@ -242,3 +242,15 @@ def test_a_window_that_lies_in_a_stored_table(window, cache):
         rows = graph.fx.call_function(aten.slice.Tensor, (weight, 0, start, end))
         mask = graph.fx.call_function(aten.slice.Tensor, (rows, 1, 0, end))
     assert closed_form(graph, mask) == MaskForm(True, window, None)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_small_stored_tensor_is_no_table(cache):
+    graph = graph_of(lambda s: both(causal(s), near(s, 5)), cache=cache, stored=torch.tensor([True, False, True]))
+    mask = graph.outputs[0]
+    with graph.fx.inserting_before(graph.fx.output_node()):
+        flags = graph.fx.create_node("get_attr", "stored")
+        flags.meta.update(dtype=torch.bool, shape=(3,))
+        flag = graph.fx.call_function(aten.select.int, (flags, 0, 2))
+        mask = graph.fx.call_function(aten.logical_and.default, (mask, flag))
+    assert closed_form(graph, mask) == MaskForm(True, 5, None)

@@ -223,3 +223,22 @@ def test_gradients_and_tracing():
 def test_every_operator_is_defined():
     for name in CANONICAL:
         assert getattr(ops, name).default._schema.name == f"qcompiler::{name}"
+
+
+def test_experts_work_on_the_rows_sent_to_them():
+    x, experts = torch.randn(5, 3), torch.tensor([2, 0, 2, 1, 7])
+    rows = [ops.take_expert(x, experts, index) for index in range(4)]
+    assert [len(part) for part in rows] == [1, 1, 2, 0]
+    assert torch.equal(rows[2], x[[0, 2]])
+    merged = ops.merge_experts(rows, experts)
+    assert torch.equal(merged[:4], x[:4])
+    assert torch.equal(merged[4], torch.zeros(3))  # no such expert
+
+
+def test_gradients_pass_through_experts():
+    x = torch.randn(4, 3, requires_grad=True)
+    experts = torch.tensor([1, 0, 1, 0])
+    rows = [(index + 1) * ops.take_expert(x, experts, index) for index in range(2)]
+    ops.merge_experts(rows, experts).sum().backward()
+    assert x.grad is not None
+    assert x.grad[:, 0].tolist() == [2.0, 1.0, 2.0, 1.0]
