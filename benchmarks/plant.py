@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.plant MODEL OUT [--factor 64] [--channels 4] [--seed 0]``. Small models have none of the outlier
 channels that make large ones hard to quantize. Here every norm that a scale can be folded through (`qcompiler.regions`)
-gets its weight multiplied by a power of two on a few channels, and the columns that read them are divided by the same. A
-power of two is exact in float32, bfloat16 and, within its range, float16: logits computed in float32 are the original's,
-but for the order of rounding.
+gets its weight multiplied by a power of two on a few channels, and the columns that read them are divided by the same.
+A power of two is exact in float32, bfloat16 and, within its range, float16: logits computed in float32 are the
+original's, bit for bit.
 """
 
 import argparse

@@ -22,15 +22,15 @@ __all__ = ["AWQ"]
 class AWQ(ScaleRegions):
     """Folds a scale per input channel between the weights of a region, chosen by the output error it leads to.
 
-    ``linear(norm(x, w), W)`` becomes ``linear(norm(x, w / s), W diag(s))``: the same function, with the columns that carry
-    large activations enlarged ahead of rounding, so that the weight's step is finer there. Candidates are ``s = a^r / b^t``
-    with ``a`` the root mean square of the activation and ``b`` the mean magnitude of the weight, per channel, on a grid of
-    exponents; each is scored for the quantizer that will follow with min-max scales by
+    ``linear(norm(x, w), W)`` becomes ``linear(norm(x, w / s), W diag(s))``: the same function, with the columns that
+    carry large activations enlarged ahead of rounding, so that the weight's step is finer there. Candidates are
+    ``s = a^r / b^t`` with ``a`` the root mean square of the activation and ``b`` the mean magnitude of the weight, per
+    channel, on a grid of exponents; each is scored for the format that will follow, with min-max scales, by
 
         ``L(s) = Σ tr((Q(W diag(s)) diag(s)^-1 - W) G (...)ᵀ)``
 
-    summed over the region's layers, where ``G`` is the Gram matrix of their input. ``s = 1`` is among the candidates, so
-    the score never gets worse.
+    summed over the region's layers, where ``G`` is the Gram matrix of their input. ``s = 1`` is among the candidates,
+    so the score never gets worse.
 
     Regions are proved on the graph (`qcompiler.regions`). Layers without a weight scheme take the fold along but do not
     count; a region without any other is left alone.

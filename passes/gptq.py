@@ -8,8 +8,6 @@ from typing import Any, ClassVar
 import torch
 
 from qcompiler import numerics
-from qcompiler.errors import ZeroCoverageError
-from qcompiler.experts import is_expert
 from qcompiler.graph import Graph, Site
 from qcompiler.observers import CrossGram, Gram
 from qcompiler.pass_base import (
@@ -25,7 +23,7 @@ from qcompiler.pass_base import (
     Wave,
 )
 from qcompiler.passes._gptq_solver import solve_gptq
-from qcompiler.passes.rtn import RTN, implied_assign
+from qcompiler.passes.rtn import RTN, gathered_gram, implied_assign, unreached
 from qcompiler.segments import Segment
 
 __all__ = ["GPTQ"]
@@ -62,7 +60,7 @@ class GPTQ(Pass):
     group_size: int | None = None
     symmetric: bool | None = None
     act_order: bool = True
-    damping: float = 0.01
+    damping: float = 0.05
     sweeps: int = 2
     correction: float = 0.5
 
@@ -92,11 +90,9 @@ class GPTQ(Pass):
             together.setdefault(key, []).append(site)
         reports: list[SiteReport] = []
         for (inputs, _, _), sites in together.items():
-            gram, cross = Gram(), CrossGram() if self.correction else None
-            for value in inputs:
-                gram.merge(statistics[Tap(value, Gram)])
-                if cross is not None:
-                    cross.merge(statistics[Tap(value, CrossGram)])
+            gram, cross = gathered_gram(inputs, statistics), CrossGram() if self.correction else None
+            for value in inputs if cross is not None else ():
+                cross.merge(statistics[Tap(value, CrossGram)])
             if gram.rows == 0:
                 reports += self._round_unreached(sites, context)
             else:
@@ -105,14 +101,7 @@ class GPTQ(Pass):
 
     def _round_unreached(self, sites: list[Site], context: PassContext) -> list[SiteReport]:
         """Rounds experts to nearest that no calibration row was sent to."""
-        if not all(is_expert(site) for site in sites):
-            raise ZeroCoverageError(
-                "calibration never reached this layer",
-                where=sites[0].name,
-                expected="at least one input row",
-                remedy="use more or other calibration text, or leave the layer out with an override",
-            )
-        details = {"calibration_rows": 0, "fallback": "rounded to nearest: no calibration row was sent to this expert"}
+        details = unreached(sites)
         done = RTN().rewrite(sites, {}, context)
         return [replace(report, method=self.name, details=details) for report in done.sites]
 

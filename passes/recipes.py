@@ -5,9 +5,11 @@ from collections.abc import Callable
 from qcompiler.errors import RecipeError
 from qcompiler.pass_base import Pass
 from qcompiler.passes.assign import Assign
+from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.rtn import RTN
+from qcompiler.passes.smooth_quant import SmoothQuant
 
 __all__ = ["RECIPES", "recipe"]
 
@@ -22,7 +24,7 @@ RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
     "w8a8-rtn": lambda: (Assign("w8a8"), RTN(), InsertQDQ()),
     "w8a8-dynamic": lambda: (Assign("w8a8-dynamic"), RTN(), InsertQDQ(observer=None)),
     "fp8": lambda: (Assign("fp8"), InsertQDQ(observer="minmax"), GPTQ()),
-    "fp8-dynamic": lambda: (Assign("fp8-dynamic"), RTN(search=True), InsertQDQ(observer=None)),
+    "fp8-dynamic": lambda: (Assign("fp8-dynamic"), RTN(search="mse"), InsertQDQ(observer=None)),
 }
 """Name → maker of the passes."""
 

@@ -1,14 +1,18 @@
 """`RTN`: round to nearest, the baseline every other method is measured against."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from qcompiler import numerics
-from qcompiler.graph import Site
+from qcompiler.errors import RecipeError, ZeroCoverageError
+from qcompiler.experts import is_expert
+from qcompiler.graph import Graph, Site
+from qcompiler.observers import Gram
 from qcompiler.pass_base import (
     CANONICAL,
     SCHEMES,
@@ -18,38 +22,69 @@ from qcompiler.pass_base import (
     PassContext,
     PassResult,
     SiteReport,
+    Tap,
     Wave,
 )
 from qcompiler.passes.assign import Assign
 from qcompiler.qtensor import Affine
 from qcompiler.spec import QuantSpec
 
-__all__ = ["RTN", "round_to_nearest"]
+__all__ = ["RTN", "ScaleSearch", "gathered_gram", "implied_assign", "round_to_nearest", "unreached"]
+
+ScaleSearch = Literal["minmax", "mse", "gram"]
 
 
 @dataclass(frozen=True)
 class RTN(Pass):
-    """Rounds every weight to the nearest code. Needs no calibration.
+    """Rounds every weight to the nearest code.
 
-    ``linear(x, W)`` becomes ``linear(x, dequantize(codes, scale))``. The scale covers the range of its group
-    (`numerics.min_max_qparams`) or, with ``search``, minimizes the squared rounding error (`numerics.mse_qparams`).
+    ``linear(x, W)`` becomes ``linear(x, dequantize(codes, scale))``. What the scale of a group is, ``search`` says:
+
+    | search | scale | calibrated |
+    |---|---|---|
+    | ``minmax`` | covers the range of the group (`numerics.min_max_qparams`) | no |
+    | ``mse`` | least squared rounding error (`numerics.mse_qparams`) | no |
+    | ``gram`` | least error of the layer's output (`numerics.gram_qparams`) | yes |
+
+    The last minimizes ``e G eᵀ`` per group, where ``e`` is the rounding error of the group and ``G`` its block of the
+    Gram matrix of the input: AWQ's clip search (arXiv 2306.00978, reference implementation), computed from second
+    moments instead of running rows of the input.
 
     Attributes:
         bits: with ``group_size`` and ``symmetric``, shorthand for an `Assign` ahead of this pass; None: schemes are
             assigned already.
         group_size: elements per scale; -1: per output channel.
         symmetric: no zero point.
-        search: choose each scale by its squared error instead of by the range.
+        search: see above.
+
+    Raises:
+        RecipeError: for another search.
     """
 
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
-    search: bool = False
+    search: ScaleSearch = "minmax"
 
     effect: ClassVar[Effect] = Effect.APPROXIMATE
     requires: ClassVar[frozenset[str]] = frozenset({CANONICAL, SCHEMES})
     establishes: ClassVar[frozenset[str]] = frozenset({WEIGHTS_QUANTIZED})
+
+    def __post_init__(self) -> None:
+        if self.search not in get_args(ScaleSearch):
+            raise RecipeError("unknown search of RTN", got=self.search, expected=", ".join(get_args(ScaleSearch)))
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether scales are chosen by the error in the output."""
+        return self.search == "gram"
+
+    def statistics(self, wave: Wave, graph: Graph) -> list[Tap]:
+        """The Gram matrix of every input, where the search wants it."""
+        if not self.is_calibrated:
+            return []
+        quantized = [site for site in wave if graph.schemes[site.name].weight is not None]
+        return [Tap(value, Gram) for site in quantized for value in site.inputs]
 
     def implied_passes(self) -> tuple[Pass, ...]:
         """An `Assign` where ``bits`` is given."""
@@ -64,11 +99,62 @@ class RTN(Pass):
                 continue
             start = time.perf_counter()
             weight = context.weight(site)
-            quantized = round_to_nearest(weight, spec, context, site, search=self.search)
-            sqnr = numerics.sqnr_db(weight, quantized.dequantize())
+            gram, details = None, {}
+            if self.is_calibrated:
+                gathered = gathered_gram(site.inputs, statistics)
+                gram = gathered.result() if gathered.rows else None
+                details = {"calibration_rows": gathered.rows} if gathered.rows else unreached([site])
+            search: ScaleSearch = "minmax" if self.search == "gram" and gram is None else self.search
+            quantized = round_to_nearest(weight, spec, context, site, search=search, gram=gram)
+            seconds = time.perf_counter() - start
+            reports.append(replace(self._report(site, weight, quantized, gram), seconds=seconds, details=details))
             context.graph.set_weight(site, quantized)
-            reports.append(SiteReport(site.name, self.name, str(spec), sqnr, seconds=time.perf_counter() - start))
         return PassResult(modified=bool(reports), sites=tuple(reports))
+
+    def _report(self, site: Site, weight: Tensor, quantized: Affine, gram: Tensor | None) -> SiteReport:
+        rounded = quantized.dequantize()
+        sqnr, scheme = numerics.sqnr_db(weight, rounded), str(quantized.spec)
+        if gram is None:
+            return SiteReport(site.name, self.name, scheme, sqnr)
+        nearest = numerics.min_max_qparams(weight, quantized.spec, quantized.scale_dtype)
+        energy = _error(weight, gram) or 1.0
+        return SiteReport(
+            site.name,
+            self.name,
+            scheme,
+            sqnr,
+            output_error=_error(weight - rounded, gram) / energy,
+            rtn_output_error=_error(weight - numerics.fake_quantize(weight, *nearest, quantized.spec), gram) / energy,
+        )
+
+
+def gathered_gram(inputs: Sequence[fx.Node], statistics: Mapping[Any, Any]) -> Gram:
+    """The Gram matrix over several values; it has no rows where calibration reached none of them."""
+    total = Gram()
+    for value in inputs:
+        total.merge(statistics[Tap(value, Gram)])
+    return total
+
+
+def unreached(sites: Sequence[Site]) -> dict[str, Any]:
+    """What a report says of layers that no calibration row reached, and that are rounded to nearest therefore.
+
+    Raises:
+        ZeroCoverageError: if they are no experts: then the calibration is at fault, not the routing.
+    """
+    if not all(is_expert(site) for site in sites):
+        raise ZeroCoverageError(
+            "calibration never reached this layer",
+            where=sites[0].name,
+            expected="at least one input row",
+            remedy="use more or other calibration text, or leave the layer out with an override",
+        )
+    return {"calibration_rows": 0, "fallback": "rounded to nearest: no calibration row was sent to this expert"}
+
+
+def _error(difference: Tensor, gram: Tensor) -> float:
+    """``tr(D G Dᵀ)``."""
+    return float((torch.mm(difference, gram) * difference).sum(dtype=torch.float64))
 
 
 def implied_assign(bits: int | None, group_size: int | None, symmetric: bool | None) -> tuple[Pass, ...]:
@@ -79,10 +165,20 @@ def implied_assign(bits: int | None, group_size: int | None, symmetric: bool | N
 
 
 def round_to_nearest(
-    weight: Tensor, spec: QuantSpec, context: PassContext, site: Site, *, search: bool = False
+    weight: Tensor,
+    spec: QuantSpec,
+    context: PassContext,
+    site: Site,
+    *,
+    search: ScaleSearch = "minmax",
+    gram: Tensor | None = None,
 ) -> Affine:
-    """The weight of a site, rounded to nearest."""
+    """The weight of a site, rounded to nearest; ``gram`` goes with the search of that name."""
     scale_dtype = context.scale_dtype(site)
-    choose = numerics.mse_qparams if search else numerics.min_max_qparams
-    scale, zero_point = choose(weight, spec, scale_dtype)
+    if search == "gram":
+        assert gram is not None
+        scale, zero_point = numerics.gram_qparams(weight, spec, scale_dtype, gram)
+    else:
+        choose = numerics.mse_qparams if search == "mse" else numerics.min_max_qparams
+        scale, zero_point = choose(weight, spec, scale_dtype)
     return Affine(numerics.quantize(weight, scale, zero_point, spec), scale, zero_point, spec, scale_dtype)

@@ -38,8 +38,8 @@ class SmoothQuant(ScaleRegions):
     Relative to the row's own output, because what follows is normalized: an absolute error would let a few large rows
     decide alone.
 
-    Layers count whose activations are integers; those of floating-point formats have a relative precision that a scale does
-    not change. Regions are proved on the graph (`qcompiler.regions`).
+    Layers count whose activations are integers; those of floating-point formats have a relative precision that a scale
+    does not change. Regions are proved on the graph (`qcompiler.regions`).
 
     Attributes:
         alpha: the migration strength, from 0 (activations stay) to 1 (weights take all); None: searched per region.

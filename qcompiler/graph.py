@@ -173,8 +173,8 @@ class Graph:
     def round_rewritten(self) -> None:
         """Rounds rewritten matrices to the dtype of the source, when nothing more will be computed from them.
 
-        Vectors (norms, biases) stay in float32: they take no room, and the columns that make good their scale do not make
-        good its rounding.
+        Vectors (norms, biases) stay in float32: they take no room, and the columns that make good their scale do not
+        make good its rounding.
         """
         for name in self.weight_names():
             dtype = self.source_dtypes.pop(name, None)

@@ -16,6 +16,7 @@ __all__ = [
     "dequantize",
     "expand_groups",
     "fake_quantize",
+    "gram_qparams",
     "min_max_qparams",
     "mse_qparams",
     "pack_bits",
@@ -230,6 +231,56 @@ def mse_qparams(
             groups[part], full[part], None if zero is None else zero[part], weight, spec, scale_dtype, shrinks, memory
         )
     return scale, zero
+
+
+def gram_qparams(
+    x: Tensor,
+    spec: QuantSpec,
+    scale_dtype: torch.dtype,
+    gram: Tensor,
+    *,
+    steps: int = 16,
+    max_shrink: float = 0.6,
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point with a small error in ``input @ x.T``, never a larger one than `min_max_qparams`.
+
+    For every group the error ``e G e.T`` is computed over a grid of shrunken ranges, ``e`` being the rounding error of
+    the group and ``G`` its block of the Gram matrix; what groups do to each other's error is left out.
+
+    Args:
+        x: float ``[rows, width]``.
+        spec: the number format.
+        scale_dtype: the dtype scales are stored in.
+        gram: float32 ``[width, width]``, second moments of the input.
+        steps: number of ranges tried, at least 1.
+        max_shrink: the smallest range tried keeps ``1 - max_shrink`` of the full one; in ``[0, 1)``.
+
+    Returns:
+        As `min_max_qparams`, with the same zero point.
+    """
+    best, zero = min_max_qparams(x, spec, scale_dtype)
+    full = best
+    width, group = x.shape[-1], spec.group_of(x.shape[-1])
+    starts = range(0, width, group)
+
+    def error(scale: Tensor) -> Tensor:
+        wrong = fake_quantize(x, scale, zero, spec).sub_(x)
+        parts = [
+            (wrong[:, start : start + group] @ gram[start : start + group, start : start + group])
+            .mul_(wrong[:, start : start + group])
+            .sum(-1)
+            for start in starts
+        ]
+        total = torch.stack(parts, -1)
+        return total.sum().reshape(1, 1) if spec.granularity == "per_tensor" else total
+
+    least = error(full)
+    for step in range(1, steps):
+        scale = round_scale(full * (1 - max_shrink * step / max(steps - 1, 1)), scale_dtype)
+        found = error(scale)
+        better = found < least
+        best, least = torch.where(better, scale, best), torch.where(better, found, least)
+    return best, zero
 
 
 def _search_scale(

@@ -11,7 +11,7 @@ from qcompiler.errors import CalibrationError
 
 __all__ = ["AbsMax", "CrossGram", "Distribution", "Gram", "Histogram", "MinMax", "Rescalable", "RowSample", "Statistic"]
 
-_BLOCK = 256
+_BLOCK = 128
 _FINEST_BITS = 30  # bins are no narrower than the largest magnitude times 2^-30
 _FINEST_EXPONENT = -100
 _SLICE_ELEMENTS = 1 << 16  # counted at once: the temporaries stay in the cache
@@ -160,7 +160,7 @@ class AbsMax:
 class RowSample:
     """A few hundred rows of an activation, evenly spaced over all that were seen: to try candidates on.
 
-    Every ``stride``-th row is kept; when there are twice as many as wanted, every other one goes and the stride doubles.
+    Every ``stride``-th row is kept; when there are twice as many as wanted, every other one goes.
     The rows depend on what was seen alone, not on how it was cut into batches.
     """
 

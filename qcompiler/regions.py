@@ -1,11 +1,11 @@
 """Regions: where a diagonal scale on channels may move from one weight to another without changing the function.
 
-A region is proved by following *labels*. Every output channel of a producer (a norm's weight, the rows of a linear layer)
-is given a number; the numbers travel through the graph as small integer tensors of the value's own shape, with size 1
-along the axes that vary. Reshapes, transposes, slices and grouped heads act on them as they act on the data. An operator
-that commutes with a positive scale passes labels on, a linear layer absorbs them in its columns, anything else *pins* the
-channels it reads: their scale must stay 1. Where two labelled values are added, their channels must share one scale. What
-is left, neither pinned nor unread, is free.
+A region is proved by following *labels*. Every output channel of a producer (a norm's weight, the rows of a linear
+layer) is given a number; the numbers travel through the graph as small integer tensors of the value's own shape, with
+size 1 along the axes that vary. Reshapes, transposes, slices and grouped heads act on them as they act on the data. An
+operator that commutes with a positive scale passes labels on, a linear layer absorbs them in its columns, anything else
+*pins* the channels it reads: their scale must stay 1. Where two labelled values are added, their channels must share
+one scale. What is left, neither pinned nor unread, is free.
 
 The walk proves the same for every family without knowing one: norm → q, k, v; norm → gate, up; v → o through attention
 (with grouped heads the scale agrees over the query heads that share a key head, since they carry the same label);
@@ -114,8 +114,8 @@ def find_regions(graph: Graph, nodes: Iterable[fx.Node] | None = None) -> Region
 
     Args:
         graph: in canonical form.
-        nodes: producers and consumers must be among these; all by default. What lies behind them counts as a reader that
-            pins.
+        nodes: producers and consumers must be among these; all by default. What lies behind them counts as a reader
+            that pins.
     """
     walk = _Walk(graph, None if nodes is None else set(nodes))
     found, refused, taken = [], [], set[fx.Node]()
@@ -193,7 +193,7 @@ class _Walk:
         }
 
     def prove(self, first: fx.Node) -> Region | Refusal:
-        """The region a producer belongs to, or why there is none. Grows until every sum has a producer on either side."""
+        """The region of a producer, or why there is none; it grows until every sum has producers on both sides."""
         starts = [first]
         while True:
             channels, labels = _Channels(), dict[fx.Node, Labels]()
@@ -341,7 +341,8 @@ class _Walk:
             return source
         if any(isinstance(argument, fx.Node) for argument in node.args[2:]):
             raise _Stop("a slice of channels whose bounds vary")
-        return _aten.slice.Tensor(source, *node.args[1:])
+        sliced: Tensor = _aten.slice.Tensor(source, *node.args[1:])
+        return sliced
 
     def _selected(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
         source, axis, index = _whole(labels, node.args[0]), node.args[1], node.args[2]
@@ -361,7 +362,8 @@ class _Walk:
         source = labels[node.args[0]]  # type: ignore[index]
         if not isinstance(source, list):
             raise _Stop("an item of a single value")
-        return source[node.args[1]]  # type: ignore[index]
+        found: Tensor = source[int(node.args[1])]  # type: ignore[arg-type]
+        return found
 
     def _expanded(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
         return _whole(labels, node.args[0]).expand(_fixed_shape(node))

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from qcompiler.errors import CalibrationError, PipelineError, ResourceError
 from qcompiler.execute import Stretch
 from qcompiler.graph import Graph, Site, activation_rounding
-from qcompiler.memory import trim
+from qcompiler.memory import Trimmer
 from qcompiler.observers import Rescalable, Statistic
 from qcompiler.pass_base import (
     DROP,
@@ -88,15 +88,16 @@ def sweep(
         passes: the swept passes of one stage, in order.
         batches: calibration inputs; empty where no pass is calibrated.
         context: device and seed.
-        probe: a small input on which passes that are declared exact are compared with what was there before; the first of
-            the batches by default.
+        probe: a small input on which passes that are declared exact are compared with what was there before; the first
+            of the batches by default.
         work_dir: rewritten tensors are written to a new directory in it after each segment, and read from there
             afterwards.
         value_budget: bytes of calibration values held in memory; a quarter of the machine's by default.
         progress: called before every segment.
 
     Raises:
-        CalibrationError: if a pass is calibrated and there are no batches, or exact and there is nothing to probe it with.
+        CalibrationError: if a pass is calibrated and there are no batches, or exact and there is nothing to check it
+            with.
         PipelineError: if a pass asks for statistics where it asked for none when the sweep began.
         VerificationError: if a pass is not exact as declared, or did not say truly whether it changed something.
         ResourceError: if the work directory cannot be written.
@@ -158,7 +159,7 @@ class _Runner:
         self.probes = len(probes)
         """How many of the batches, from the first, are for checks alone: no statistic sees them."""
         self.graph, self.park, self.device = graph, park, context.device
-        self._passes, self._context = passes, context
+        self._passes, self._context, self._memory = passes, context, Trimmer()
         self._prologue = Stretch(list(graph.fx.nodes), [*cut.prologue])
         sizes = torch.ops.aten.sym_size.int
         self._prologue_reads = {
@@ -214,7 +215,7 @@ class _Runner:
                 wanted = {tap for other in waves[number + 1 :] for tap in item.statistics(other, self.graph)}
                 wanted.update(tap for other in self._passes[index + 1 :] for tap in self._taps(other, segment))
                 kept = _carried_over(kept, wanted, item, wave, result)
-                trim()
+                self._memory.trim()
                 if result.modified:
                     is_modified = True
                     position.rewind_behind(wave, upstream=item.rewrites_upstream)
@@ -222,7 +223,7 @@ class _Runner:
         for site in segment.sites:
             if _original(site) in self.graph.weights:
                 self.graph.weights.remove(_original(site))
-        trim()
+        self._memory.trim()
         return is_modified
 
     def _rewrite(self, item: Pass, wave: Wave, statistics: Mapping[Tap, Any], position: "_Position") -> PassResult:

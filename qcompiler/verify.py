@@ -162,7 +162,7 @@ _EXACT_ROUNDINGS = 64
 
 
 def state_of(graph: Graph, nodes: Iterable[fx.Node]) -> dict[str, object]:
-    """What tells whether some nodes, or the tensors they read, were changed: equal before and after if they were not."""
+    """What tells whether nodes, or the tensors they read, were changed: equal before and after if they were not."""
     state: dict[str, object] = {}
     for node in nodes:
         state[node.name] = (str(node.target), str(node.args), str(node.kwargs))
@@ -198,8 +198,9 @@ def check_declared(
 def check_exact(expected: Sequence[Tensor], actual: Sequence[Tensor], width: int, where: str) -> None:
     """Compares what a piece of the graph computed before and after an exact rewrite.
 
-    The largest difference, relative to the largest value, may be ``64 eps sqrt(width)``: a factor moved from one operand to
-    another changes the rounding of every product, and sums of ``width`` products gather it like a random walk.
+    The largest difference, relative to the largest value, may be ``64 eps sqrt(width)``: a factor moved from one
+    operand to another changes the rounding of every product, and sums of ``width`` products gather it like a random
+    walk.
 
     Args:
         expected: values before, float.

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ def make_inputs(tokens: int = TOKENS, width: int = WIDTH) -> Tensor:
     return (
         torch.randn(tokens, width, dtype=torch.float64) @ mixing * torch.logspace(-1, 1, width)[torch.randperm(width)]
     )
+
+
+DAMPING = 0.05  # the default
 
 
 def gram_of(x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -71,6 +75,19 @@ def naive_gptq(weight: Tensor, gram: Tensor, qtensor: Affine, damping: float, ac
     return codes, margin
 
 
+def naive_refit(weight: Tensor, hessian: Tensor, qtensor: Affine) -> Tensor:
+    """The best scale of one group after the other for the codes as they are, rounded to bfloat16."""
+    scale, (_, zero) = qtensor.scale.clone(), column_qparams(qtensor)
+    steps, group = qtensor.codes.double() - zero, qtensor.spec.group_of(weight.shape[1])
+    for g in range(scale.shape[1]):
+        error = weight.double() - steps * column_qparams(replace(qtensor, scale=scale))[0]
+        part = torch.zeros_like(steps)
+        part[:, g * group : (g + 1) * group] = steps[:, g * group : (g + 1) * group]
+        change = (error @ hessian * part).sum(1) / (part @ hessian * part).sum(1)
+        scale[:, g] = (scale[:, g] + change).to(torch.bfloat16).float()
+    return scale
+
+
 def naive_descent(
     weight: Tensor, hessian: Tensor, codes: Tensor, qtensor: Affine, order: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +133,7 @@ def solve(weight: Tensor, gram: Tensor, spec: QuantSpec, **options: object) -> G
 def test_equals_the_naive_reference(bits: int, symmetric: bool, granularity: str, act_order: bool) -> None:
     weight, gram = torch.randn(ROWS, WIDTH), gram_of(make_inputs())
     found = solve(weight, gram, spec_of(bits, symmetric, granularity), act_order=act_order).qtensor
-    expected, margin = naive_gptq(weight, gram, found, 0.01, act_order)
+    expected, margin = naive_gptq(weight, gram, found, DAMPING, act_order)
     assert_codes(found.codes, expected, margin, order_of(gram, act_order))
     assert found.codes.unique().numel() > 2
 
@@ -130,7 +147,7 @@ def test_other_paths_equal_the_naive_reference(path: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(_gptq_solver, "_SEARCH_ELEMENTS", 5 * WIDTH)
     weight, gram = torch.randn(ROWS, WIDTH), gram_of(make_inputs())
     found = solve(weight, gram, spec_of(symmetric=False)).qtensor
-    assert_codes(found.codes, *naive_gptq(weight, gram, found, 0.01, True), order_of(gram))
+    assert_codes(found.codes, *naive_gptq(weight, gram, found, DAMPING, True), order_of(gram))
 
 
 @pytest.mark.parametrize("granularity", ["per_group", "per_channel", "per_tensor"])
@@ -142,7 +159,7 @@ def test_weights_solved_together_equal_weights_solved_alone(granularity: str) ->
         alone = solve(weight, gram, spec)
         assert solution.qtensor.codes.untyped_storage().nbytes() == weight.numel()  # keeps no other weight alive
         torch.testing.assert_close(solution.qtensor.scale, alone.qtensor.scale, rtol=0, atol=0)
-        assert_codes(solution.qtensor.codes, *naive_gptq(weight, gram, alone.qtensor, 0.01, True), order_of(gram))
+        assert_codes(solution.qtensor.codes, *naive_gptq(weight, gram, alone.qtensor, DAMPING, True), order_of(gram))
         assert solution.loss == pytest.approx(alone.loss, rel=1e-3)
         assert solution.rtn_loss == pytest.approx(alone.rtn_loss, rel=1e-5)
 
@@ -196,7 +213,7 @@ def test_dead_columns_are_rounded_to_nearest(symmetric: bool) -> None:
     for options in ({}, {"sweeps": 1}, {"damping": 0.0, "sweeps": 1}, {"cross": gram_of(x, make_inputs())}):
         solution = solve(weight, gram_of(x), spec, **options)
         assert solution.dead_columns == 4
-        assert solution.damping == options.get("damping", 0.01)  # dead columns alone call for none
+        assert solution.damping == options.get("damping", DAMPING)  # dead columns alone call for none
         found = solution.qtensor
         nearest = numerics.quantize(weight, found.scale, found.zero_point, spec)
         assert torch.equal(found.codes[:, dead], nearest[:, dead])
@@ -208,7 +225,7 @@ def test_a_square_that_underflowed_counts_as_dead_whatever_stands_beside_it() ->
     cross = gram.clone()
     gram[3, 3] = 0  # while the products with other columns are left
     solution = solve(weight, gram, spec, cross=cross)
-    assert (solution.dead_columns, solution.damping) == (1, 0.01)
+    assert (solution.dead_columns, solution.damping) == (1, DAMPING)
     nearest = numerics.quantize(weight, solution.qtensor.scale, None, spec)
     assert torch.equal(solution.qtensor.codes[:, 3], nearest[:, 3])
 
@@ -244,9 +261,20 @@ def test_fewer_tokens_than_columns_still_beat_round_to_nearest() -> None:
 def test_a_sweep_equals_naive_coordinate_descent() -> None:
     weight, gram, spec = torch.randn(ROWS, WIDTH), gram_of(make_inputs()), spec_of(symmetric=False)
     before, after = solve(weight, gram, spec), solve(weight, gram, spec, sweeps=1)
-    expected, margin = naive_descent(weight, damped(gram, 0.01), before.qtensor.codes, before.qtensor, order_of(gram))
+    hessian = damped(gram, DAMPING)
+    scale = naive_refit(weight, hessian, before.qtensor)
+    assert (after.qtensor.scale == scale).float().mean() > 0.98  # bfloat16 may tip the other way
+    assert (after.qtensor.scale != before.qtensor.scale).float().mean() > 0.5
+    expected, margin = naive_descent(weight, hessian, before.qtensor.codes, after.qtensor, order_of(gram))
     assert_codes(after.qtensor.codes, expected, margin, order_of(gram))
     assert not torch.equal(before.qtensor.codes, after.qtensor.codes)
+
+
+def test_one_scale_for_a_tensor_stays_one() -> None:
+    weight, gram, spec = torch.randn(ROWS, WIDTH), gram_of(make_inputs()), spec_of(granularity="per_tensor")
+    before, after = solve(weight, gram, spec), solve(weight, gram, spec, sweeps=2)
+    assert torch.equal(before.qtensor.scale, after.qtensor.scale)
+    assert after.loss < before.loss
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -257,7 +285,7 @@ def test_sweeps_lower_the_loss(bits: int) -> None:
         solution = solve(weight, gram, spec_of(bits), sweeps=sweeps)
         error = (weight - solution.qtensor.dequantize()).double()
         assert solution.loss == pytest.approx(float((error @ gram * error).sum()), rel=1e-4)
-        losses.append(float((error @ damped(gram, 0.01) * error).sum()))
+        losses.append(float((error @ damped(gram, DAMPING) * error).sum()))
     assert losses[1] < 0.98 * losses[0]
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(losses))
 
@@ -294,7 +322,7 @@ def test_small_shapes(shape: tuple[int, int]) -> None:
     assert found.codes.shape == shape
     assert found.codes.is_contiguous()
     plain = solve(weight, gram, spec_of()).qtensor
-    assert_codes(plain.codes, *naive_gptq(weight, gram, plain, 0.01, True), order_of(gram))
+    assert_codes(plain.codes, *naive_gptq(weight, gram, plain, DAMPING, True), order_of(gram))
 
 
 def test_inputs_are_left_alone_and_may_be_of_any_float_dtype() -> None:
@@ -353,7 +381,7 @@ def test_float_codes(dtype, granularity, device_loop, monkeypatch):
     (found,) = solve_gptq([weight], gram.float(), spec, torch.float32, act_order=False)
     assert found.qtensor.codes.dtype == spec.code_dtype
     scale, _ = column_qparams(found.qtensor)
-    w, inverse = weight.double().clone(), torch.linalg.inv(damped(gram, 0.01))
+    w, inverse = weight.double().clone(), torch.linalg.inv(damped(gram, DAMPING))
     codes = torch.zeros(weight.shape)
     for i in range(WIDTH):
         codes[:, i] = numerics.round_codes((w[:, i] / scale[:, i]).float(), spec)

@@ -90,9 +90,9 @@ def test_passes_of_its_own(tmp_path: Path) -> None:
         "0.*" = "none"
         [[passes]]
         use = "RTN"
-        search = true
+        search = "mse"
     """
-    expected = (Assign(None, overrides={"*.down": "w8a16", "0.*": None}), RTN(search=True))
+    expected = (Assign(None, overrides={"*.down": "w8a16", "0.*": None}), RTN(search="mse"))
     assert read_recipe(write(tmp_path, text)) == expected
 
 
@@ -201,7 +201,7 @@ WRONG_FILES = [
     ('base = "w8a16"\npasses = ["GPTQ"]', "passes[0].use", "GPTQ"),
     ('base = "w8a16"\n[schemes]\n"*.a" = "w9a16"', "schemes: '*.a'", "w9a16"),
     ('base = "w8a16"\n[schemes]\n"*.a" = 8', "schemes.'*.a'", "8"),
-    ('base = "w8a16"\n[[passes]]\nsearch = true', "passes[0].use", "search"),
+    ('base = "w8a16"\n[[passes]]\nsearch = "mse"', "passes[0].use", "search"),
     ('base = "w8a16"\n[[passes]]\nuse = "GPTQ"', "passes[0] (GPTQ)", "GPTQ"),
     ('base = "w8a16"\n[[passes]]\nuse = "RTN"\n[[passes]]\nuse = "RTN"', "passes[1] (RTN)", "once more"),
     ('base = "w8a16"\n[[passes]]\nuse = "Assign"\nscheme = "w9a16"', "passes[0] (Assign)", "w9a16"),

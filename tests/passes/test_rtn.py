@@ -4,8 +4,10 @@ import torch
 from qcompiler import numerics
 from qcompiler.graph import Graph
 from qcompiler.native import NativeArtifact
-from qcompiler.pass_base import PassContext, PassResult
+from qcompiler.observers import Gram
+from qcompiler.pass_base import PassContext, PassResult, Tap
 from qcompiler.passes import RTN, Assign
+from qcompiler.passes.rtn import ScaleSearch
 from qcompiler.pipeline import Pipeline
 from qcompiler.spec import Scheme
 from tests.tiny_graphs import interpret, language_model, token_batches
@@ -13,21 +15,23 @@ from tests.tiny_graphs import interpret, language_model, token_batches
 SCHEMES = ["w4a16-g8", "w4a16-g8-asym", "w3a16-g5", "w8a16", "w8a16-channel-asym", "w2a16-tensor", "w8a16-tensor-asym"]
 
 
-def quantize(scheme: str, *, search: bool = False, dtype: torch.dtype = torch.bfloat16) -> tuple[Graph, PassResult]:
+def quantize(
+    scheme: str, *, search: ScaleSearch = "minmax", dtype: torch.dtype = torch.bfloat16
+) -> tuple[Graph, PassResult]:
     graph = language_model(dtype=dtype)
     context = PassContext(graph, torch.device("cpu"), 0)
     Assign(scheme).run(graph, context)
     return graph, RTN(search=search).rewrite(graph.sites(), {}, context)
 
 
-@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("search", ["minmax", "mse"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_codes_and_scales_are_those_of_numerics(scheme, search):
     original = language_model(dtype=torch.bfloat16)
     graph, _ = quantize(scheme, search=search)
     spec = Scheme.parse(scheme).weight
     assert spec is not None
-    choose = numerics.mse_qparams if search else numerics.min_max_qparams
+    choose = numerics.mse_qparams if search == "mse" else numerics.min_max_qparams
     for site in original.sites()[:-1]:
         weight = original.weights.read(site.weight).float()
         scale, zero = choose(weight, spec, torch.bfloat16)
@@ -101,9 +105,41 @@ def test_report():
 
 
 def test_search_rounds_better():
-    by_range, by_error = (quantize("w3a16-channel", search=search)[1].sites for search in (False, True))
+    by_range, by_error = (quantize("w3a16-channel", search=search)[1].sites for search in ("minmax", "mse"))
     assert all(b.sqnr_db >= a.sqnr_db for a, b in zip(by_range, by_error, strict=True))
     assert sum(b.sqnr_db - a.sqnr_db for a, b in zip(by_range, by_error, strict=True)) > len(by_range) * 0.5
+
+
+@pytest.mark.parametrize("scheme", ["w3a16-g8", "w3a16-channel", "w3a16-tensor", "w3a16-g8-asym"])
+def test_search_by_the_gram_matrix_makes_outputs_better(scheme):
+    graph = language_model()
+    context = PassContext(graph, torch.device("cpu"), 0)
+    Assign(scheme).run(graph, context)
+    site = graph.sites()[0]
+    weight, spec = context.weight(site), graph.schemes[site.name].weight
+    assert spec is not None
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, site.in_features, generator=generator) * torch.logspace(-1, 1, site.in_features)
+    gram = Gram()
+    gram.update(rows)
+    (value,) = site.inputs
+    item = RTN(search="gram")
+    assert item.is_calibrated
+    assert item.statistics([site], graph) == [Tap(value, Gram)]
+    (report,) = item.rewrite([site], {Tap(value, Gram): gram}, context).sites
+    rounded = graph.weights.read(f"{site.weight}_codes").float()  # by hand, from what was stored
+    scale = graph.weights.read(f"{site.weight}_scale").float()
+    zero = 0
+    if not spec.symmetric:
+        zero = graph.weights.read(f"{site.weight}_zero_point").float().repeat_interleave(8, 1)
+    if spec.granularity == "per_group":
+        scale = scale.repeat_interleave(8, 1)
+    elif spec.granularity == "per_channel":
+        scale = scale[:, None]
+    error = (rows @ ((rounded - zero) * scale - weight).T).square().sum() / (rows @ weight.T).square().sum()
+    assert report.output_error == pytest.approx(error.item(), rel=1e-3)
+    assert report.rtn_output_error is not None
+    assert report.output_error < 0.98 * report.rtn_output_error
 
 
 def test_sites_without_a_scheme_are_left_alone():
