@@ -1,10 +1,16 @@
-"""NVIDIA ModelOpt: ``rtn``, ``awq`` (awq_lite, its INT4 default), ``awq-clip``, ``gptq`` and ``gptq-layerwise``."""
+"""NVIDIA ModelOpt: ``rtn``, ``awq`` (awq_lite, its INT4 default), ``awq-clip``, ``gptq`` and ``gptq-layerwise``.
+
+With rounded activations, ranges fixed in calibration: ``int8`` (its INT8 default), ``smoothquant`` and ``fp8`` (its
+defaults of these names).
+"""
 
 import copy
 from typing import Any
 
-from protocol import Request, load_model, measured, read_request, versions, write_result
+from protocol import Request, evaluate, load_model, measured, read_request, versions, write_result
 from torch import Tensor, nn
+
+ROUNDS_ACTIVATIONS = ("int8", "smoothquant", "fp8")
 
 
 def _config(method: str) -> dict[str, Any]:
@@ -16,8 +22,14 @@ def _config(method: str) -> dict[str, Any]:
         "gptq": {"method": "gptq", "perc_damp": 0.01},
         "gptq-layerwise": {"method": "gptq", "perc_damp": 0.01, "layerwise": {"enable": True}},
     }
-    if method == "awq":
-        return copy.deepcopy(mtq.INT4_AWQ_CFG)
+    presets = {
+        "awq": mtq.INT4_AWQ_CFG,
+        "int8": mtq.INT8_DEFAULT_CFG,
+        "smoothquant": mtq.INT8_SMOOTHQUANT_CFG,
+        "fp8": mtq.FP8_DEFAULT_CFG,
+    }
+    if method in presets:
+        return copy.deepcopy(presets[method])
     if method != "rtn" and method not in algorithms:
         raise SystemExit(f"unknown method {method!r}")
     config = copy.deepcopy(mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG)
@@ -56,9 +68,13 @@ def main(request: Request) -> None:
     config = _config(request.method)
     is_calibrated = request.method != "rtn"
     model, numbers = measured(lambda: mtq.quantize(model, config, forward_loop if is_calibrated else None))
+    own = versions("nvidia-modelopt", "torch", "transformers")
+    if request.method in ROUNDS_ACTIVATIONS:
+        write_result(request, numbers, {}, texts=evaluate(model, request), versions=own)
+        return
     with torch.no_grad():
         weights = _effective(model)
-    write_result(request, numbers, weights, versions=versions("nvidia-modelopt", "torch", "transformers"))
+    write_result(request, numbers, weights, versions=own)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What every driver does alike: read its request, measure the quantization call, write effective weights and numbers.
+"""What every driver does alike: read its request, measure the quantization call, write what came out of it.
 
-Drivers run under the interpreter of another tool's virtual environment, so this file needs only torch, safetensors and
-what comes with Python; nothing of qcompiler.
+That is the effective weights or, where activations are rounded too and weights do not say all, the distance from the
+original that `evaluate` finds here. Drivers run under the interpreter of another tool's virtual environment, so this
+file needs only torch, safetensors, transformers and what comes with Python; nothing of qcompiler.
 """
 
 import json
+import math
 import resource
 import sys
 import time
@@ -18,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["Request", "load_model", "measured", "read_request", "versions", "write_result"]
+__all__ = ["Request", "evaluate", "load_model", "measured", "read_request", "versions", "write_result"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Request:
     Attributes:
         model: a Hugging Face directory.
         tokens: calibration tokens, int64 ``[samples, length]``.
+        windows: title → evaluation tokens, int64 ``[windows, length]``.
         method: which of the tool's methods.
         threads: of torch.
         out: an existing directory for the result.
@@ -35,6 +38,7 @@ class Request:
 
     model: str
     tokens: Tensor
+    windows: dict[str, Tensor]
     method: str
     threads: int
     out: Path
@@ -44,8 +48,8 @@ def read_request() -> Request:
     """The request whose file is the only argument; also sets the number of threads."""
     fields = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(fields["threads"])
-    tokens = load_file(fields["tokens"])["ids"]
-    return Request(fields["model"], tokens, fields["method"], fields["threads"], Path(fields["out"]))
+    tokens, windows = load_file(fields["tokens"])["ids"], load_file(fields["windows"])
+    return Request(fields["model"], tokens, windows, fields["method"], fields["threads"], Path(fields["out"]))
 
 
 def load_model(request: Request) -> nn.Module:
@@ -73,6 +77,42 @@ def measured(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     return result, {"cpu_seconds": cpu, "wall_seconds": wall, **memory}
 
 
+def evaluate(model: nn.Module, request: Request) -> dict[str, dict[str, float]]:
+    """Scores the quantized model as `qcompiler.evaluate` does, beside the original in this process.
+
+    Every position of a window but the first is scored, from float32 log-softmax; the KL divergence is the mean of
+    KL(original ‖ quantized) in nats per token.
+
+    Returns:
+        Title of the text → fields of the same names and meanings as those of `qcompiler.evaluate`.
+    """
+    original = load_model(request)
+    return {title: _score(model, original, windows) for title, windows in request.windows.items()}
+
+
+def _score(model: nn.Module, original: nn.Module, windows: Tensor) -> dict[str, float]:
+    loss = reference_loss = divergence = 0.0
+    agreements = count = 0
+    with torch.no_grad():
+        for batch in windows.split(4):
+            targets = batch[:, 1:, None]
+            log_p, log_q = (
+                m(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1) for m in (original, model)
+            )
+            loss -= float(log_q.gather(-1, targets).double().sum())
+            reference_loss -= float(log_p.gather(-1, targets).double().sum())
+            agreements += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+            count += targets.numel()
+    return {
+        "perplexity": math.exp(loss / count),
+        "reference_perplexity": math.exp(reference_loss / count),
+        "kl_divergence": max(0.0, divergence / count),
+        "top1_agreement": agreements / count,
+        "tokens": count,
+    }
+
+
 def write_result(
     request: Request, numbers: Mapping[str, float], weights: Mapping[str, Tensor], *, notes: str = "", **more: Any
 ) -> None:
@@ -82,6 +122,7 @@ def write_result(
         request: what was asked.
         numbers: of `measured`.
         weights: the effective weights in float, under the names of the original model: every parameter that differs.
+            None are needed where ``texts``, what `evaluate` found, is given.
         notes: what a reader of the table should know.
         more: other plain fields.
     """
