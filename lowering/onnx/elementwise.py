@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from qcompiler.errors import TargetError
-from qcompiler.lowering.onnx.emitter import FLOATS, Builder, Builders, Emitter, argument, onnx_dtype
+from qcompiler.lowering.onnx.emitter import FLOATS, Builder, Builders, Emitter, argument, dtype_of, onnx_dtype
 
 __all__ = ["ELEMENTWISE_BUILDERS", "result_dtype"]
 
@@ -94,6 +94,19 @@ def _reciprocal_root(e: Emitter, node: fx.Node) -> ir.Value:
 def _square(e: Emitter, node: fx.Node) -> ir.Value:
     x = e.value(node.args[0], result_dtype(e, node))
     return e.op("Mul", x, x)
+
+
+def _one_apart(kind: str, before: float, after: float) -> Builder:
+    """``log1p`` and ``expm1``, whose accuracy near zero ONNX has no operator for."""
+
+    def build(e: Emitter, node: fx.Node) -> ir.Value:
+        x = e.value(node.args[0], result_dtype(e, node))
+        if before:
+            x = e.op("Add", x, e.value(before, dtype_of(x)))
+        x = e.op(kind, x)
+        return e.op("Add", x, e.value(after, dtype_of(x))) if after else x
+
+    return build
 
 
 def _silu(e: Emitter, node: fx.Node) -> ir.Value:
@@ -218,6 +231,8 @@ ELEMENTWISE_BUILDERS: Builders = {
     _aten.sign.default: _unary("Sign"),
     _aten.softplus.default: _unary("Softplus"),
     _aten.square.default: _square,
+    _aten.log1p.default: _one_apart("Log", 1.0, 0.0),
+    _aten.expm1.default: _one_apart("Exp", 0.0, -1.0),
     _aten.silu.default: _silu,
     _aten.gelu.default: _gelu,
     _aten.clamp.default: _clamp,

@@ -154,6 +154,7 @@ PRODUCT_BUILDERS: Builders = {
     _aten.mean.default: _reduce_all("ReduceMean"),
     _aten.sum.dim_IntList: _reduce("ReduceSum"),
     _aten.sum.default: _reduce_all("ReduceSum"),
+    _aten.logsumexp.default: _reduce("ReduceLogSumExp"),
     _aten.amax.default: _reduce("ReduceMax"),
     _aten.amin.default: _reduce("ReduceMin"),
     _aten.max.default: _reduce_all("ReduceMax"),

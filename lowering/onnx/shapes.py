@@ -90,11 +90,15 @@ def _unsqueeze(e: Emitter, node: fx.Node) -> ir.Value:
 
 
 def _squeeze(e: Emitter, node: fx.Node) -> ir.Value:
-    x, axes = node.args[0], node.args[1]
-    assert isinstance(x, fx.Node)
+    (x,) = tensor_arguments(node, 1)
     shape = x.meta["shape"]
-    ones = [axis for axis in ([axes] if isinstance(axes, int) else axes) if shape[axis] == 1]  # type: ignore[union-attr]
+    axes = argument(node, 1, "dim", list(range(len(shape))))
+    ones = [axis for axis in ([axes] if isinstance(axes, int) else axes) if shape[axis] == 1]
     return e.op("Squeeze", e.value(x), e.const(ones)) if ones else e.value(x)
+
+
+def _reshape_as(e: Emitter, node: fx.Node) -> ir.Value:
+    return e.op("Reshape", e.value(node.args[0]), e.op("Shape", e.value(node.args[1]), dtype=_INT64))
 
 
 def _expand(e: Emitter, node: fx.Node) -> ir.Value:
@@ -329,6 +333,9 @@ SHAPE_BUILDERS: Builders = {
     _aten.t.default: _transpose,
     _aten.permute.default: _permute,
     _aten.unsqueeze.default: _unsqueeze,
+    _aten.reshape_as.default: _reshape_as,
+    _aten.view_as.default: _reshape_as,
+    _aten.squeeze.default: _squeeze,
     _aten.squeeze.dim: _squeeze,
     _aten.squeeze.dims: _squeeze,
     _aten.expand.default: _expand,

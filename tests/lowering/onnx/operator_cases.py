@@ -62,6 +62,12 @@ for _name in (
     case(_name, getattr(aten, _name).default, lambda b, s: (floats(b, s, 8) * 3,))
 for _name in ("sqrt", "rsqrt", "reciprocal", "log"):
     case(_name, getattr(aten, _name).default, lambda b, s: (positive(b, s),))
+case("log1p", aten.log1p.default, lambda b, s: (positive(b, s),))
+case("expm1", aten.expm1.default, lambda b, s: (floats(b, s),))
+case("logsumexp", aten.logsumexp.default, lambda b, s: (floats(b, s, 8),), lambda x, b, s: (x, [-1], True))
+case("squeeze all", aten.squeeze.default, lambda b, s: (floats(2, 1, 3, 1),))
+case("reshape as", aten.reshape_as.default, lambda b, s: (floats(b, s, 4), floats(s, b, 4)))
+case("view as", aten.view_as.default, lambda b, s: (floats(b, s, 4), floats(s, b, 4)))
 case("softplus", aten.softplus.default, lambda b, s: (floats(b, s),))
 case("clamp tensors", aten.clamp.Tensor, lambda b, s: (floats(b, s), -positive(s), positive(s)))
 case("gelu", aten.gelu.default, lambda b, s: (floats(b, s, 8),))
