@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from qcompiler.errors import CalibrationError
 from qcompiler.folding import fold, input_factors
 from qcompiler.graph import Graph, Site
 from qcompiler.observers import AbsMax, Gram, RowSample, Statistic
@@ -39,6 +40,7 @@ class Observed:
     """What is known of the input of a layer, folds already made included.
 
     Attributes:
+        rows: how many were seen.
         gram: float32 ``[in, in]``, its second moments.
         largest: float32 ``[in]``, the largest magnitude of each channel.
         sample: float32 ``[rows, in]``, some of its rows.
@@ -46,6 +48,7 @@ class Observed:
     Each is None where the pass did not ask for it.
     """
 
+    rows: int
     gram: Tensor | None
     largest: Tensor | None
     sample: Tensor | None
@@ -100,10 +103,11 @@ class ScaleRegions(Pass):
         raise NotImplementedError
 
     def waves(self, segment: Segment, graph: Graph) -> list[Wave]:
-        """The sites that read from a region and count, all at once."""
-        readers = {c.site.name for region in _regions(graph, segment).found for c in region.consumers}
+        """The sites that read from a region and count, all at once; none, where there are just reasons to report."""
+        regions = _regions(graph, segment)
+        readers = {consumer.site.name for region in regions.found for consumer in region.consumers}
         sites = [site for site in segment.sites if site.name in readers and self.counts(graph, site)]
-        return [sites] if sites else []
+        return [sites] if regions.found or regions.refused else []
 
     def statistics(self, wave: Wave, graph: Graph) -> list[Tap]:
         """`kinds` at every distinct input."""
@@ -123,6 +127,10 @@ class ScaleRegions(Pass):
                 continue
             start = time.perf_counter()
             observed = {reader.site.name: _observed(reader.site, statistics, factors) for reader in readers}
+            readers = [reader for reader in readers if observed[reader.site.name].rows]
+            if not readers:
+                entries[region.name]["reason"] = "calibration never reached its layers"
+                continue
             choice = self.choose(region, readers, observed, context)
             if choice.scale is not None:
                 fold(context.graph, region, choice.scale)
@@ -152,7 +160,7 @@ def clamped(scale: Tensor) -> Tensor:
         return torch.ones_like(scale)
     low, high = scale[good].min(), scale[good].max()
     half = _LARGEST_RATIO**0.5
-    return torch.where(good, (scale / (low * high).sqrt()).clamp(1 / half, half), 1.0)
+    return torch.where(good, (scale / (low.sqrt() * high.sqrt())).clamp(1 / half, half), 1.0)
 
 
 def _regions(graph: Graph, segment: Segment) -> Regions:
@@ -162,18 +170,28 @@ def _regions(graph: Graph, segment: Segment) -> Regions:
 
 def _observed(site: Site, statistics: Mapping[Tap, Any], factors: Mapping[fx.Node, Tensor]) -> Observed:
     found: dict[type[Statistic], Tensor] = {}
+    rows = 0
     for kind in _KINDS:
-        parts = [(value, statistics[Tap(value, kind)]) for value in site.inputs if Tap(value, kind) in statistics]
         total = kind()
-        for value, statistic in parts:
+        for value in site.inputs:
+            if Tap(value, kind) not in statistics:
+                continue
             part = kind()
-            part.merge(statistic)
+            part.merge(statistics[Tap(value, kind)])
             if value in factors:
                 part.rescale(factors[value])
             total.merge(part)  # type: ignore[arg-type]
-        if parts:
-            found[kind] = total.result()
-    return Observed(found.get(Gram), found.get(AbsMax), found.get(RowSample))
+        if total.rows == 0:
+            continue
+        rows, found[kind] = total.rows, total.result()
+        if not bool(found[kind].isfinite().all()):
+            raise CalibrationError(
+                "an activation is not finite",
+                where=site.name,
+                got=f"NaN or infinity in its {kind.__name__}",
+                remedy="look for NaN, infinity or overflow in the layers before",
+            )
+    return Observed(rows, found.get(Gram), found.get(AbsMax), found.get(RowSample))
 
 
 def _entries(regions: Regions) -> dict[str, dict[str, Any]]:

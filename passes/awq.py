@@ -70,7 +70,7 @@ class AWQ(ScaleRegions):
         energy = [per_channel(region, r, gram.diagonal(), "mean") for r, gram in zip(readers, grams, strict=True)]
         sizes = [per_channel(region, r, w.abs().mean(0), "mean") for r, w in zip(readers, weights, strict=True)]
         activation = torch.stack(energy).amax(0).sqrt()
-        size = torch.stack(sizes).amax(0).clamp(min=torch.finfo(torch.float32).tiny)
+        size = torch.stack(sizes).amax(0)
 
         def error(scale: Tensor) -> float:
             total = 0.0

@@ -81,7 +81,7 @@ class SmoothQuant(ScaleRegions):
         ).amax(0)
 
         def candidate(alpha: float) -> Tensor:
-            return clamped(activation**alpha / weight.clamp(min=torch.finfo(torch.float32).tiny) ** (1 - alpha))
+            return clamped(activation**alpha / weight ** (1 - alpha))
 
         if self.alpha is not None:
             return Choice(candidate(self.alpha), "", {"alpha": self.alpha})

@@ -130,15 +130,18 @@ class AbsMax:
 
     def __init__(self) -> None:
         self._largest: Tensor | None = None
+        self.rows = 0
 
     def update(self, batch: Tensor, reference: Tensor | None = None) -> None:
         """Takes ``[..., channels]``; the reference does not matter."""
         rows = batch.reshape(-1, batch.shape[-1])
+        self.rows += len(rows)
         if len(rows):
             self._take(torch.maximum(rows.amax(0), -rows.amin(0)).float())
 
     def merge(self, other: "AbsMax") -> None:
         """Takes what the other has seen."""
+        self.rows += other.rows
         if other._largest is not None:
             self._take(other._largest)
 
@@ -309,10 +312,8 @@ class Histogram:
         counts = torch.zeros(size, dtype=torch.int64, device=batch.device)
         for part in batch.reshape(-1).split(_SLICE_ELEMENTS):
             places = torch.floor(part.float() / width)
-            if abs(first) < 1 << 24:  # exact in float32
-                places = places.sub_(first).to(torch.int16)  # counted seven times as fast
-            else:
-                places = places.to(torch.int64).sub_(first)
+            is_exact = abs(first) < 1 << 24  # in float32; 16 bits are counted seven times as fast
+            places = places.sub_(first).to(torch.int16) if is_exact else places.to(torch.int64).sub_(first)
             counts += torch.bincount(places, minlength=size)
         self._take(Distribution(counts.cpu(), first, width, low, high))
 

@@ -134,8 +134,9 @@ class PassResult:
         modified: whether the graph or its weights changed.
         sites: one report per site that was rewritten.
         skips: one entry per site that was left alone.
-        statistics: what became of tapped values, for those that later passes tap too. Without an entry, an exact pass
-            has left a value as it was, and an approximate one has changed those that depend on the sites of the wave.
+        statistics: what became of tapped values, for those that later passes tap too; an entry of one kind goes for all
+            kinds at its value that have none. Without an entry, an exact pass has left a value as it was, and an
+            approximate one has changed those that depend on the sites of the wave.
         regions: one entry per region found or refused, see `CompileReport.regions`.
     """
 

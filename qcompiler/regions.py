@@ -12,7 +12,8 @@ The walk proves the same for every family without knowing one: norm → q, k, v;
 up → down through the gate; and of fused projections just the rows for which it holds.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.graph import Graph, Site, is_op
+from qcompiler.signature import Dim
 
 __all__ = ["Consumer", "Producer", "Refusal", "Region", "Regions", "find_regions"]
 
@@ -27,7 +29,7 @@ _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
 
 _PINNED = -1
-_COMMUTING = (_aten.to.dtype, _aten.relu.default, _aten.neg.default)
+_COMMUTING = (_aten.relu.default, _aten.neg.default)
 """``f(s x) = s f(x)`` for ``s > 0``, element by element."""
 _MOVING = (
     _aten.transpose.int,
@@ -185,12 +187,7 @@ class _Walk:
         for node in graph.fx.nodes:
             if node.op == "get_attr":
                 self._uses[str(node.target)] = self._uses.get(str(node.target), 0) + len(node.users)
-        self._past = {
-            node for node, port in zip(graph.inputs, graph.signature.inputs, strict=True) if port.role == "past"
-        }
-        self._present = {
-            node for node, port in zip(graph.outputs, graph.signature.outputs, strict=True) if port.role == "present"
-        }
+        self._caches = _caches(graph)
 
     def prove(self, first: fx.Node) -> Region | Refusal:
         """The region of a producer, or why there is none; it grows until every sum has producers on both sides."""
@@ -257,8 +254,8 @@ class _Walk:
                 return "its weight is quantized already, or computed"
             if not self._owned(tensor):
                 return f"{tensor.target} is shared with another use"
-        if not isinstance(node.meta["shape"][-1], int):
-            return "its width varies"
+            if self.graph.weights.info(str(tensor.target)).shape[:1] != node.meta["shape"][-1:]:
+                return f"{tensor.target} does not have one element or row for each channel"
         return None
 
     def _owned(self, tensor: fx.Node) -> bool:
@@ -297,42 +294,48 @@ class _Walk:
         site, source = self._sites[node], node.args[0]
         found = labels.get(source) if isinstance(source, fx.Node) else None
         weight = node.args[1]
-        if not isinstance(found, Tensor) or not isinstance(weight, fx.Node):
+        if not isinstance(found, Tensor) or not isinstance(weight, fx.Node) or node.args[2] in labels:
             raise _Stop(f"{site.name} reads it as a weight or a bias")
         if weight.op != "get_attr":
             raise _Stop(f"{site.name} is quantized already")
         if not self._owned(weight):
             raise _Stop(f"the weight of {site.name} is shared with another use")
-        if found.numel() != site.in_features:
-            raise _Stop(f"{site.name} reads it along another axis")
-        consumers[site] = found.reshape(-1)
+        for axis in range(found.dim() - 1):
+            found = _alike(found, axis, f"{site.name} reads it along another axis")
+        consumers[site] = found.reshape(-1).expand(site.in_features)
 
     def _return(self, read: Iterable[fx.Node]) -> None:
         """A cache may leave scaled, since it comes back scaled; nothing else may."""
-        if not all(node in self._present and is_op(node, _canonical.kv_append.default) for node in read):
+        if not all(node in self._caches for node in read):
             raise _Stop("the graph returns it")
 
     def _pass_on(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
-        for target, rule in _RULES:
+        for target, rule in () if node.kwargs else _RULES:
             if is_op(node, *target):
                 return rule(self, node, labels, channels)
         name = getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
-        raise _Stop(f"{name} does not commute with a scale")
+        options = f" with {', '.join(node.kwargs)}" if node.kwargs else ""
+        raise _Stop(f"{name}{options} does not commute with a scale")
 
     # --- rules: labels of the result, or _Stop ------------------------------------------------------------------------
 
     def _same(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
         return _whole(labels, node.args[0])
 
+    def _cast(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        """To a wide float alone: any other rounds, and what is rounded moves with the scale."""
+        if node.meta["dtype"] not in (torch.float32, torch.float64):
+            raise _Stop(f"it is rounded to {str(node.meta['dtype']).removeprefix('torch.')}")
+        return _whole(labels, node.args[0])
+
     def _moved(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
-        result: Tensor = node.target(_whole(labels, node.args[0]), *node.args[1:])  # type: ignore[operator]
-        return result
+        source = _whole(labels, node.args[0])
+        result: Tensor = node.target(source, *node.args[1:])  # type: ignore[operator]
+        return result if result.dim() == len(node.meta["shape"]) else source  # an axis that varies is not squeezed
 
     def _reshaped(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
-        found, shape = _whole(labels, node.args[0]), _fixed_shape(node)
-        if found.numel() != torch.Size(shape).numel():
-            raise _Stop("a reshape mixes channels with an axis that varies")
-        return found.reshape(shape)
+        source: Any = node.args[0]
+        return _regrouped(_whole(labels, source), source.meta["shape"], node.meta["shape"])
 
     def _sliced(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
         source = _whole(labels, node.args[0])
@@ -354,7 +357,7 @@ class _Walk:
 
     def _split(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
         source, axis = _whole(labels, node.args[0]), node.args[2] if len(node.args) > 2 else 0
-        if source.shape[axis] == 1 or isinstance(node.args[1], fx.Node):  # type: ignore[index]
+        if source.shape[axis] == 1 or len(node.all_input_nodes) > 1:  # type: ignore[index]
             raise _Stop("a split along an axis that varies")
         return list(node.target(source, *node.args[1:]))  # type: ignore[operator]
 
@@ -371,9 +374,9 @@ class _Walk:
     def _joined(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
         parts: Any = node.args[0]
         axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-        if not all(part in labels for part in parts) or not isinstance(node.meta["shape"][axis], int):
+        if not all(part in labels and isinstance(part.meta["shape"][axis], int) for part in parts):
             raise _Stop("it is joined with other values")
-        return torch.cat([_whole(labels, part) for part in parts], axis)
+        return torch.cat([_whole(labels, part).expand(_fixed_shape(part)) for part in parts], axis)
 
     def _multiplied(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
         """``(s a) b = s (a b)``: one factor may be scaled; the scale follows it as the product broadcasts."""
@@ -387,9 +390,7 @@ class _Walk:
 
     def _added(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
         """``s a + s b = s (a + b)``: both terms must be scaled, and alike."""
-        first, second = node.args[:2]
-        if node.kwargs or len(node.args) > 2:
-            raise _Stop("a sum with a factor")
+        first, second = node.args
         for one, other in ((first, second), (second, first)):
             if one not in labels:
                 if isinstance(one, fx.Node) and _may_produce(one) and (self.inside is None or one in self.inside):
@@ -410,17 +411,16 @@ class _Walk:
                 channels.pin(part, reason)
         if node.args[2] not in labels:
             raise _Stop(reason)
-        values, heads = _whole(labels, node.args[2]), node.meta["shape"][1]
+        values, heads = _alike(_whole(labels, node.args[2]), 2, "attention sums over it"), node.meta["shape"][1]
         if not isinstance(heads, int) or heads % values.shape[1]:
             raise _Stop("the number of heads varies")
         return values.repeat_interleave(heads // values.shape[1], dim=1)
 
     def _appended(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
         """A cache: what was appended in earlier calls came from the same producer, scaled alike."""
-        past, new = node.args[:2]
-        if past not in self._past or new not in labels:
-            raise _Stop("a cache that is no input of the graph")
-        return _whole(labels, new)
+        if node not in self._caches:
+            raise _Stop("a cache that does not come back as it was returned")
+        return _alike(_whole(labels, node.args[1]), 2, "a cache grows along it")
 
 
 class _Partner(Exception):
@@ -442,6 +442,62 @@ def _whole(labels: Mapping[fx.Node, Labels], node: object) -> Tensor:
     return found
 
 
+def _alike(labels: Tensor, axis: int, reason: str) -> Tensor:
+    """The labels along one axis, of size 1 there; it stops where they differ."""
+    first = labels.narrow(axis, 0, 1)
+    if not bool((labels == first).all()):
+        raise _Stop(reason)
+    return first
+
+
+def _regrouped(labels: Tensor, old: Sequence[Dim], new: Sequence[Dim]) -> Tensor:
+    """The labels of a reshaped value: its axes are matched from the last, in groups of equal size.
+
+    Within a group of fixed sizes they move as the data does; what remains in front must not carry any.
+    """
+    full, result = list[int](), list[int]()
+    left, right = len(old), len(new)
+    while left or right:
+        end, stop = left, right
+        left, right = max(left - 1, 0), max(right - 1, 0)
+        while (sizes := (_size(old[left:end]), _size(new[right:stop])))[0] != sizes[1]:
+            is_short = sizes[0][0] < sizes[1][0]
+            if sizes[0][1] != sizes[1][1] or not (left if is_short else right):
+                left = right = 0  # not to be told: all the rest is one group
+                break
+            left, right = (left - 1, right) if is_short else (left, right - 1)
+        before, after = old[left:end], new[right:stop]
+        if all(size == 1 for size in labels.shape[left:end]):
+            before, after = [1] * len(before), [1] * len(after)
+        elif not all(isinstance(size, int) for size in (*before, *after)):
+            raise _Stop("a reshape mixes channels with an axis that varies")
+        full[:0], result[:0] = before, after  # type: ignore[assignment]
+    return labels.expand(full).reshape(result)
+
+
+def _size(sizes: Sequence[Dim]) -> tuple[int, list[str]]:
+    """The product of some sizes: of those that are numbers, and the others."""
+    return math.prod(size for size in sizes if isinstance(size, int)), sorted(s for s in sizes if isinstance(s, str))
+
+
+def _caches(graph: Graph) -> set[fx.Node]:
+    """Caches that come in again as they went out, and that nothing else reads when they come in."""
+    past = {
+        (port.layer, port.part): node
+        for node, port in zip(graph.inputs, graph.signature.inputs, strict=True)
+        if port.role == "past"
+    }
+    found = set[fx.Node]()
+    for node, port in zip(graph.outputs, graph.signature.outputs, strict=True):
+        source = past.get((port.layer, port.part)) if port.role == "present" else None
+        if source is None or not is_op(node, _canonical.kv_append.default) or graph.outputs.count(node) > 1:
+            continue
+        readers = [user for user in source.users if not is_op(user, _aten.sym_size.int)]
+        if readers == [node] and node.args[0] is source:
+            found.add(node)
+    return found
+
+
 def _fixed_shape(node: fx.Node) -> list[int]:
     """The shape of a value, with 1 for sizes that vary."""
     return [size if isinstance(size, int) else 1 for size in node.meta["shape"]]
@@ -455,6 +511,7 @@ def _getitem() -> tuple[Any, ...]:
 
 _RULES: tuple[tuple[tuple[Any, ...], Callable[..., Labels]], ...] = (
     (_COMMUTING, _Walk._same),
+    ((_aten.to.dtype,), _Walk._cast),
     (_MOVING, _Walk._moved),
     ((_aten.reshape.default,), _Walk._reshaped),
     ((_aten.slice.Tensor,), _Walk._sliced),

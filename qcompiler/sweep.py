@@ -271,9 +271,10 @@ def _carried_over(
     if not result.modified:
         return {tap: statistic for tap, statistic in kept.items() if tap in wanted}
     changed = _descendants([node for site in wave for node in site.nodes])
+    of_value = {tap.value: change for tap, change in result.statistics.items()}
     found: dict[Tap, Statistic] = {}
     for tap in wanted.intersection(kept):
-        change, statistic = result.statistics.get(tap), kept[tap]
+        change, statistic = result.statistics.get(tap, of_value.get(tap.value)), kept[tap]
         if change is DROP or (change is None and item.effect is not Effect.EXACT and tap.value in changed):
             continue
         if isinstance(change, Rescale):

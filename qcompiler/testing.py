@@ -155,7 +155,8 @@ def _check_reports(graph: Graph, pipeline: Pipeline, report: CompileReport) -> N
 def _check_same(graph: Graph, report: CompileReport, again: Graph, other: CompileReport, names: str) -> None:
     def said(report: CompileReport) -> list[object]:
         fields = [{**vars(site), "seconds": 0} for site in report.sites]
-        return [str(fields), str(report.skipped), str(report.regions)]
+        regions = [{**region, "details": {**region.get("details", {}), "seconds": 0}} for region in report.regions]
+        return [str(fields), str(report.skipped), str(regions)]
 
     differs = [
         name

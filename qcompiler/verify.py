@@ -212,7 +212,7 @@ def check_exact(expected: Sequence[Tensor], actual: Sequence[Tensor], width: int
         VerificationError: if they differ by more.
     """
     tolerance = _EXACT_ROUNDINGS * torch.finfo(torch.float32).eps * width**0.5
-    for before, after in zip(expected, actual, strict=True):
+    for before, after in zip(*([value.double() for value in values] for values in (expected, actual)), strict=True):
         largest = before.abs().max().item() or 1.0
         difference = (before - after).abs().max().item() / largest if before.shape == after.shape else float("inf")
         if not difference <= tolerance:  # a NaN is not
