@@ -46,14 +46,15 @@ def plant_directory(model: Path, out: Path, *, factor: float = 64.0, channels: i
     from safetensors.torch import load_file, save_file
 
     graph = qc.capture(model)
+    before = {name: graph.weights.version(name) for name in graph.weight_names()}
     changed = plant(graph, factor=factor, channels=channels, seed=seed)
     tensors: dict[str, Tensor] = {}
     for path in sorted(model.glob("*.safetensors")):
         tensors |= load_file(path)
     for name in graph.weight_names():
-        if name in tensors:
-            if tuple(tensors[name].shape) != graph.weights.info(name).shape:
-                raise ValueError(f"{name} is stored in another form than the graph reads it")
+        if graph.weights.version(name) != before[name]:
+            if name not in tensors or tuple(tensors[name].shape) != graph.weights.info(name).shape:
+                raise ValueError(f"{name} is not stored as the graph reads it")
             tensors[name] = graph.weights.read(name).to(tensors[name].dtype)
     out.mkdir(parents=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
