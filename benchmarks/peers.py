@@ -98,7 +98,11 @@ def main() -> None:
             results.append(_run(job, tokens[job.seed], windows, options))
             if options.json:  # after each run: hours of work survive an interruption
                 keep(options.json, _document(results, options))
-    print(render(results, options))
+    table = render(results, options)
+    print(table)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(table, encoding="utf-8")
     if any("error" in result for result in results):
         raise SystemExit(1)
 
@@ -119,6 +123,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timeout", type=int, default=3600, help="seconds for one quantization")
     parser.add_argument("--json", type=Path, help="write every run here, as they end")
+    parser.add_argument("--output", type=Path, help="write the tables here too")
     return parser.parse_args()
 
 
