@@ -310,11 +310,11 @@ class _Walk:
             raise _Stop("the graph returns it")
 
     def _pass_on(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
-        for target, rule in () if node.kwargs else _RULES:
-            if is_op(node, *target):
-                return rule(self, node, labels, channels)
+        rule = next((rule for targets, rule in _RULES if is_op(node, *targets)), None)
+        if rule is not None and not node.kwargs:
+            return rule(self, node, labels, channels)
         name = getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
-        options = f" with {', '.join(node.kwargs)}" if node.kwargs else ""
+        options = f" with {', '.join(node.kwargs)}" if rule is not None else ""
         raise _Stop(f"{name}{options} does not commute with a scale")
 
     # --- rules: labels of the result, or _Stop ------------------------------------------------------------------------
