@@ -90,9 +90,11 @@ class GPTQ(Pass):
             together.setdefault(key, []).append(site)
         reports: list[SiteReport] = []
         for (inputs, _, _), sites in together.items():
-            gram, cross = gathered_gram(inputs, statistics), CrossGram() if self.correction else None
-            for value in inputs if cross is not None else ():
-                cross.merge(statistics[Tap(value, CrossGram)])
+            gram, cross = gathered_gram(inputs, statistics), None
+            if self.correction:
+                cross = CrossGram()
+                for value in inputs:
+                    cross.merge(statistics[Tap(value, CrossGram)])
             if gram.rows == 0:
                 reports += self._round_unreached(sites, context)
             else:

@@ -99,7 +99,8 @@ class RTN(Pass):
                 continue
             start = time.perf_counter()
             weight = context.weight(site)
-            gram, details = None, {}
+            gram: Tensor | None = None
+            details: dict[str, Any] = {}
             if self.is_calibrated:
                 gathered = gathered_gram(site.inputs, statistics)
                 gram = gathered.result() if gathered.rows else None
