@@ -15,11 +15,13 @@ Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
 _INT_BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
 _FLOAT_MAX = {"float8_e4m3fn": 448, "float8_e5m2": 57344}
 _DTYPES = (*_INT_BITS, *_FLOAT_MAX)
+_CODEBOOK_DTYPES = ("int2", "int3", "int4")
 _ACTIVATION_DTYPES = ("int8", *_FLOAT_MAX)
 _SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DEFAULT_GROUP = 128
 _SCHEME = re.compile(
-    r"(w(?P<w>\d+)a(?P<a>8|16)|fp8)(?P<options>(-(g\d+|channel|tensor|sym|asym|actsym|actasym|dynamic|dyntensor|e5m2))*)"
+    r"(w(?P<w>\d+)a(?P<a>8|16)|fp8)"
+    r"(?P<options>(-(g\d+|channel|tensor|lut|sym|asym|actsym|actasym|dynamic|dyntensor|e5m2))*)"
 )
 _KIND = {"channel": "granularity", "tensor": "granularity", "sym": "sign", "asym": "sign", "actsym": "activation sign"}
 _KIND |= {"actasym": "activation sign", "dynamic": "dynamic", "dyntensor": "dynamic", "e5m2": "float"}
@@ -42,6 +44,8 @@ class QuantSpec:
         scale_dtype: the dtype scales are stored in (``float32``, ``float16`` or ``bfloat16``); ``None`` means the dtype
             of the tensor that is quantized. Scales are rounded to it *before* codes are computed.
         dynamic: for activations: the range is taken from the values themselves at run time; nothing is calibrated.
+        codebook: codes are places in a table of ``2^b`` values that every output channel has of its own, instead of
+            steps of a grid; two to four bits. The table, and values kept apart from it, are stored in ``scale_dtype``.
 
     Raises:
         RecipeError: for a combination that means nothing.
@@ -53,6 +57,7 @@ class QuantSpec:
     symmetric: bool = True
     scale_dtype: str | None = None
     dynamic: bool = False
+    codebook: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -72,6 +77,14 @@ class QuantSpec:
             raise RecipeError("group_size must be positive", got=self.group_size, expected="16, 32, 64, 128, ...")
         if self.scale_dtype is not None and self.scale_dtype not in _SCALE_DTYPES:
             raise RecipeError("unknown scale dtype", got=self.scale_dtype, expected=", ".join(_SCALE_DTYPES))
+        if self.codebook and (self.dtype not in _CODEBOOK_DTYPES or self.granularity != "per_channel"):
+            raise RecipeError(
+                "a codebook has two to four bits, and one table per output channel",
+                got=f"{self.dtype} {self.granularity}",
+                expected=", ".join(f"{dtype} per_channel" for dtype in _CODEBOOK_DTYPES),
+            )
+        if self.codebook and not self.symmetric:
+            raise RecipeError("a codebook has no zero point", got=f"{self.dtype}, asymmetric", expected="symmetric")
         if self.granularity == "per_token":
             object.__setattr__(self, "dynamic", True)
         if self.dynamic and self.granularity not in ("per_token", "per_tensor"):
@@ -91,17 +104,32 @@ class QuantSpec:
 
     @property
     def quant_min(self) -> int:
-        """Smallest code, inclusive."""
+        """Smallest code, inclusive; a codebook's codes are no steps of a grid.
+
+        Raises:
+            RecipeError: for a codebook.
+        """
+        self._require_grid()
         if self.is_float:
             return -_FLOAT_MAX[self.dtype]
         return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def quant_max(self) -> int:
-        """Largest code, inclusive."""
+        """Largest code, inclusive; as `quant_min`."""
+        self._require_grid()
         if self.is_float:
             return _FLOAT_MAX[self.dtype]
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    def _require_grid(self) -> None:
+        if self.codebook:
+            raise RecipeError(
+                "this format has a codebook, and the pass at work rounds to a grid of even steps",
+                got=self,
+                expected="a scheme without -lut",
+                remedy="use SqueezeLLM(), or another scheme",
+            )
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -109,12 +137,13 @@ class QuantSpec:
         if self.is_float:
             found: torch.dtype = getattr(torch, self.dtype)
             return found
-        return torch.int8 if self.symmetric else torch.uint8
+        return torch.int8 if self.symmetric and not self.codebook else torch.uint8
 
     @property
     def stored_dtype(self) -> str:
         """The dtype of codes and zero points in a weight store: ``int4``, ``uint4``, ``float8_e4m3fn``, ..."""
-        return self.dtype if self.is_float or self.symmetric else f"u{self.dtype}"
+        is_signed = self.symmetric and not self.codebook
+        return self.dtype if self.is_float or is_signed else f"u{self.dtype}"
 
     def scale_torch_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """The dtype scales are stored in, for a tensor of ``weight_dtype`` (one that is no scale dtype: float32)."""
@@ -135,9 +164,12 @@ class QuantSpec:
             "symmetric": self.symmetric,
             "scale_dtype": self.scale_dtype,
             "dynamic": self.dynamic,
+            "codebook": self.codebook,
         }
 
     def __str__(self) -> str:
+        if self.codebook:
+            return f"{self.dtype} codebook {self.granularity}"
         where = f"g{self.group_size}" if self.granularity == "per_group" else self.granularity
         sign = "" if self.is_float else " symmetric" if self.symmetric else " asymmetric"
         return f"{self.dtype} {where}{sign}{' dynamic' if self.dynamic else ''}"
@@ -175,7 +207,8 @@ class Scheme:
         """Reads a scheme name such as ``w4a16``, ``w3a16-channel``, ``w4a16-g128-asym``, ``w8a8`` or ``fp8-dynamic``.
 
         Of the weight: without a group in the name, ``group_size`` decides (``-1``: per channel); without that, up to
-        four bits take groups of 128 and eight bits one scale per output channel.
+        four bits take groups of 128 and eight bits one scale per output channel. ``-lut`` takes a codebook per output
+        channel instead, of two to four bits: ``w3a16-lut``.
 
         Of the activation: ``w8a8`` takes one calibrated range per tensor, with a zero point (``-actsym``: without);
         ``fp8`` the same without. ``-dynamic`` takes one range per token, symmetric, at run time; ``-dyntensor`` one per
@@ -195,7 +228,8 @@ class Scheme:
             raise RecipeError(
                 "unknown scheme",
                 got=name,
-                expected="w2a16, w3a16, w4a16 or w8a16, with -g<size>, -channel, -tensor, -sym or -asym behind it; "
+                expected="w2a16, w3a16, w4a16 or w8a16, with -g<size>, -channel, -tensor, -sym or -asym behind it, "
+                "or up to w4a16 with -lut (a codebook); "
                 "w8a8 or w4a8, with -dynamic, -dyntensor, -actsym or -actasym besides; fp8, with -dynamic or -e5m2",
             )
         options = match["options"].split("-")[1:]
@@ -210,6 +244,7 @@ class Scheme:
         if (
             (match["a"] == "16" and activation_kinds)
             or (not is_float and "float" in chosen)
+            or (chosen.get("granularity") == "lut" and (match["a"] != "16" or "sign" in chosen))
             or (is_float and {"sign", "activation sign"}.intersection(chosen))
         ):
             raise RecipeError("a scheme name with an option that has no meaning there", got=name)
@@ -220,8 +255,8 @@ class Scheme:
         if group_size is not None:
             granularity, size = ("per_channel", None) if group_size == -1 else ("per_group", group_size)
         where = chosen.get("granularity")
-        if where in ("channel", "tensor"):
-            granularity = "per_channel" if where == "channel" else "per_tensor"
+        if where in ("channel", "tensor", "lut"):
+            granularity = "per_tensor" if where == "tensor" else "per_channel"
         elif where is not None:
             granularity, size = "per_group", int(where[1:])
         is_symmetric = True if symmetric is None else symmetric
@@ -231,6 +266,7 @@ class Scheme:
             group_size=size if granularity == "per_group" else None,
             symmetric=chosen["sign"] == "sym" if "sign" in chosen else is_symmetric,
             scale_dtype=scale_dtype,
+            codebook=where == "lut",
         )
         if match["a"] == "16":
             return cls(weight)

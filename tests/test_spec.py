@@ -68,7 +68,8 @@ def test_options_are_those_of_weights():
 @pytest.mark.parametrize(
     "name",
     ["w4a16-dynamic", "w8a16-actsym", "w8a8-e5m2", "fp8-sym", "fp8-asym", "fp8-actasym", "w8a8-dynamic-dyntensor",
-     "w8a8-actsym-actasym", "fp8-e5m2-e5m2", "w8a4", "fp8-g64-tensor"],
+     "w8a8-actsym-actasym", "fp8-e5m2-e5m2", "w8a4", "fp8-g64-tensor", "w8a16-lut", "w4a8-lut", "fp8-lut",
+     "w3a16-lut-sym", "w3a16-lut-asym", "w3a16-lut-g64", "w3a16-channel-lut"],
 )  # fmt: skip
 def test_names_with_options_that_have_no_meaning_there(name):
     with pytest.raises(RecipeError):
@@ -100,6 +101,9 @@ def test_what_is_no_scheme(name):
         {"dynamic": True},  # in groups
         {"granularity": "per_channel", "group_size": None, "dynamic": True},
         {"granularity": "per_token"},  # with the default group size
+        {"codebook": True},  # in groups
+        {"dtype": "int8", "granularity": "per_channel", "group_size": None, "codebook": True},
+        {"granularity": "per_channel", "group_size": None, "codebook": True, "symmetric": False},
     ],
 )
 def test_combinations_that_mean_nothing(fields):
@@ -162,7 +166,7 @@ def test_scales_take_the_weight_s_dtype_where_that_can_hold_scales():
     assert QuantSpec(scale_dtype="float16").scale_torch_dtype(torch.bfloat16) == torch.float16
 
 
-ROUND_TRIPS = ["w8a8", "w8a8-dyntensor", "fp8-dynamic", "fp8-e5m2"]
+ROUND_TRIPS = ["w8a8", "w8a8-dyntensor", "fp8-dynamic", "fp8-e5m2", "w3a16-lut"]
 
 
 @pytest.mark.parametrize(
@@ -176,8 +180,24 @@ def test_json_round_trip(scheme):
 def test_schemes_written_before_there_were_activations():
     fields = Scheme.parse("w4a16").to_dict()
     del fields["activation"]
-    del fields["weight"]["dynamic"]
+    del fields["weight"]["dynamic"], fields["weight"]["codebook"]
     assert Scheme.from_dict(fields) == Scheme.parse("w4a16")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codebooks(bits):
+    spec = Scheme.parse(f"w{bits}a16-lut", group_size=64, scale_dtype="float16").weight
+    assert spec == QuantSpec(f"int{bits}", "per_channel", None, scale_dtype="float16", codebook=True)
+    assert (spec.code_dtype, spec.stored_dtype, spec.bits) == (torch.uint8, f"uint{bits}", bits)
+    assert str(spec) == f"int{bits} codebook per_channel"
+
+
+@pytest.mark.parametrize("end", ["quant_min", "quant_max"])
+def test_a_codebook_has_no_grid(end):
+    spec = Scheme.parse("w3a16-lut").weight
+    with pytest.raises(RecipeError, match="codebook") as caught:
+        getattr(spec, end)
+    assert "SqueezeLLM" in str(caught.value)
 
 
 def test_text():
