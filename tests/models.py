@@ -73,6 +73,7 @@ def copy_graph(graph: Graph) -> Graph:
         schemes=dict(graph.schemes),
         provenance=dict(graph.provenance),
         unrecognized=list(graph.unrecognized),
+        source_dtypes=dict(graph.source_dtypes),
     )
 
 
