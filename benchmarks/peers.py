@@ -10,8 +10,8 @@ windows and hands back the distance by the same definition (`peer_drivers/protoc
 
 Common settings of the 4-bit methods: linear weights to symmetric groups of 128 along the input, damping 0.01. The 8-bit
 ones round the weights and inputs of linear layers, with ranges fixed in calibration: ``int8`` to nearest and nothing
-else; ``smoothquant``; ``fp8`` in E4M3. The language-model head is left out; otherwise each tool's defaults, which for the
-last two mean more here than elsewhere: this project's recipes round their weights by GPTQ. The drivers name what a
+else; ``smoothquant``; ``fp8`` in E4M3. The language-model head is left out; otherwise each tool's defaults. This
+project's recipes of the last two names choose codes as GPTQ does, which others' do not. The drivers name what a
 method's suffix changes.
 
 ``--planted FACTOR`` measures everything a second time, on the same model with outlier channels (`benchmarks.plant`).
