@@ -13,12 +13,22 @@ from torch.fx import Node
 import qcompiler.ops  # noqa: F401  (defines torch.ops.qcompiler)
 from qcompiler.errors import ArtifactError, PipelineError
 from qcompiler.graph_json import decode_nodes, encode_nodes
-from qcompiler.qtensor import Affine
+from qcompiler.qtensor import Affine, Codebook, QuantizedTensor
 from qcompiler.signature import Signature
 from qcompiler.spec import QuantSpec, Scheme
 from qcompiler.weights import WeightStore
 
-__all__ = ["Graph", "Site", "activation_rounding", "ancestors", "is_op", "quantized_value", "site_name"]
+__all__ = [
+    "Graph",
+    "Site",
+    "activation_rounding",
+    "ancestors",
+    "is_op",
+    "is_quantized_weight",
+    "quantized_value",
+    "site_name",
+    "stored_names",
+]
 
 _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
@@ -48,6 +58,23 @@ def activation_rounding(nodes: Iterable[Node]) -> set[Node]:
         if quantized_value(node) is not None:
             found |= {node, node.all_input_nodes[0]}
     return found
+
+
+def is_quantized_weight(node: object) -> bool:
+    """Whether a linear layer's weight is computed from codes, in one of the forms `Graph.set_weight` makes."""
+    return is_op(
+        node,
+        _canonical.dequantize.default,
+        _canonical.codebook_dequantize.default,
+        _canonical.sparse_add.default,
+    )
+
+
+def stored_names(weight: Node) -> list[str]:
+    """The stored tensors that a linear layer's weight is computed from, codes first."""
+    if weight.op == "get_attr":
+        return [str(weight.target)]
+    return [name for source in weight.all_input_nodes for name in stored_names(source)]
 
 
 def site_name(weight_name: str) -> str:
@@ -140,11 +167,7 @@ class Graph:
         assert isinstance(weight, Node)
         if weight.op == "get_attr":
             return str(weight.target)
-        if is_op(weight, _canonical.dequantize.default):
-            codes = weight.args[0]
-            assert isinstance(codes, Node)
-            return str(codes.target).removesuffix("_codes")
-        return None
+        return stored_names(weight)[0].removesuffix("_codes") if is_quantized_weight(weight) else None
 
     def weight_names(self) -> list[str]:
         """The tensors the graph reads, in execution order, each once."""
@@ -245,8 +268,9 @@ class Graph:
         node.meta.update(dtype=getattr(torch, dtype), shape=tuple(shape))
         return node
 
-    def set_weight(self, site: Site, quantized: Affine) -> None:
-        """Replaces a site's float weight by codes and scales behind a ``dequantize`` node.
+    def set_weight(self, site: Site, quantized: QuantizedTensor) -> None:
+        """Replaces a site's float weight by what it is computed from: a ``dequantize`` node with codes and scales, or a
+        ``codebook_dequantize`` with codes and tables and, around it, a ``sparse_add``.
 
         The float weight leaves the graph; where it was tied to another use, that use keeps it.
 
@@ -265,6 +289,21 @@ class Graph:
             raise PipelineError(
                 "codes of the wrong shape", where=site.name, got=tuple(quantized.codes.shape), expected=expected
             )
+        with self.fx.inserting_before(site.nodes[0]):
+            if isinstance(quantized, Codebook):
+                weight_node = self._place_codebook(site, quantized)
+            else:
+                weight_node = self._place_affine(site, quantized)
+        for node in site.nodes:
+            old = node.args[1]
+            node.update_arg(1, weight_node)
+            assert isinstance(old, Node)
+            if not old.users:
+                self.fx.erase_node(old)
+        if not any(node.target == site.weight for node in self.fx.nodes if node.op == "get_attr"):
+            self.weights.remove(site.weight)
+
+    def _place_affine(self, site: Site, quantized: Affine) -> Node:
         spec, store = quantized.spec, self.weights
         scale, zero_point = quantized.scale, quantized.zero_point
         axis, block = 1, spec.group_of(site.in_features)
@@ -280,23 +319,31 @@ class Graph:
         store.set(f"{site.weight}_scale", scale.to(quantized.scale_dtype))
         if zero_point is not None:
             store.set(f"{site.weight}_zero_point", zero_point, dtype=spec.stored_dtype)
-        first = site.nodes[0]
-        with self.fx.inserting_before(first):
-            codes_node = self._get_attr(f"{site.weight}_codes")
-            scale_node = self._get_attr(f"{site.weight}_scale")
-            zero_node = None if zero_point is None else self._get_attr(f"{site.weight}_zero_point")
-            weight_node = self.fx.call_function(
-                _canonical.dequantize.default, (codes_node, scale_node, zero_node, axis, block, torch.float32)
-            )
-        weight_node.meta.update(dtype=torch.float32, shape=expected)
-        for node in site.nodes:
-            old = node.args[1]
-            node.update_arg(1, weight_node)
-            assert isinstance(old, Node)
-            if not old.users:
-                self.fx.erase_node(old)
-        if not any(node.target == site.weight for node in self.fx.nodes if node.op == "get_attr"):
-            store.remove(site.weight)
+        codes_node = self._get_attr(f"{site.weight}_codes")
+        scale_node = self._get_attr(f"{site.weight}_scale")
+        zero_node = None if zero_point is None else self._get_attr(f"{site.weight}_zero_point")
+        arguments = (codes_node, scale_node, zero_node, axis, block, torch.float32)
+        weight = self.fx.call_function(_canonical.dequantize.default, arguments)
+        return self._described(weight, "float32", quantized.codes.shape)
+
+    def _place_codebook(self, site: Site, quantized: Codebook) -> Node:
+        self.weights.set(f"{site.weight}_codes", quantized.codes, dtype=quantized.spec.stored_dtype)
+        self.weights.set(f"{site.weight}_table", quantized.table)
+        sources = tuple(self._get_attr(f"{site.weight}_{part}") for part in ("codes", "table"))
+        weight = self.fx.call_function(_canonical.codebook_dequantize.default, sources)
+        self._described(weight, "float32", quantized.codes.shape)
+        if quantized.sparse is None:
+            return weight
+        parts = {
+            "sparse_values": quantized.sparse.values,
+            "sparse_columns": quantized.sparse.columns,
+            "sparse_row_offsets": quantized.sparse.row_offsets,
+        }
+        for part, tensor in parts.items():
+            self.weights.set(f"{site.weight}_{part}", tensor)
+        sources = (weight, *(self._get_attr(f"{site.weight}_{part}") for part in parts))
+        weight = self.fx.call_function(_canonical.sparse_add.default, sources)
+        return self._described(weight, "float32", quantized.codes.shape)
 
     def _get_attr(self, name: str) -> Node:
         info = self.weights.info(name)

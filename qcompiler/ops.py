@@ -16,6 +16,8 @@ it.
 | ``merge_experts(rows, experts)`` | the rows of all experts back in their places |
 | ``quantize(x, scale, zero_point?, axis, block, dtype)`` | ONNX QuantizeLinear |
 | ``dequantize(codes, scale, zero_point?, axis, block, out_dtype)`` | ONNX DequantizeLinear |
+| ``codebook_dequantize(codes, table)`` | ``[out, in]`` codes, each a place in its row of ``table[out, levels]`` |
+| ``sparse_add(w, values, columns, row_offsets)`` | a matrix plus a sparse one of its shape (CSR); `_sparse_add` |
 | ``choose_qparams(x, dtype, axis?)`` | ``(scale, zero_point)`` of the range ``x`` has; `_choose_qparams` |
 
 For quantize and dequantize, a 0-D scale is per tensor; a 1-D one per slice of ``axis`` (``block`` 0); one of the rank
@@ -43,6 +45,8 @@ CANONICAL = (
     "quantize",
     "dequantize",
     "choose_qparams",
+    "codebook_dequantize",
+    "sparse_add",
 )
 
 _INTEGER_RANGE = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
@@ -223,6 +227,29 @@ def _choose_qparams(x: Tensor, dtype: torch.dtype, axis: int | None = None) -> t
     return scale, torch.zeros_like(scale).to(dtype)
 
 
+def _codebook_dequantize(codes: Tensor, table: Tensor) -> Tensor:
+    rows, levels = table.shape
+    first = torch.arange(rows, dtype=torch.int32, device=table.device)[:, None] * levels
+    return table.reshape(-1).index_select(0, (codes + first).reshape(-1)).reshape(codes.shape)
+
+
+def _sparse_add(w: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor) -> Tensor:
+    """``w`` plus a sparse matrix in compressed rows.
+
+    Args:
+        w: float ``[out, in]``.
+        values: float ``[n]``, row by row.
+        columns: int32 ``[n]``, the column of each value.
+        row_offsets: int32 ``[out + 1]``: row ``r`` has the values ``row_offsets[r]`` to ``row_offsets[r + 1] - 1``.
+
+    Returns:
+        ``[out, in]``.
+    """
+    counts = row_offsets[1:] - row_offsets[:-1]
+    rows = torch.arange(w.shape[0], device=w.device).repeat_interleave(counts, output_size=values.shape[0])
+    return w.index_put((rows, columns.long()), values.to(w.dtype), accumulate=True)
+
+
 for _schema, _reference in (
     ("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", _linear),
     ("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm),
@@ -245,6 +272,8 @@ for _schema, _reference in (
         "-> Tensor",
         _dequantize,
     ),
+    ("codebook_dequantize(Tensor codes, Tensor table) -> Tensor", _codebook_dequantize),
+    ("sparse_add(Tensor w, Tensor values, Tensor columns, Tensor row_offsets) -> Tensor", _sparse_add),
     ("choose_qparams(Tensor x, ScalarType dtype, int? axis=None) -> (Tensor, Tensor)", _choose_qparams),
 ):
     _LIBRARY.define(_schema)

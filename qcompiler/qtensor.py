@@ -1,4 +1,4 @@
-"""What a quantized weight is: codes with their scales (`Affine`)."""
+"""What a quantized weight is: codes with their scales (`Affine`), or places in tables of values (`Codebook`)."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from qcompiler import numerics
 from qcompiler.spec import QuantSpec
 
-__all__ = ["Affine", "QuantizedTensor"]
+__all__ = ["Affine", "Codebook", "Csr", "QuantizedTensor"]
 
 
 @dataclass(frozen=True)
@@ -40,4 +40,56 @@ class Affine:
         return bits + (0 if self.zero_point is None else self.zero_point.numel() * self.spec.bits)
 
 
-QuantizedTensor = Affine
+@dataclass(frozen=True)
+class Csr:
+    """A sparse matrix in compressed rows, ``n`` numbers of ``[out, in]``.
+
+    Attributes:
+        values: float ``[n]``, row by row, in the dtype they are stored in.
+        columns: int32 ``[n]``, ascending within a row.
+        row_offsets: int32 ``[out + 1]``: where each row begins in the other two, and the end of the last.
+    """
+
+    values: Tensor
+    columns: Tensor
+    row_offsets: Tensor
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of the three tensors."""
+        return sum(8 * t.numel() * t.element_size() for t in (self.values, self.columns, self.row_offsets))
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """``table[row, codes[row, column]]``, and a sparse matrix added to it: a few weights that are kept more exactly.
+
+    Attributes:
+        codes: uint8 ``[out, in]``, one code per element.
+        table: ``[out, 2^bits]``, ascending within a row, in the dtype it is stored in.
+        sparse: what is added; None for nothing.
+        spec: the number format.
+    """
+
+    codes: Tensor
+    table: Tensor
+    sparse: Csr | None
+    spec: QuantSpec
+
+    def dequantize(self) -> Tensor:
+        """float32 ``[out, in]``."""
+        dense: Tensor = torch.ops.qcompiler.codebook_dequantize(self.codes, self.table.float())
+        if self.sparse is None:
+            return dense
+        parts = (self.sparse.values.float(), self.sparse.columns, self.sparse.row_offsets)
+        added: Tensor = torch.ops.qcompiler.sparse_add(dense, *parts)
+        return added
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of packed codes, tables and sparse matrix (a file rounds each row of codes up to whole bytes)."""
+        bits = self.codes.numel() * self.spec.bits + 8 * self.table.numel() * self.table.element_size()
+        return bits + (0 if self.sparse is None else self.sparse.stored_bits)
+
+
+QuantizedTensor = Affine | Codebook

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qcompiler.errors import ArtifactError
-from qcompiler.graph import Graph, is_op
+from qcompiler.graph import Graph, is_quantized_weight, stored_names
 from qcompiler.pass_base import SiteReport, Skip
 
 __all__ = ["CompileReport", "machine", "peak_rss_bytes", "quantized_bits_per_weight", "strict_json"]
@@ -150,8 +150,7 @@ def quantized_bits_per_weight(graph: Graph) -> float | None:
     bits = elements = 0
     for site in graph.sites():
         weight = site.nodes[0].args[1]
-        if is_op(weight, torch.ops.qcompiler.dequantize.default):
-            names = [str(source.target) for source in weight.all_input_nodes]  # type: ignore[union-attr]
-            bits += 8 * graph.weights.stored_bytes(names)
+        if is_quantized_weight(weight):
+            bits += 8 * graph.weights.stored_bytes(stored_names(weight))  # type: ignore[arg-type]
             elements += site.out_features * site.in_features
     return bits / elements if elements else None

@@ -15,7 +15,7 @@ from qcompiler.compiling import compile_graph
 from qcompiler.errors import InputError, VerificationError
 from qcompiler.execute import Stretch
 from qcompiler.feed import feed, feed_tensors
-from qcompiler.graph import Graph, is_op
+from qcompiler.graph import Graph, is_quantized_weight
 from qcompiler.pass_base import WEIGHTS_QUANTIZED, Effect, Pass
 from qcompiler.pipeline import Pipeline
 from qcompiler.report import CompileReport
@@ -24,7 +24,6 @@ from qcompiler.verify import check_exact
 __all__ = ["CheckedPass", "check_pass"]
 
 _CPU = torch.device("cpu")
-_dequantize = torch.ops.qcompiler.dequantize.default
 
 
 @dataclass(frozen=True)
@@ -137,12 +136,12 @@ def _check_reports(graph: Graph, pipeline: Pipeline, report: CompileReport) -> N
         *(
             f"{name} was quantized, and no pass reports it"
             for name, weight in sites.items()
-            if is_op(weight, _dequantize) and name not in seen
+            if is_quantized_weight(weight) and name not in seen
         ),
         *(
             f"{name} was not quantized, and a pass reports it"
             for name, weight in sites.items()
-            if not is_op(weight, _dequantize) and name in seen
+            if not is_quantized_weight(weight) and name in seen
         ),
         *(f"{method} reports {name}, which is no site" for method, name in reported if name not in sites),
         *(f"{method} reports {name} {count} times" for (method, name), count in reported.items() if count > 1),

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.errors import VerificationError
-from qcompiler.graph import Graph, Site, is_op, quantized_value
+from qcompiler.graph import Graph, Site, is_op, is_quantized_weight, quantized_value, stored_names
 from qcompiler.pass_base import Effect, Pass, PassResult
 from qcompiler.spec import QuantSpec, Scheme
 
 __all__ = ["check_declared", "check_exact", "state_of", "verify_graph"]
 
-_dequantize = torch.ops.qcompiler.dequantize.default
+_codebook_dequantize = torch.ops.qcompiler.codebook_dequantize.default
+_sparse_add = torch.ops.qcompiler.sparse_add.default
 _choose_qparams = torch.ops.qcompiler.choose_qparams.default
 
 
@@ -33,14 +34,14 @@ def verify_graph(graph: Graph) -> None:
         spec = graph.schemes.get(site.name, Scheme()).weight
         for weight in dict.fromkeys(node.args[1] for node in site.nodes):
             assert isinstance(weight, fx.Node)
-            is_quantized = is_op(weight, _dequantize)
+            is_quantized = is_quantized_weight(weight)
             if (spec is not None) != is_quantized:
                 raise VerificationError(
                     "a site was not given what its scheme says",
                     where=site.name,
                     got="a quantized weight" if is_quantized else "a float weight",
                     expected=spec or "a float weight",
-                    remedy="add a weight quantizer such as RTN() or GPTQ() to the recipe",
+                    remedy="add a weight quantizer to the recipe, such as GPTQ(), or SqueezeLLM() for codebooks",
                 )
             if spec is not None:
                 problems = _problems(graph, site, spec, weight)
@@ -124,6 +125,10 @@ def _verify_structure(graph: Graph) -> None:
 
 def _problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[str]:
     """What is wrong with a quantized weight, against its scheme."""
+    if is_op(node, _codebook_dequantize, _sparse_add) is not spec.codebook:
+        return ["a codebook where the scheme has scales, or the other way round"]
+    if spec.codebook:
+        return _codebook_problems(graph, site, spec, node)
     sources = node.args[:3]
     codes, scale, zero = (
         graph.weights.info(str(source.target)) if isinstance(source, fx.Node) else None for source in sources
@@ -152,6 +157,30 @@ def _problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[
         problems.append("a zero point where the scheme is symmetric, or none where it is not")
     elif zero is not None and (zero.dtype, zero.shape) != (code_dtype, shape):
         problems.append(f"zero point is {zero.dtype} {zero.shape}, not {code_dtype} {shape}")
+    return problems
+
+
+def _codebook_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[str]:
+    """What is wrong with tables and the codes that are places in them, and with what is added."""
+    store, problems = graph.weights, []
+    codes, table, *sparse = (store.info(name) for name in stored_names(node))
+    rows, columns = site.out_features, site.in_features
+    if (codes.dtype, codes.shape) != (spec.stored_dtype, (rows, columns)):
+        problems.append(f"codes are {codes.dtype} {codes.shape}, not {spec.stored_dtype} {(rows, columns)}")
+    if table.shape != (rows, 1 << spec.bits):
+        problems.append(f"table has shape {table.shape}, not {(rows, 1 << spec.bits)}")
+    if not store.read(table.name, check_finite=False).isfinite().all():
+        problems.append("table is not finite")
+    if sparse:
+        values, places, offsets = (store.read(info.name, check_finite=False) for info in sparse)
+        if not values.isfinite().all():
+            problems.append("a value of the sparse matrix is not finite")
+        if offsets.shape != (rows + 1,) or places.shape != values.shape or values.dim() != 1:
+            problems.append("the parts of the sparse matrix do not belong together")
+        elif int(offsets[0]) or int(offsets[-1]) != len(values) or bool((offsets.diff() < 0).any()):
+            problems.append("rows of the sparse matrix do not follow one another")
+        elif bool(((places < 0) | (places >= columns)).any()):
+            problems.append("a value of the sparse matrix lies outside of the weight")
     return problems
 
 

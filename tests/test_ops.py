@@ -242,3 +242,28 @@ def test_gradients_pass_through_experts():
     ops.merge_experts(rows, experts).sum().backward()
     assert x.grad is not None
     assert x.grad[:, 0].tolist() == [2.0, 1.0, 2.0, 1.0]
+
+
+def test_codes_are_places_in_the_table_of_their_row():
+    codes = torch.randint(8, (5, 7), dtype=torch.uint8)
+    table = torch.randn(5, 8, requires_grad=True)
+    found = ops.codebook_dequantize(codes, table)
+    assert found.tolist() == [[float(table.detach()[i, int(codes[i, j])]) for j in range(7)] for i in range(5)]
+    found.sum().backward()
+    assert table.grad is not None
+    assert table.grad.tolist() == [[float((codes[i] == level).sum()) for level in range(8)] for i in range(5)]
+
+
+def test_a_sparse_matrix_is_added():
+    w = torch.randn(4, 6)
+    values, columns = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([5, 0, 5], dtype=torch.int32)
+    offsets = torch.tensor([0, 1, 1, 3, 3], dtype=torch.int32)
+    kept = w.clone()
+    expected = torch.zeros(4, 6)
+    expected[0, 5], expected[2, 0], expected[2, 5] = 1, 2, 4
+    assert torch.equal(ops.sparse_add(w, values, columns, offsets), w + expected)
+    assert torch.equal(w, kept)
+    nothing = torch.zeros(5, dtype=torch.int32)
+    assert torch.equal(ops.sparse_add(w, values[:0], columns[:0], nothing), w)
+    traced = make_fx(ops.sparse_add, tracing_mode="fake")(w, values, columns, offsets)
+    assert torch.equal(traced(w, values, columns, offsets), w + expected)

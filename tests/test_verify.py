@@ -5,6 +5,7 @@ from qcompiler.errors import VerificationError
 from qcompiler.graph import Graph
 from qcompiler.pass_base import PassContext
 from qcompiler.passes import RTN
+from qcompiler.qtensor import Codebook, Csr
 from qcompiler.ranges import activation_qparams
 from qcompiler.spec import Scheme
 from qcompiler.verify import verify_graph
@@ -114,6 +115,61 @@ def test_ports_against_the_signature():
     graph = chain()
     graph.fx.output_node().args = ((graph.outputs[0], graph.outputs[0]),)
     assert "got: 1 inputs and 2 outputs" in problem(graph)
+
+
+# --- codebooks --------------------------------------------------------------------------------------------------------
+
+
+def squeezed(bits: int = 3, *, sparse: bool = True) -> Graph:
+    """A chain of sites of 8 × 8, the first two with tables and, in every other row, one value added."""
+    graph = chain()
+    spec = Scheme.parse(f"w{bits}a16-lut").weight
+    assert spec is not None
+    graph.schemes = {"0": Scheme(spec), "1": Scheme(spec), "2": Scheme()}
+    for site in graph.sites()[:2]:
+        offsets = torch.tensor([0, 1, 1, 2, 2, 3, 3, 4, 4], dtype=torch.int32)
+        added = Csr(torch.ones(4, dtype=torch.float16), torch.tensor([0, 3, 7, 7], dtype=torch.int32), offsets)
+        codes = torch.randint(1 << bits, (8, 8), dtype=torch.uint8)
+        table = torch.randn(8, 1 << bits).sort().values.half()
+        graph.set_weight(site, Codebook(codes, table, added if sparse else None, spec))
+    return graph
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_legal_codebooks(bits, sparse):
+    verify_graph(squeezed(bits, sparse=sparse))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "dtype", "found"),
+    [
+        ("codes", torch.zeros(8, 8, dtype=torch.uint8), "uint4", "codes are uint4 (8, 8), not uint3 (8, 8)"),
+        ("codes", torch.zeros(8, 7, dtype=torch.uint8), "uint3", "codes are uint3 (8, 7), not uint3 (8, 8)"),
+        ("table", torch.zeros(8, 4), None, "table has shape (8, 4), not (8, 8)"),
+        ("table", torch.full((8, 8), torch.nan), None, "table is not finite"),
+        ("sparse_values", torch.full((4,), torch.inf), None, "value of the sparse matrix is not finite"),
+        ("sparse_values", torch.ones(3), None, "do not belong together"),
+        ("sparse_row_offsets", torch.zeros(8, dtype=torch.int32), None, "do not belong together"),
+        ("sparse_row_offsets", torch.arange(9, dtype=torch.int32), None, "do not follow one another"),
+        ("sparse_row_offsets", torch.tensor([0, 2, 1, 2, 2, 3, 3, 4, 4], dtype=torch.int32), None, "do not follow"),
+        ("sparse_columns", torch.tensor([0, 8, 1, 1], dtype=torch.int32), None, "outside of the weight"),
+        ("sparse_columns", torch.tensor([0, -1, 1, 1], dtype=torch.int32), None, "outside of the weight"),
+    ],
+)
+def test_planted_codebooks(name, tensor, dtype, found):
+    graph = squeezed()
+    graph.weights.set(f"1.weight_{name}", tensor, dtype)
+    text = problem(graph)
+    assert "where: 1" in text
+    assert found in text
+
+
+@pytest.mark.parametrize(("made", "stated"), [("w3a16-lut", "w3a16-channel"), ("w4a16-channel", "w4a16-lut")])
+def test_a_codebook_where_the_scheme_has_a_grid_and_the_other_way_round(made, stated):
+    graph = squeezed() if made.endswith("lut") else quantized(made)
+    graph.schemes["1"] = Scheme.parse(stated)
+    assert "a codebook where the scheme has scales, or the other way round" in problem(graph)
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
