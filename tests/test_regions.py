@@ -414,6 +414,11 @@ COMMUTING: dict[str, tuple[Body, tuple[int, ...], dict[str, int]]] = {
         TABLE,
         {"a -> b": 8},
     ),
+    "the second of two tables": (
+        lambda m, x: (lambda y: F.linear(torch.cat([y, roll(y)], 1)[:, 4:], m.b))(F.linear(x, m.a)),
+        TABLE,
+        {"a -> b": 8},
+    ),
     "interleaved heads": (
         lambda m, x: F.linear(F.linear(x, m.a).reshape(-1, 2, 4).transpose(1, 2).reshape(-1, 8), m.b),
         ROWS,
@@ -480,7 +485,7 @@ STOPPING: dict[str, tuple[Body, tuple[int, ...], str, str]] = {
         "joined with other values",
     ),
     "joined along an axis that varies": (
-        lambda m, x: F.linear(torch.cat([F.linear(x, m.a), F.linear(x, m.c)]), m.b),
+        lambda m, x: (lambda y: F.linear(torch.cat([y, roll(y)])[1:2], m.b))(F.linear(x, m.a)),
         ROWS,
         "a",
         "joined with other values",
