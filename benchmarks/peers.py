@@ -304,7 +304,7 @@ def _caption(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
     here = {key: value for key, value in machine().items() if key != "threads"}  # the drivers' count is in options
     where = ", ".join(f"{key} {value}" for key, value in here.items())
     versions = {name: v for run in results for name, v in run.get("versions", {}).items() if name not in here}
-    tools = ", ".join(f"{name} {version}" for name, version in versions.items()) or "none ran"
+    tools = ", ".join(f"{name} {version}" for name, version in versions.items()) or "this one alone"
     return (
         f"Calibrated on {options.samples}×{options.length} tokens, mean over seeds; {options.max_tokens:,} tokens of "
         f"each text; threads: {options.threads}. {where}. Tools: {tools}."
