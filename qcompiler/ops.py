@@ -14,20 +14,24 @@ it.
 | ``attention(q, k, v, mask?, scale, causal, window?, softcap?)`` | softmax attention, grouped heads; `_attention` |
 | ``take_expert(x, experts, index)`` | the rows of ``x[S, D]`` that go to one expert; `_take_expert` |
 | ``merge_experts(rows, experts)`` | the rows of all experts back in their places |
-| ``quantize(x, scale, zero_point?, axis, block, dtype)`` | ONNX QuantizeLinear |
+| ``hadamard(x, block)`` | every ``block`` elements of the last axis times an orthogonal matrix; `qcompiler.hadamard` |
+| ``quantize(x, scale, zero_point?, axis, block, dtype, bits)`` | ONNX QuantizeLinear |
 | ``dequantize(codes, scale, zero_point?, axis, block, out_dtype)`` | ONNX DequantizeLinear |
 | ``codebook_dequantize(codes, table)`` | ``[out, in]`` codes, each a place in its row of ``table[out, levels]`` |
 | ``sparse_add(w, values, columns, row_offsets)`` | a matrix plus a sparse one of its shape (CSR); `_sparse_add` |
-| ``choose_qparams(x, dtype, axis?)`` | ``(scale, zero_point)`` of the range ``x`` has; `_choose_qparams` |
+| ``choose_qparams(x, dtype, axis?, bits, clip)`` | ``(scale, zero_point)`` of the range ``x`` has; `_choose_qparams` |
 
 For quantize and dequantize, a 0-D scale is per tensor; a 1-D one per slice of ``axis`` (``block`` 0); one of the rank
 of the data is blocked, ``block`` elements of ``axis`` sharing a scale, the last block possibly short. Codes are int8,
 uint8, or float8 (E4M3 without infinities, E5M2), which has no zero point and saturates at its largest finite number.
+Integer codes of fewer than 8 ``bits`` are held in int8 and uint8, too.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qcompiler.hadamard import multiply
 
 __all__ = ["CANONICAL"]
 
@@ -42,6 +46,7 @@ CANONICAL = (
     "attention",
     "take_expert",
     "merge_experts",
+    "hadamard",
     "quantize",
     "dequantize",
     "choose_qparams",
@@ -49,7 +54,6 @@ CANONICAL = (
     "sparse_add",
 )
 
-_INTEGER_RANGE = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 _FLOAT_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 _SMALLEST_SCALE = 2.0**-23  # of dynamic ranges; positive in float16 too
 
@@ -179,11 +183,13 @@ def _broadcast(qparam: Tensor, data: Tensor, axis: int, block: int) -> Tensor:
     return qparam.repeat_interleave(block, dim=axis).narrow(axis, 0, data.shape[axis])
 
 
-def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block: int, dtype: torch.dtype) -> Tensor:
+def _quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block: int, dtype: torch.dtype, bits: int = 8
+) -> Tensor:
     values = x / _broadcast(scale, x, axis, block)
     if dtype in _FLOAT_MAX:
         return values.clamp(-_FLOAT_MAX[dtype], _FLOAT_MAX[dtype]).to(dtype)
-    low, high = _INTEGER_RANGE[dtype]
+    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if dtype == torch.int8 else (0, (1 << bits) - 1)
     codes = torch.round(values)
     if zero_point is not None:
         codes = codes + _broadcast(zero_point, x, axis, block)
@@ -199,17 +205,21 @@ def _dequantize(
     return (values * _broadcast(scale, codes, axis, block)).to(out_dtype)
 
 
-def _choose_qparams(x: Tensor, dtype: torch.dtype, axis: int | None = None) -> tuple[Tensor, Tensor]:
+def _choose_qparams(
+    x: Tensor, dtype: torch.dtype, axis: int | None = None, bits: int = 8, clip: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The scale and zero point at which codes just cover a tensor, or each slice of it.
 
-    int8: ``amax / 127.5``; float8: ``amax`` divided by the largest code; uint8: the range widened to hold zero,
-    ``(max - min) / 255`` and ``round(-min / scale)``, as ONNX DynamicQuantizeLinear has it. No scale is smaller than
-    2^-23, so that zeros give zeros.
+    int8: ``amax / (2^(bits-1) - 0.5)``; float8: ``amax`` divided by the largest code; uint8: the range widened to hold
+    zero, ``(max - min) / (2^bits - 1)`` and ``round(-min / scale)``, as ONNX DynamicQuantizeLinear has it. No scale is
+    smaller than 2^-23, so that zeros give zeros.
 
     Args:
         x: floating point.
         dtype: of the codes.
         axis: reduced, one scale for each slice along it (-1: per token); None: one for all.
+        bits: of integer codes.
+        clip: the share of the range that is covered; what lies beyond is clamped.
 
     Returns:
         Scale of the dtype of ``x`` and zero point of the codes' (0 but for uint8): 0-D, or the shape of ``x`` with one
@@ -218,12 +228,13 @@ def _choose_qparams(x: Tensor, dtype: torch.dtype, axis: int | None = None) -> t
     axes = list(range(x.dim())) if axis is None else [axis]
     keep = axis is not None
     if dtype == torch.uint8:
-        low = x.amin(axes, keepdim=keep).clamp(max=0)
-        high = x.amax(axes, keepdim=keep).clamp(min=0)
-        scale = ((high - low) / 255).clamp(min=_SMALLEST_SCALE)
-        return scale, torch.round(-low / scale).clamp(0, 255).to(dtype)
-    largest = _FLOAT_MAX.get(dtype, 127.5)
-    scale = (x.abs().amax(axes, keepdim=keep) / largest).clamp(min=_SMALLEST_SCALE)
+        low = x.amin(axes, keepdim=keep).clamp(max=0) * clip
+        high = x.amax(axes, keepdim=keep).clamp(min=0) * clip
+        largest = (1 << bits) - 1
+        scale = ((high - low) / largest).clamp(min=_SMALLEST_SCALE)
+        return scale, torch.round(-low / scale).clamp(0, largest).to(dtype)
+    reach = _FLOAT_MAX.get(dtype, (1 << (bits - 1)) - 0.5)
+    scale = (x.abs().amax(axes, keepdim=keep) * clip / reach).clamp(min=_SMALLEST_SCALE)
     return scale, torch.zeros_like(scale).to(dtype)
 
 
@@ -263,8 +274,10 @@ for _schema, _reference in (
     ),
     ("take_expert(Tensor x, Tensor experts, int index) -> Tensor", _take_expert),
     ("merge_experts(Tensor[] rows, Tensor experts) -> Tensor", _merge_experts),
+    ("hadamard(Tensor x, int block) -> Tensor", multiply),
     (
-        "quantize(Tensor x, Tensor scale, Tensor? zero_point, int axis, int block, ScalarType dtype) -> Tensor",
+        "quantize(Tensor x, Tensor scale, Tensor? zero_point, int axis, int block, ScalarType dtype, int bits=8) "
+        "-> Tensor",
         _quantize,
     ),
     (
@@ -274,7 +287,10 @@ for _schema, _reference in (
     ),
     ("codebook_dequantize(Tensor codes, Tensor table) -> Tensor", _codebook_dequantize),
     ("sparse_add(Tensor w, Tensor values, Tensor columns, Tensor row_offsets) -> Tensor", _sparse_add),
-    ("choose_qparams(Tensor x, ScalarType dtype, int? axis=None) -> (Tensor, Tensor)", _choose_qparams),
+    (
+        "choose_qparams(Tensor x, ScalarType dtype, int? axis=None, int bits=8, float clip=1.0) -> (Tensor, Tensor)",
+        _choose_qparams,
+    ),
 ):
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_schema.split("(")[0], _reference, "CompositeImplicitAutograd")

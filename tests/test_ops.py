@@ -267,3 +267,28 @@ def test_a_sparse_matrix_is_added():
     assert torch.equal(ops.sparse_add(w, values[:0], columns[:0], nothing), w)
     traced = make_fx(ops.sparse_add, tracing_mode="fake")(w, values, columns, offsets)
     assert torch.equal(traced(w, values, columns, offsets), w + expected)
+
+
+@pytest.mark.parametrize("block", [4, 12, 24])
+def test_hadamard_is_orthogonal_in_every_block(block):
+    x = torch.randn(2, 3, 24, dtype=torch.float64, requires_grad=True)
+    turned = ops.hadamard(x, block)
+    matrix = ops.hadamard(torch.eye(block, dtype=torch.float64), block)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(block, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert torch.allclose(matrix.abs(), torch.full_like(matrix, block**-0.5), rtol=0, atol=1e-12)
+    expected = torch.cat([part @ matrix for part in x.split(block, dim=-1)], dim=-1)
+    assert torch.allclose(turned, expected, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda value: ops.hadamard(value, block), x)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_narrow_codes_stay_in_their_range_and_clip(bits):
+    x = torch.randn(5, 64)
+    scale, _ = ops.choose_qparams(x, torch.int8, -1, bits, 0.8)
+    assert torch.equal(scale, x.abs().amax(-1, keepdim=True) * 0.8 / (2 ** (bits - 1) - 0.5))
+    codes = ops.quantize(x, scale, None, -1, 64, torch.int8, bits)
+    assert torch.equal(codes.float(), torch.round(x / scale).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1))
+    scale, zero = ops.choose_qparams(x, torch.uint8, -1, bits)
+    codes = ops.quantize(x, scale, zero, -1, 64, torch.uint8, bits)
+    assert codes.aminmax() == (0, 2**bits - 1)
+    assert (ops.dequantize(codes, scale, zero, -1, 64, torch.float32) - x).abs().max() <= scale.max() * 1.001
