@@ -8,9 +8,11 @@ from qcompiler.errors import PipelineError
 from qcompiler.pass_base import (
     ACTIVATIONS_QUANTIZED,
     CANONICAL,
+    FISHER,
     FLOAT_ACTIVATIONS,
     FLOAT_WEIGHTS,
     WEIGHTS_QUANTIZED,
+    Effect,
     Pass,
 )
 
@@ -19,6 +21,9 @@ __all__ = ["Pipeline", "Stage"]
 
 _ENDS = {WEIGHTS_QUANTIZED: FLOAT_WEIGHTS, ACTIVATIONS_QUANTIZED: FLOAT_ACTIVATIONS}
 """Facts that are no longer true where another is."""
+
+_MEASURED = frozenset({FISHER})
+"""Facts about the model as it was measured: any pass that may change it ends them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Pipeline:
 
     Args:
         passes: in the order they are applied. A pass that implies others (``GPTQ(bits=4)`` implies an ``Assign``) has
-            them put at the front; one given explicitly must agree with what is implied.
+            them put at the front, or right ahead of it where they are calibrated (``SqueezeLLM()`` implies a
+            ``Fisher``); one given explicitly must agree with what is implied.
 
     Raises:
         PipelineError: if something is no pass, if implied and given passes disagree, if a pass needs a fact nobody
@@ -68,7 +74,7 @@ class Pipeline:
     @property
     def is_calibrated(self) -> bool:
         """Whether any pass needs calibration tokens."""
-        return any(stage.is_calibrated for stage in self.stages)
+        return any(item.is_calibrated for item in self.passes)
 
 
 def _does_something(item: Pass) -> bool:
@@ -77,21 +83,23 @@ def _does_something(item: Pass) -> bool:
 
 def _with_implied(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
     front: list[Pass] = []
+    rest: list[Pass] = []
     problems = []
     for item in passes:
         for wanted in item.implied_passes():
-            rivals = [other for other in (*front, *passes) if type(other) is type(wanted)]
+            rivals = [other for other in (*front, *rest, *passes) if type(other) is type(wanted)]
             refused = [other for other in rivals if not other.agrees_with(wanted)]
             problems += [f"{type(item).__name__} implies {wanted}, and {other} is there" for other in refused]
             if not rivals:
-                front.append(wanted)
+                (rest if wanted.is_calibrated else front).append(wanted)
+        rest.append(item)
     if problems:
         raise PipelineError(
             "passes disagree about the same thing",
             got="; ".join(problems),
             remedy="give the shorthand alone, or leave its options out",
         )
-    return (*front, *passes)
+    return (*front, *rest)
 
 
 def _prove(passes: tuple[Pass, ...]) -> None:
@@ -103,13 +111,14 @@ def _prove(passes: tuple[Pass, ...]) -> None:
         for fact in sorted(item.requires - facts):
             later = [type(p).__name__ for p in passes[position + 1 :] if fact in p.establishes]
             if fact in ended:
-                hint = f"{ended[fact]} stands before it"
+                hint = f"{ended[fact]} has done away with it"
             else:
                 hint = f"{later[0]} establishes it, but stands behind" if later else "no pass here establishes it"
             problems.append(f"{name} (position {position}) needs {fact!r}: {hint}")
         if WEIGHTS_QUANTIZED in item.establishes and WEIGHTS_QUANTIZED in facts:
             problems.append(f"{name} (position {position}) quantizes weights that are quantized already")
         lost = item.invalidates | {_ENDS[fact] for fact in item.establishes if fact in _ENDS}
+        lost |= frozenset() if item.effect is Effect.ANALYSIS else _MEASURED
         ended.update(dict.fromkeys(facts & lost, f"{name} (position {position})"))
         facts = (facts - lost) | item.establishes
     if problems:

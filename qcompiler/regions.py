@@ -203,11 +203,11 @@ class _Walk:
                 given = channels.give(int(start.meta["shape"][-1]))
                 made.append((start, given))
                 labels[start] = given.reshape([1] * (len(start.meta["shape"]) - 1) + [-1])
-            consumers, partner = self._follow(labels, channels)
-            if partner is None or partner in starts:
-                break
-            starts.append(partner)
-        return self._region(name, channels, made, consumers)
+            consumers, partners = self._follow(labels, channels)
+            if not partners:
+                return self._region(name, channels, made, consumers)
+            assert not set(partners).intersection(starts), "a producer that takes part is labelled"
+            starts += partners
 
     def _region(
         self,
@@ -263,8 +263,8 @@ class _Walk:
         names = [str(tensor.target), *self.graph.weights.tied(str(tensor.target))]
         return sum(self._uses.get(name, 0) for name in names) == 1
 
-    def _follow(self, labels: dict[fx.Node, Labels], channels: _Channels) -> tuple[dict[Site, Tensor], fx.Node | None]:
-        """Carries labels through the graph: the layers that absorb them, and a producer that has to join in, if any."""
+    def _follow(self, labels: dict[fx.Node, Labels], channels: _Channels) -> tuple[dict[Site, Tensor], list[fx.Node]]:
+        """Carries labels through the graph: the layers that absorb them, and producers that have to join in, if any."""
         consumers: dict[Site, Tensor] = {}
         pending = {user for node in labels for user in node.users}
         while pending:
@@ -282,19 +282,23 @@ class _Walk:
                     continue
                 labels[node] = self._pass_on(node, labels, channels)
                 pending.update(node.users)
-            except _Partner as wanted:
-                return consumers, wanted.node
+            except _Partners as wanted:
+                return consumers, wanted.nodes
             except _Stop as stop:
                 for source in read:
                     for part in _parts(labels[source]):
                         channels.pin(part, str(stop))
-        return consumers, None
+        return consumers, []
 
     def _absorb(self, node: fx.Node, labels: Mapping[fx.Node, Labels], consumers: dict[Site, Tensor]) -> None:
         site, source = self._sites[node], node.args[0]
         found = labels.get(source) if isinstance(source, fx.Node) else None
         weight = node.args[1]
-        if not isinstance(found, Tensor) or not isinstance(weight, fx.Node) or node.args[2] in labels:
+        if (
+            not isinstance(found, Tensor)
+            or not isinstance(weight, fx.Node)
+            or any(bias in labels for bias in node.args[2:])
+        ):
             raise _Stop(f"{site.name} reads it as a weight or a bias")
         if weight.op != "get_attr":
             raise _Stop(f"{site.name} is quantized already")
@@ -393,8 +397,8 @@ class _Walk:
         first, second = node.args
         for one, other in ((first, second), (second, first)):
             if one not in labels:
-                if isinstance(one, fx.Node) and _may_produce(one) and (self.inside is None or one in self.inside):
-                    raise _Partner(one)
+                if self._may_join(one):
+                    raise _Partners([one])  # type: ignore[list-item]
                 where = f" at {one.name}" if isinstance(one, fx.Node) else ""
                 raise _Stop(f"it is added to a value that does not take the scale{where}")
             assert other is not None
@@ -422,13 +426,43 @@ class _Walk:
             raise _Stop("a cache that does not come back as it was returned")
         return _alike(_whole(labels, node.args[1]), 2, "a cache grows along it")
 
+    def _repeated(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        source, axis = _whole(labels, node.args[0]), node.args[2] if len(node.args) > 2 else None
+        if not isinstance(axis, int):
+            raise _Stop("a repetition that flattens its value")
+        if source.shape[axis] == 1:
+            return source
+        if not isinstance(node.args[1], int):
+            raise _Stop("a repetition of channels that varies")
+        return source.repeat_interleave(node.args[1], dim=axis)
 
-class _Partner(Exception):
-    """A sum needs this producer to take the scale, too."""
+    def _sent_to_expert(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        """Some of the rows."""
+        return _alike(_whole(labels, node.args[0]), 0, "rows that are scaled apart go to one expert")
 
-    def __init__(self, node: fx.Node) -> None:
-        super().__init__(node.name)
-        self.node = node
+    def _merged(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+        """Rows of all experts in one value: a channel has one scale in all of them."""
+        parts: Any = node.args[0]
+        lacking = [part for part in parts if part not in labels]
+        if not all(self._may_join(part) for part in lacking):
+            raise _Stop("it is merged with rows that do not take the scale")
+        if lacking:
+            raise _Partners(lacking)
+        merged = _whole(labels, parts[0])
+        for part in parts[1:]:
+            channels.join(merged, _whole(labels, part))
+        return merged
+
+    def _may_join(self, node: object) -> bool:
+        return isinstance(node, fx.Node) and _may_produce(node) and (self.inside is None or node in self.inside)
+
+
+class _Partners(Exception):
+    """These producers must take the scale, too."""
+
+    def __init__(self, nodes: Sequence[fx.Node]) -> None:
+        super().__init__(", ".join(node.name for node in nodes))
+        self.nodes = list(nodes)
 
 
 def _parts(labels: Labels) -> list[Tensor]:
@@ -524,4 +558,7 @@ _RULES: tuple[tuple[tuple[Any, ...], Callable[..., Labels]], ...] = (
     ((_aten.add.Tensor,), _Walk._added),
     ((_canonical.attention.default,), _Walk._attended),
     ((_canonical.kv_append.default,), _Walk._appended),
+    ((_aten.repeat_interleave.self_int,), _Walk._repeated),
+    ((_canonical.take_expert.default,), _Walk._sent_to_expert),
+    ((_canonical.merge_experts.default,), _Walk._merged),
 )

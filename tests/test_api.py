@@ -141,12 +141,12 @@ def test_overrides_are_added_to_the_recipe() -> None:
 
 def test_a_recipe_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
-    path.write_text('base = "w4a16-rtn"\n[schemes]\n"*.down" = "w8a16"\n[[passes]]\nuse = "RTN"\nsearch = true')
+    path.write_text('base = "w4a16-rtn"\n[schemes]\n"*.down" = "w8a16"\n[[passes]]\nuse = "RTN"\nsearch = "mse"')
     for recipe in (path, str(path)):
         result = qc.compile(language_model(), recipe, overrides={"0.*": "w3a16"})
         bits = {site.site: site.scheme.split()[0] for site in result.report.sites}
         assert (bits["1.q"], bits["1.down"], bits["0.down"], bits["0.q"]) == ("int4", "int8", "int3", "int3")
-        assert result.manifest["recipe"][1]["options"]["search"] is True
+        assert result.manifest["recipe"][1]["options"]["search"] == "mse"
 
 
 def test_overrides_need_an_assignment() -> None:

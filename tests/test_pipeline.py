@@ -60,12 +60,12 @@ def test_a_missing_fact():
 def test_every_violation_is_listed():
     assert message([Decompose(), RTN(), GPTQ(), Assign()]) == (
         "the passes cannot run in this order\n"
-        "  got: RTN (position 1) needs 'canonical operators': no pass here establishes it; "
+        "  got: RTN (position 1) needs 'canonical operators': Decompose (position 0) has done away with it; "
         "RTN (position 1) needs 'schemes': Assign establishes it, but stands behind; "
-        "GPTQ (position 2) needs 'canonical operators': no pass here establishes it; "
+        "GPTQ (position 2) needs 'canonical operators': Decompose (position 0) has done away with it; "
         "GPTQ (position 2) needs 'schemes': Assign establishes it, but stands behind; "
         "GPTQ (position 2) quantizes weights that are quantized already; "
-        "Assign (position 3) needs 'canonical operators': no pass here establishes it\n"
+        "Assign (position 3) needs 'canonical operators': Decompose (position 0) has done away with it\n"
         "  expected: every pass behind the ones that establish what it needs"
     )
 
