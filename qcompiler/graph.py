@@ -127,6 +127,8 @@ class Graph:
         provenance: where the model came from: ``source``, ``config``, ``fingerprint``, ``parameters`` (elements).
         unrecognized: what canonicalization left as it was, each with its reason.
         source_dtypes: the dtype that float tensors rewritten since had in the source, see `rewrite_float`.
+        fisher: the diagonal of the Fisher information of weights, float32 ``[out, in]`` by site; empty unless a pass
+            measured it (`qcompiler.fisher`), and not part of what is saved.
     """
 
     fx: FxGraph
@@ -136,6 +138,7 @@ class Graph:
     provenance: dict[str, Any] = field(default_factory=dict)
     unrecognized: list[dict[str, str]] = field(default_factory=list)
     source_dtypes: dict[str, str] = field(default_factory=dict)
+    fisher: WeightStore = field(default_factory=WeightStore)
 
     @property
     def inputs(self) -> list[Node]:
@@ -233,11 +236,12 @@ class Graph:
                     remedy="drop one of the passes",
                 )
         axis, block = (-1, readers[0].meta["weight_shape"][1]) if spec.granularity == "per_token" else (0, 0)
-        shape = value.meta.get("shape")
+        shape, code_dtype = value.meta.get("shape"), str(spec.code_dtype).removeprefix("torch.")
         with self.fx.inserting_before(readers[0]):
             if spec.dynamic:
                 along = -1 if spec.granularity == "per_token" else None
-                chosen = self.fx.call_function(_canonical.choose_qparams.default, (value, spec.code_dtype, along))
+                wanted = (value, spec.code_dtype, along, *spec.range_options())
+                chosen = self.fx.call_function(_canonical.choose_qparams.default, wanted)
                 range_shape = () if along is None or shape is None else (*shape[:-1], 1)
                 scale_node = self._described(
                     self.fx.call_function(operator.getitem, (chosen, 0)), "float32", range_shape
@@ -245,19 +249,20 @@ class Graph:
                 zero_node = None
                 if not spec.symmetric:
                     zero_node = self.fx.call_function(operator.getitem, (chosen, 1))
-                    self._described(zero_node, spec.stored_dtype, range_shape)
+                    self._described(zero_node, code_dtype, range_shape)
             else:
                 assert scale is not None
                 scale_node = self._get_attr(scale)
                 zero_node = None if zero_point is None else self._get_attr(zero_point)
             codes = self.fx.call_function(
-                _canonical.quantize.default, (value, scale_node, zero_node, axis, block, spec.code_dtype)
+                _canonical.quantize.default,
+                (value, scale_node, zero_node, axis, block, spec.code_dtype, *spec.narrow_bits()),
             )
             result = self.fx.call_function(
                 _canonical.dequantize.default, (codes, scale_node, zero_node, axis, block, torch.float32)
             )
         if shape is not None:
-            self._described(codes, spec.stored_dtype, shape)
+            self._described(codes, code_dtype, shape)
             self._described(result, "float32", shape)
         for node in readers:
             node.update_arg(0, result)

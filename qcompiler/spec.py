@@ -16,12 +16,12 @@ _INT_BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
 _FLOAT_MAX = {"float8_e4m3fn": 448, "float8_e5m2": 57344}
 _DTYPES = (*_INT_BITS, *_FLOAT_MAX)
 _CODEBOOK_DTYPES = ("int2", "int3", "int4")
-_ACTIVATION_DTYPES = ("int8", *_FLOAT_MAX)
+_ACTIVATION_DTYPES = ("int8", "int4", *_FLOAT_MAX)
 _SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DEFAULT_GROUP = 128
 _SCHEME = re.compile(
-    r"(w(?P<w>\d+)a(?P<a>8|16)|fp8)"
-    r"(?P<options>(-(g\d+|channel|tensor|lut|sym|asym|actsym|actasym|dynamic|dyntensor|e5m2))*)"
+    r"(w(?P<w>\d+)a(?P<a>4|8|16)|fp8)"
+    r"(?P<options>(-(g\d+|channel|tensor|lut|sym|asym|actsym|actasym|dynamic|dyntensor|clip\d+|e5m2))*)"
 )
 _KIND = {"channel": "granularity", "tensor": "granularity", "sym": "sign", "asym": "sign", "actsym": "activation sign"}
 _KIND |= {"actasym": "activation sign", "dynamic": "dynamic", "dyntensor": "dynamic", "e5m2": "float"}
@@ -44,6 +44,7 @@ class QuantSpec:
         scale_dtype: the dtype scales are stored in (``float32``, ``float16`` or ``bfloat16``); ``None`` means the dtype
             of the tensor that is quantized. Scales are rounded to it *before* codes are computed.
         dynamic: for activations: the range is taken from the values themselves at run time; nothing is calibrated.
+        clip: of a dynamic range: the share of it that codes cover, in (0, 1]; values beyond are clamped.
         codebook: codes are places in a table of ``2^b`` values that every output channel has of its own, instead of
             steps of a grid; two to four bits. The table, and values kept apart from it, are stored in ``scale_dtype``.
 
@@ -58,6 +59,7 @@ class QuantSpec:
     scale_dtype: str | None = None
     dynamic: bool = False
     codebook: bool = False
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -87,6 +89,8 @@ class QuantSpec:
             raise RecipeError("a codebook has no zero point", got=f"{self.dtype}, asymmetric", expected="symmetric")
         if self.granularity == "per_token":
             object.__setattr__(self, "dynamic", True)
+        if not 0 < self.clip <= 1 or (self.clip != 1 and not self.dynamic):
+            raise RecipeError("a dynamic range is clipped to a share of it", got=self.clip, expected="in (0, 1]")
         if self.dynamic and self.granularity not in ("per_token", "per_tensor"):
             raise RecipeError(
                 "dynamic ranges are per tensor or per token", got=self.granularity, expected="per_tensor or per_token"
@@ -145,6 +149,14 @@ class QuantSpec:
         is_signed = self.symmetric and not self.codebook
         return self.dtype if self.is_float or is_signed else f"u{self.dtype}"
 
+    def narrow_bits(self) -> tuple[int, ...]:
+        """What ``quantize`` is told besides the dtype that holds the codes: their bits, where that has more."""
+        return (self.bits,) if self.bits < 8 else ()
+
+    def range_options(self) -> tuple[float, ...]:
+        """What ``choose_qparams`` is told besides dtype and axis: bits and the share that is covered, where not all."""
+        return (self.bits, self.clip) if self.clip != 1 else self.narrow_bits()
+
     def scale_torch_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """The dtype scales are stored in, for a tensor of ``weight_dtype`` (one that is no scale dtype: float32)."""
         if self.scale_dtype is not None:
@@ -165,6 +177,7 @@ class QuantSpec:
             "scale_dtype": self.scale_dtype,
             "dynamic": self.dynamic,
             "codebook": self.codebook,
+            "clip": self.clip,
         }
 
     def __str__(self) -> str:
@@ -172,7 +185,8 @@ class QuantSpec:
             return f"{self.dtype} codebook {self.granularity}"
         where = f"g{self.group_size}" if self.granularity == "per_group" else self.granularity
         sign = "" if self.is_float else " symmetric" if self.symmetric else " asymmetric"
-        return f"{self.dtype} {where}{sign}{' dynamic' if self.dynamic else ''}"
+        clip = f" clipped to {self.clip:g}" if self.clip != 1 else ""
+        return f"{self.dtype} {where}{sign}{' dynamic' if self.dynamic else ''}{clip}"
 
 
 @dataclass(frozen=True)
@@ -192,6 +206,10 @@ class Scheme:
         spec = self.activation
         if spec is not None and spec.dtype not in _ACTIVATION_DTYPES:
             raise RecipeError("no format for activations", got=spec.dtype, expected=", ".join(_ACTIVATION_DTYPES))
+        if spec is not None and spec.dtype == "int4" and not spec.dynamic:
+            raise RecipeError(
+                "four bits cannot cover a range that was chosen ahead", got=spec, expected="a dynamic range, per token"
+            )
         if spec is not None and spec.granularity not in ("per_tensor", "per_token"):
             raise RecipeError("activations share scales otherwise", got=spec.granularity, expected="tensor or token")
 
@@ -212,7 +230,8 @@ class Scheme:
 
         Of the activation: ``w8a8`` takes one calibrated range per tensor, with a zero point (``-actsym``: without);
         ``fp8`` the same without. ``-dynamic`` takes one range per token, symmetric, at run time; ``-dyntensor`` one per
-        tensor. ``fp8`` is E4M3 for weight and activation; ``fp8-e5m2`` E5M2.
+        tensor. ``w4a4`` is always dynamic, per token where the name does not say. ``-clip90`` covers 90 percent of a
+        dynamic range. ``fp8`` is E4M3 for weight and activation; ``fp8-e5m2`` E5M2.
 
         Args:
             name: the scheme.
@@ -230,19 +249,24 @@ class Scheme:
                 got=name,
                 expected="w2a16, w3a16, w4a16 or w8a16, with -g<size>, -channel, -tensor, -sym or -asym behind it, "
                 "or up to w4a16 with -lut (a codebook); "
-                "w8a8 or w4a8, with -dynamic, -dyntensor, -actsym or -actasym besides; fp8, with -dynamic or -e5m2",
+                "w8a8, w4a8 or w4a4, with -dynamic, -dyntensor, -actsym, -actasym or -clip<percent> besides; "
+                "fp8, with -dynamic or -e5m2",
             )
         options = match["options"].split("-")[1:]
         chosen: dict[str, str] = {}
         for option in options:
-            kind = _KIND.get(option, "granularity")
+            kind = "clip" if option.startswith("clip") else _KIND.get(option, "granularity")
             if kind in chosen:
                 raise RecipeError("a scheme name that says two things at once", got=name)
             chosen[kind] = option
         is_float = match["w"] is None
-        activation_kinds = {"activation sign", "dynamic"}.intersection(chosen)
+        if match["a"] == "4":
+            chosen.setdefault("dynamic", "dynamic")
+        activation_kinds = {"activation sign", "dynamic", "clip"}.intersection(chosen)
         if (
             (match["a"] == "16" and activation_kinds)
+            or (match["a"] == "4" and match["w"] == "8")
+            or ("clip" in chosen and "dynamic" not in chosen)
             or (not is_float and "float" in chosen)
             or (chosen.get("granularity") == "lut" and (match["a"] != "16" or "sign" in chosen))
             or (is_float and {"sign", "activation sign"}.intersection(chosen))
@@ -273,11 +297,12 @@ class Scheme:
         dynamic = chosen.get("dynamic")
         sign = chosen.get("activation sign", "actsym" if is_float or dynamic == "dynamic" else "actasym")
         activation = QuantSpec(
-            dtype=dtype if is_float else "int8",
+            dtype=dtype if is_float else f"int{match['a']}",
             granularity="per_token" if dynamic == "dynamic" else "per_tensor",
             group_size=None,
             symmetric=sign == "actsym",
             dynamic=dynamic is not None,
+            clip=int(chosen["clip"].removeprefix("clip")) / 100 if "clip" in chosen else 1.0,
         )
         return cls(weight, activation)
 

@@ -75,8 +75,10 @@ def _activation_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Nod
     """What is wrong with a quantized activation, against its scheme."""
     codes = node.args[0]
     assert isinstance(codes, fx.Node)
-    value, scale, zero, axis, block, dtype = codes.args
+    value, scale, zero, axis, block, dtype = codes.args[:6]
     problems = []
+    if codes.args[6:] != spec.narrow_bits():
+        problems.append(f"codes are not of {spec.bits} bits")
     if dtype != spec.code_dtype:
         problems.append(f"codes are {dtype}, not {spec.code_dtype}")
     if node.args[1:5] != codes.args[1:5]:
@@ -94,7 +96,7 @@ def _activation_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Nod
         if is_op(chosen, _choose_qparams) is not spec.dynamic:
             problems.append("a range that is static where the scheme is dynamic, or the other way round")
         elif isinstance(chosen, fx.Node):
-            if chosen.args != (value, spec.code_dtype, along):
+            if chosen.args != (value, spec.code_dtype, along, *spec.range_options()):
                 problems.append("a range of something else")
         elif graph.weights.info(str(qparam.target)).shape != ():
             problems.append(f"{qparam.target} is not one number")

@@ -97,7 +97,7 @@ def test_quantizing_one_use_of_a_tied_weight_leaves_the_other():
     torch.testing.assert_close(graph.weights.read("transformer.wte.weight"), table, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w8a8-dynamic", "w8a8-dyntensor", "fp8"])
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-dynamic", "w8a8-dyntensor", "w4a4-clip90", "w4a4-actasym", "fp8"])
 def test_a_quantized_input(name):
     model = nn.Sequential(nn.Linear(32, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
     graph = canonicalize(capture_module(model, (torch.randn(3, 32),)))
@@ -123,11 +123,11 @@ def test_a_quantized_input(name):
         x = torch.randn(5, 32)
         hidden = model[1](model[0](x))
         if spec.dynamic:
-            scale, chosen = canonical.choose_qparams(hidden, spec.code_dtype, along)
+            scale, chosen = canonical.choose_qparams(hidden, spec.code_dtype, along, spec.bits, spec.clip)
             zero = None if spec.symmetric else chosen
             assert result.args[1].meta["shape"] == ((*value.meta["shape"][:-1], 1) if along else ())
         place = (0, 0) if along is None else (-1, 6)
-        codes = canonical.quantize(hidden, scale, zero, *place, spec.code_dtype)
+        codes = canonical.quantize(hidden, scale, zero, *place, spec.code_dtype, spec.bits)
         expected = model[2](canonical.dequantize(codes, scale, zero, *place, torch.float32))
         torch.testing.assert_close(run(graph, input_0=x)["output_0"], expected)
         assert (expected - model(x)).abs().max() > 1e-4
@@ -247,3 +247,57 @@ def test_the_file_names_operators_only(fields):
     targets = {item["target"] for item in fields["nodes"] if item["op"] == "call_function"}
     assert all(target.split(".")[0] in ("aten", "qcompiler", "operator") for target in targets)
     assert operators(canonical_graph("bert")).keys() <= {target.rsplit(".", 1)[0] for target in targets}
+
+
+# --- float weights rewritten ------------------------------------------------------------------------------------------
+
+
+def half_model():
+    model = nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 4)).eval().bfloat16()
+    return canonicalize(capture_module(model, (torch.randn(3, 8).bfloat16(),)))
+
+
+def test_a_rewritten_tensor_is_float32_and_knows_its_source():
+    graph = half_model()
+    value = torch.randn(4, 8)
+    assert graph.source_dtype("1.weight") == "bfloat16"
+    graph.rewrite_float("1.weight", value)
+    assert torch.equal(graph.weights.read("1.weight"), value)
+    assert graph.weights.info("1.weight").dtype == "float32"
+    graph.rewrite_float("1.weight", value.double() * 2)
+    assert torch.equal(graph.weights.read("1.weight"), value * 2)
+    assert graph.source_dtype("1.weight") == "bfloat16"
+    assert graph.source_dtype("0.weight") == "bfloat16"
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8, 1), (32,)])
+def test_a_rewritten_tensor_keeps_its_shape(shape):
+    graph = half_model()
+    with pytest.raises(PipelineError, match=r"wrong shape\n  where: 1.weight"):
+        graph.rewrite_float("1.weight", torch.ones(shape))
+    assert graph.weights.info("1.weight").dtype == "bfloat16"
+    assert not graph.source_dtypes
+
+
+def test_matrices_are_rounded_in_the_end_and_vectors_are_not():
+    graph = half_model()
+    values = {name: torch.randn(shape) for name, shape in {"0.weight": (8,), "1.weight": (4, 8)}.items()}
+    for name, value in values.items():
+        graph.rewrite_float(name, value)
+    untouched = graph.weights.version("1.bias")
+    graph.round_rewritten()
+    assert torch.equal(graph.weights.read("1.weight"), values["1.weight"].bfloat16())
+    assert graph.weights.info("1.weight").dtype == "bfloat16"
+    assert torch.equal(graph.weights.read("0.weight"), values["0.weight"])
+    assert graph.weights.version("1.bias") is untouched
+    version = graph.weights.version("1.weight")
+    graph.round_rewritten()
+    assert graph.weights.version("1.weight") is version
+
+
+def test_float32_models_are_not_rounded():
+    graph = canonicalize(capture_module(nn.Linear(8, 4).eval(), (torch.randn(3, 8),)))
+    graph.rewrite_float("weight", torch.ones(4, 8) / 3)
+    version = graph.weights.version("weight")
+    graph.round_rewritten()
+    assert graph.weights.version("weight") is version

@@ -42,6 +42,10 @@ def activation(dtype, granularity="per_tensor", symmetric=True, dynamic=False):
         ("w8a8-dyntensor", QuantSpec("int8", "per_channel", None), activation("int8", "per_tensor", False, True)),
         ("w8a8-tensor-asym", QuantSpec("int8", "per_tensor", None, False), activation("int8", symmetric=False)),
         ("w4a8-g32-dynamic", QuantSpec("int4", "per_group", 32), activation("int8", "per_token", dynamic=True)),
+        ("w4a4", QuantSpec(), activation("int4", "per_token", dynamic=True)),
+        ("w4a4-channel-actasym", QuantSpec("int4", "per_channel", None), activation("int4", "per_token", False, True)),
+        ("w4a4-dyntensor-actsym", QuantSpec(), activation("int4", dynamic=True)),
+        ("w4a4-clip90", QuantSpec(), QuantSpec("int4", "per_token", None, clip=0.9)),
         ("fp8", QuantSpec("float8_e4m3fn", "per_channel", None), activation("float8_e4m3fn")),
         ("fp8-tensor", QuantSpec("float8_e4m3fn", "per_tensor", None), activation("float8_e4m3fn")),
         ("fp8-g128", QuantSpec("float8_e4m3fn", "per_group", 128), activation("float8_e4m3fn")),
@@ -78,7 +82,7 @@ def test_names_with_options_that_have_no_meaning_there(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "w4", "w5a16", "w4a4", "w04a16", "W4A16", "w4a16-", "w4a16-g", "w4a16-g0", "w4a16-row", "w4a16-g64-g128",
+    ["", "w4", "w5a16", "w4a5", "w04a16", "W4A16", "w4a16-", "w4a16-g", "w4a16-g0", "w4a16-row", "w4a16-g64-g128",
      "w4a16-g64-channel", "w4a16-sym-asym", " w4a16", 4],
 )  # fmt: skip
 def test_what_is_no_scheme(name):
@@ -207,3 +211,20 @@ def test_text():
     assert str(Scheme.parse("fp8").weight) == "float8_e4m3fn per_channel"
     assert str(Scheme.parse("w8a8")) == "int8 per_channel symmetric, activation int8 per_tensor asymmetric"
     assert (str(Scheme.parse("w4a16")), str(Scheme())) == ("int4 g128 symmetric", "float")
+
+
+def test_clipped_ranges():
+    spec = Scheme.parse("w4a4-clip90").activation
+    assert spec is not None
+    assert str(spec) == "int4 per_token symmetric dynamic clipped to 0.9"
+    assert QuantSpec(**spec.to_dict()) == spec
+    assert (spec.narrow_bits(), spec.range_options()) == ((4,), (4, 0.9))
+    assert QuantSpec("int8", "per_token", None).range_options() == ()
+    for clip in (0, 1.01):
+        with pytest.raises(RecipeError, match="clipped"):
+            QuantSpec("int4", "per_token", None, clip=clip)
+    with pytest.raises(RecipeError, match="clipped"):
+        QuantSpec("int8", "per_tensor", None, clip=0.9)
+    for name in ("w4a16-clip90", "w8a8-clip90"):
+        with pytest.raises(RecipeError, match="no meaning"):
+            Scheme.parse(name)

@@ -9,6 +9,7 @@ from torch import fx
 
 from qcompiler.errors import TargetError
 from qcompiler.graph import is_op, quantized_value, site_name
+from qcompiler.hadamard import factors_of, hadamard_matrix
 from qcompiler.lowering.onnx.attention import attend
 from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument, dtype_of, onnx_dtype, tensor_arguments
 
@@ -30,7 +31,8 @@ _CODES = {
     ("float8_e4m3fn", 21): ir.DataType.FLOAT8E4M3FN,
     ("float8_e5m2", 21): ir.DataType.FLOAT8E5M2,
 }
-_LARGEST_CODE = {torch.int8: 127.5, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+_NARROW = {(torch.int8, 4): ir.DataType.INT4, (torch.uint8, 4): ir.DataType.UINT4}
+_LARGEST_CODE = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 _SMALLEST_SCALE = 2.0**-23
 
 
@@ -147,9 +149,9 @@ def _site(weight: fx.Node, node: fx.Node) -> str:
 
 
 def _quantize(e: Emitter, node: fx.Node) -> ir.Value:
-    x_node, scale, zero_point, axis, block, dtype = node.args
+    x_node, scale, zero_point, axis, block, dtype = node.args[:6]
     x = e.value(x_node, e.float_like(x_node))
-    code = onnx_dtype(dtype)  # type: ignore[arg-type]
+    code = _NARROW.get((dtype, argument(node, 6, "bits"))) or onnx_dtype(dtype)  # type: ignore[arg-type]
     if _is_dynamic_uint8(x_node, scale, zero_point):
         return _dynamic_quantize(e, x)[0]
     zero = _zero_point(e, scale, zero_point, code)
@@ -205,26 +207,53 @@ def _is_dynamic_uint8(x: object, scale: object, zero_point: object) -> bool:
 def _choose_qparams(e: Emitter, node: fx.Node) -> tuple[ir.Value, ...]:
     """Computed in float32 whatever the working dtype; the smallest scale is positive in float16 too."""
     x_node, dtype, axis = node.args[0], node.args[1], argument(node, 2, "axis")
+    bits, clip = argument(node, 3, "bits") or 8, argument(node, 4, "clip") or 1.0
+    assert isinstance(bits, int)
     x = e.value(x_node, e.float_like(x_node))
-    if dtype == torch.uint8 and axis is None:
+    if dtype == torch.uint8 and axis is None and (bits, clip) == (8, 1.0):
         return _dynamic_quantize(e, x)[1:]
     wide = e.cast(x, _FLOAT)
     axes = None if axis is None else e.const([axis])
 
     def reduce(kind: str, value: ir.Value) -> ir.Value:
-        return e.op(kind, value, axes, keepdims=int(axis is not None))
+        found = e.op(kind, value, axes, keepdims=int(axis is not None))
+        return found if clip == 1 else e.op("Mul", found, e.const(clip, _FLOAT))
 
     smallest = e.const(_SMALLEST_SCALE, _FLOAT)
     if dtype != torch.uint8:
         assert isinstance(dtype, torch.dtype)
         amax = reduce("ReduceMax", e.op("Abs", wide))
-        scale = e.op("Max", e.op("Div", amax, e.const(_LARGEST_CODE[dtype], _FLOAT)), smallest)
+        largest = _LARGEST_CODE.get(dtype, (1 << (bits - 1)) - 0.5)
+        scale = e.op("Max", e.op("Div", amax, e.const(largest, _FLOAT)), smallest)
         return scale, e.const(0, ir.DataType.INT8)  # read by nobody: these codes have no zero point
-    none = e.const(0.0, _FLOAT)
+    none, most = e.const(0.0, _FLOAT), e.const(float((1 << bits) - 1), _FLOAT)
     low, high = e.op("Min", reduce("ReduceMin", wide), none), e.op("Max", reduce("ReduceMax", wide), none)
-    scale = e.op("Max", e.op("Div", e.op("Sub", high, low), e.const(255.0, _FLOAT)), smallest)
+    scale = e.op("Max", e.op("Div", e.op("Sub", high, low), most), smallest)
     zero = e.op("Round", e.op("Div", e.op("Neg", low), scale))
-    return scale, e.cast(e.op("Clip", zero, none, e.const(255.0, _FLOAT)), ir.DataType.UINT8)
+    return scale, e.cast(e.op("Clip", zero, none, most), ir.DataType.UINT8)
+
+
+# --- rotations -------------------------------------------------------------------------------------------------------
+
+
+def _hadamard(e: Emitter, node: fx.Node) -> ir.Value:
+    """One product with a small matrix for each Kronecker factor, as `qcompiler.hadamard.multiply` has it."""
+    x_node, block = node.args
+    assert isinstance(x_node, fx.Node)
+    assert isinstance(block, int)
+    factors = factors_of(block)
+    assert factors is not None
+    x, (*front, width) = e.value(x_node, e.float_like(x_node)), x_node.meta["shape"]
+    dtype, kept, result = dtype_of(x), [0] * len(front), x
+    for factor in factors:
+        matrix = e.const((hadamard_matrix(factor) / factor**0.5).tolist(), dtype)
+        rest = [block // factor] if block > factor else []
+        result = e.op("Reshape", result, e.const([*kept, width // block, factor, *rest]))
+        if rest:
+            rank = len(kept) + 3
+            result = e.op("Transpose", result, perm=[*range(rank - 2), rank - 1, rank - 2])
+        result = e.op("MatMul", result, matrix)
+    return e.op("Reshape", result, e.const([*kept, width]), name=f"{node.name}/Hadamard")
 
 
 # --- norms and rotary ------------------------------------------------------------------------------------------------
@@ -303,6 +332,7 @@ CANONICAL_BUILDERS: Builders = {
     _canonical.rotary.default: _rotary,
     _canonical.kv_append.default: _kv_append,
     _canonical.attention.default: _attention,
+    _canonical.hadamard.default: _hadamard,
     _canonical.quantize.default: _quantize,
     _canonical.dequantize.default: _dequantize,
     _canonical.choose_qparams.default: _choose_qparams,

@@ -27,6 +27,10 @@ UNFUSED = [
     "w4a8-g32",
     "w4a8-channel",
     "w3a8-g32-dynamic",
+    "w4a4-g32",
+    "w4a4-g32-clip90",
+    "w4a4-g32-actasym",
+    "w4a4-dyntensor",
 ]
 FLOATS = ["fp8", "fp8-tensor", "fp8-g32", "fp8-e5m2", "fp8-dynamic", "fp8-dyntensor", "fp8-e5m2-dynamic"]
 

@@ -323,3 +323,15 @@ def test_every_step_of_the_cache_is_run_by_one_graph(maker, run_onnx, tmp_path):
         inputs = (q[:, :, now], k[:, :, : cut[0]], v[:, :, : cut[0]], k[:, :, now], v[:, :, now])
         result, _ = run_onnx(graph, *(t.contiguous() for t in inputs), session=session)
         torch.testing.assert_close(result, whole[:, :, now], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [2, 64, 128, 12, 96, 768])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_hadamard(block, rank, maker, run_onnx, tmp_path):
+    width = 1536 if block == 768 else 2 * block
+    sizes = (7, 5)[: rank - 1]
+    graph = maker.graph(maker.call(canonical.hadamard.default, maker.input(torch.randn(*sizes, width)), block))
+    lower(graph, tmp_path / "out")
+    value = torch.randn(*(3, 4)[: rank - 1], width)
+    (result,) = run_onnx(graph, value, session=open_session(tmp_path / "out"))
+    torch.testing.assert_close(result, canonical.hadamard(value, block), rtol=1e-5, atol=1e-5)
