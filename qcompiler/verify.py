@@ -244,6 +244,8 @@ def check_exact(expected: Sequence[Tensor], actual: Sequence[Tensor], width: int
     """
     tolerance = _EXACT_ROUNDINGS * torch.finfo(torch.float32).eps * width**0.5
     for before, after in zip(*([value.double() for value in values] for values in (expected, actual)), strict=True):
+        if before.shape == after.shape and not before.numel():
+            continue
         largest = before.abs().max().item() or 1.0
         difference = (before - after).abs().max().item() / largest if before.shape == after.shape else float("inf")
         if not difference <= tolerance:  # a NaN is not

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qcompiler.errors import CalibrationError
-from qcompiler.observers import AbsMax, CrossGram, Gram, Histogram, MinMax
+from qcompiler.observers import AbsMax, CrossGram, Gram, Histogram, MinMax, Rescalable, RowSample
 
 
 @pytest.mark.parametrize("width", [1, 5, 255, 256, 257, 600])
@@ -192,3 +192,88 @@ def test_ranges_of_what_is_not_finite(kind, value):
 def test_no_range_was_observed(kind):
     with pytest.raises(ValueError, match="nothing was observed"):
         kind().result()
+
+
+# --- rows, and rescaling ----------------------------------------------------------------------------------------------
+
+
+def sampled(*batches):
+    seen = RowSample()
+    for batch in batches:
+        seen.update(batch)
+    return seen
+
+
+@pytest.mark.parametrize("count", [1, 255, 511, 512, 513, 1024, 1500, 5000])
+def test_a_sample_of_rows_is_evenly_spaced(count):
+    rows = torch.arange(float(count))[:, None].expand(count, 3)
+    seen = sampled(rows)
+    stride = 1
+    while -(-count // stride) >= 2 * RowSample.wanted:
+        stride *= 2
+    assert torch.equal(seen.result(), rows[::stride])
+    assert seen.rows == count
+    assert min(count, RowSample.wanted) <= len(seen.result()) < 2 * RowSample.wanted
+
+
+@pytest.mark.parametrize("sizes", [(1700,), (1, 1699), (511, 1, 1188), (600, 0, 600, 500), (7,) * 242 + (6,)])
+def test_a_sample_does_not_depend_on_batches(sizes):
+    rows = torch.randn(1700, 4)
+    seen = sampled(*(part.reshape(1, -1, 4) for part in rows.split(sizes)))
+    assert torch.equal(seen.result(), sampled(rows).result())
+
+
+def test_merged_samples():
+    first, second = torch.randn(700, 4), torch.randn(3000, 4)
+    few, many = sampled(first), sampled(second)
+    kept = many.result().clone()
+    merged = sampled(first)
+    merged.merge(many)
+    assert torch.equal(many.result(), kept)
+    assert merged.rows == 3700
+    assert RowSample.wanted <= len(merged.result()) < 2 * RowSample.wanted
+    stride = round(3000 / len(kept))
+    for part in (first[::stride], kept):  # thinned alike: the shares of what was seen are kept
+        assert any(torch.equal(merged.result()[i : i + 8], part[:8]) for i in range(len(merged.result())))
+    back = many
+    back.merge(few)
+    assert len(back.result()) == len(kept) + len(first[::stride])
+    empty = RowSample()
+    empty.merge(few)
+    assert torch.equal(empty.result(), few.result())
+    few.merge(RowSample())
+    assert few.rows == 700
+
+
+@pytest.mark.parametrize("kind", [Gram, CrossGram, AbsMax, RowSample])
+def test_rescaled_statistics_are_those_of_rescaled_values(kind):
+    batches = [torch.randn(40, 5), torch.randn(3, 7, 5)]
+    factor = torch.tensor([2.0, 0.5, 3.0, 1.0, 0.1])
+    seen, expected = kind(), kind()
+    assert isinstance(seen, Rescalable)
+    seen.rescale(factor)  # nothing was seen yet
+    for batch in batches:
+        seen.update(batch, 2 * batch)
+        expected.update(batch * factor, 2 * batch * factor)
+    seen.rescale(factor)
+    torch.testing.assert_close(seen.result(), expected.result())
+
+
+@pytest.mark.parametrize("kind", [Gram, AbsMax, RowSample])
+def test_rows_are_counted(kind):
+    seen, other = kind(), kind()
+    seen.update(torch.ones(2, 3, 4))
+    seen.update(torch.empty(0, 4))
+    other.update(torch.ones(5, 4))
+    seen.merge(other)
+    assert seen.rows == 11
+
+
+@pytest.mark.parametrize("kind", [MinMax, Histogram])
+def test_what_cannot_be_rescaled(kind):
+    assert not isinstance(kind(), Rescalable)
+
+
+def test_no_rows_were_sampled():
+    with pytest.raises(ValueError, match="nothing was observed"):
+        RowSample().result()

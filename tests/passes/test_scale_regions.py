@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import qcompiler as qc
-from qcompiler.errors import CalibrationError
+from qcompiler.errors import CalibrationError, PipelineError
 from qcompiler.graph import Graph
 from qcompiler.observers import AbsMax, Gram, RowSample
 from qcompiler.pass_base import Pass, PassContext, Tap
-from qcompiler.passes import AWQ, RTN, Assign, InsertQDQ, SmoothQuant
+from qcompiler.passes import AWQ, GPTQ, RTN, Assign, InsertQDQ, SmoothQuant
 from qcompiler.passes._scale_regions import ScaleRegions, clamped
+from qcompiler.pipeline import Pipeline
 from qcompiler.segments import segment_graph
 from qcompiler.spec import Scheme
 from tests.families import VOCABULARY
@@ -122,6 +123,26 @@ def test_every_producer_that_is_refused_is_named_with_its_reason(kind):
         "d": "the graph returns it",
     }
     assert {entry["status"] for entry in entries.values() if not entry["consumers"]} == {"refused"}
+
+
+@pytest.mark.parametrize("item", [AWQ(), SmoothQuant()])
+@pytest.mark.parametrize(
+    ("before", "fact"),
+    [(RTN(), "float weights"), (GPTQ(), "float weights"), (InsertQDQ(), "float activations")],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_behind_a_quantizer_it_is_refused(item, before, fact):
+    with pytest.raises(PipelineError) as caught:
+        Pipeline([Assign("w8a8"), before, item])
+    name, culprit = type(item).__name__, type(before).__name__
+    assert f"{name} (position 2) needs '{fact}': {culprit} (position 1)" in str(caught.value)
+    assert str(caught.value).count(" needs ") == 1
+    Pipeline([Assign("w8a8"), item, before])
+
+
+def test_without_schemes_it_is_refused():
+    with pytest.raises(PipelineError, match=r"AWQ .position 0. needs 'schemes': no pass here establishes it"):
+        Pipeline([AWQ()])
 
 
 # --- bad statistics ---------------------------------------------------------------------------------------------------
