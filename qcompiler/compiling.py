@@ -19,22 +19,24 @@ from qcompiler.errors import CalibrationError, InputError, RecipeError
 from qcompiler.feed import feed, feed_tensors
 from qcompiler.graph import Graph
 from qcompiler.native import NativeArtifact, save_native
-from qcompiler.pass_base import Effect, PassContext
+from qcompiler.pass_base import CalibrationRun, Effect, PassContext
 from qcompiler.pipeline import Pipeline
 from qcompiler.report import CompileReport, peak_rss_bytes, quantized_bits_per_weight
-from qcompiler.sweep import Batch, Progress, sweep
+from qcompiler.sweep import Batch, Progress, default_value_budget, sweep
 from qcompiler.target import TargetSpec, check_schemes
 from qcompiler.verify import check_declared, state_of, verify_graph
+from qcompiler.weights import WeightStore
 
 __all__ = ["CalibrationInput", "CompileResult", "choose_device", "compile_graph"]
 
 CalibrationInput = Calibration | Iterable[tuple[Tensor, ...]] | None
 """Tokens for a language model; for another graph, its own inputs."""
 
-# Tokens run through a segment at once: large enough for the matrix products (on the CPU, 4096 were no faster than 1024),
-# and no larger, because what a segment computes on the way takes as much memory.
+# Tokens run through a segment at once: large enough for the matrix products (on the CPU, 4096 were no faster than
+# 1024), and no larger, because what a segment computes on the way takes as much memory.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _HELD_OUT_ROWS = 16
+_MEASURED = "measured"  # of the work directory: what passes measure on the whole graph, for others to read
 
 
 @dataclass
@@ -100,13 +102,23 @@ def compile_graph(
         for stage in pipeline.stages:
             for item in stage.whole_graph:
                 before = state_of(graph, graph.fx.nodes)
-                result = item.run(graph, context)
+                if item.is_calibrated:
+                    _check_schemes(graph, targets)  # nothing long runs for a target that refuses
+                    if batches is None:
+                        with report.timed("calibration"):
+                            batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
+                    budget = memory_budget if memory_budget is not None else default_value_budget()
+                    run = CalibrationRun(batches, workspace / _MEASURED, budget, progress)
+                    with report.timed("sweep"):
+                        result = item.run(graph, replace(context, calibration=run))
+                    report.sweeps += 1
+                else:
+                    result = item.run(graph, context)
                 check_declared(item, result, before, state_of(graph, graph.fx.nodes), item.name)
                 report.sites += result.sites
                 report.skipped += result.skips
                 report.regions += [dict(region) for region in result.regions]
-            widths = {site.name: site.in_features for site in graph.sites()}
-            check_schemes(graph.schemes, widths, targets)
+            _check_schemes(graph, targets)
             is_checked = any(item.effect is Effect.EXACT for item in stage.swept)
             takes_tokens = graph.signature.input("ids") is not None
             wants_inputs = stage.is_calibrated or (is_checked and not takes_tokens and calibration is not None)
@@ -130,6 +142,8 @@ def compile_graph(
             report.sweeps += 1
             report.segments = done.segments
             report.bytes_spilled += done.bytes_spilled
+        graph.fisher = WeightStore()
+        shutil.rmtree(workspace / _MEASURED, ignore_errors=True)
         verify_graph(graph)
         _judge_coverage(graph, report, strict)
         report.bytes_after = graph.weights.stored_bytes(graph.weight_names())
@@ -144,6 +158,10 @@ def compile_graph(
         "provenance": {k: v for k, v in graph.provenance.items() if k != "companions"},
     }
     return CompileResult(graph, report, manifest, held_out)
+
+
+def _check_schemes(graph: Graph, targets: Sequence[TargetSpec]) -> None:
+    check_schemes(graph.schemes, {site.name: site.in_features for site in graph.sites()}, targets)
 
 
 def _workspace(work_dir: str | Path | None, graph: Graph) -> Path:

@@ -90,6 +90,8 @@ class Stretch:
         device: torch.device,
         passed_through: Collection[fx.Node] = (),
         fixed: Mapping[fx.Node, Any] | None = None,
+        *,
+        grad: bool = False,
     ) -> dict[fx.Node, Any]:
         """Executes the nodes for one batch.
 
@@ -99,12 +101,13 @@ class Stretch:
             device: where tensors that the graph itself creates are put.
             passed_through: nodes that give their first argument instead of being called.
             fixed: values that nodes give instead of being called.
+            grad: record what autograd needs to differentiate by the given and loaded values that ask for it.
 
         Returns:
             The values of the kept nodes, those that came from outside included.
         """
         env: dict[fx.Node, Any] = {**loaded, **{node: values[node] for node in self.inputs}}
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             for node in self.nodes:
                 if fixed and node in fixed:
                     env[node] = fixed[node]

@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,10 +21,12 @@ __all__ = [
     "ACTIVATIONS_QUANTIZED",
     "CANONICAL",
     "DROP",
+    "FISHER",
     "FLOAT_ACTIVATIONS",
     "FLOAT_WEIGHTS",
     "SCHEMES",
     "WEIGHTS_QUANTIZED",
+    "CalibrationRun",
     "Effect",
     "Pass",
     "PassContext",
@@ -44,6 +47,7 @@ FLOAT_WEIGHTS = "float weights"
 FLOAT_ACTIVATIONS = "float activations"
 WEIGHTS_QUANTIZED = "quantized weights"
 ACTIVATIONS_QUANTIZED = "quantized activations"
+FISHER = "Fisher information of the weights as they are"
 
 
 class Effect(Enum):
@@ -148,6 +152,23 @@ class PassResult:
 
 
 @dataclass(frozen=True)
+class CalibrationRun:
+    """What a pass on the whole graph that is calibrated works with.
+
+    Attributes:
+        batches: calibration inputs, one value per placeholder each.
+        work_dir: a directory, to be made, for what need not be in memory; it is removed behind the last pass.
+        value_budget: bytes of calibration values to hold in memory.
+        progress: called with steps done, steps in all, and a description.
+    """
+
+    batches: Sequence[Mapping[fx.Node, Tensor]]
+    work_dir: Path
+    value_budget: int
+    progress: Callable[[int, int, str], None] | None = None
+
+
+@dataclass(frozen=True)
 class PassContext:
     """What a pass is given beside the graph.
 
@@ -156,12 +177,14 @@ class PassContext:
         device: where to compute.
         seed: the only source of randomness.
         segment: the segment being rewritten; None outside of a sweep.
+        calibration: for a pass that implements `Pass.run` and is calibrated; None for others.
     """
 
     graph: Graph
     device: torch.device
     seed: int
     segment: Segment | None = None
+    calibration: CalibrationRun | None = None
 
     def weight(self, site: Site) -> Tensor:
         """The float weight of a site, float32 ``[out, in]`` on `device`."""
@@ -213,7 +236,7 @@ class Pass:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether it needs statistics of activations."""
+        """Whether it needs calibration inputs: statistics of activations, or ``context.calibration``."""
         return type(self).statistics is not Pass.statistics
 
     def implied_passes(self) -> tuple["Pass", ...]:

@@ -84,13 +84,15 @@ def _does_something(item: Pass) -> bool:
 def _with_implied(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
     front: list[Pass] = []
     rest: list[Pass] = []
+    added: list[Pass] = []
     problems = []
     for item in passes:
         for wanted in item.implied_passes():
-            rivals = [other for other in (*front, *rest, *passes) if type(other) is type(wanted)]
+            rivals = [other for other in (*added, *passes) if type(other) is type(wanted)]
             refused = [other for other in rivals if not other.agrees_with(wanted)]
             problems += [f"{type(item).__name__} implies {wanted}, and {other} is there" for other in refused]
             if not rivals:
+                added.append(wanted)
                 (rest if wanted.is_calibrated else front).append(wanted)
         rest.append(item)
     if problems:

@@ -44,7 +44,7 @@ from qcompiler.spec import Scheme
 from qcompiler.values import Parked, ValuePark
 from qcompiler.verify import check_declared, check_exact, state_of
 
-__all__ = ["Batch", "Progress", "SweepReport", "sweep"]
+__all__ = ["Batch", "Progress", "SweepReport", "default_value_budget", "sweep"]
 
 Batch = Mapping[fx.Node, Tensor]
 """One value per placeholder of the graph."""
