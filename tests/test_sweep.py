@@ -563,7 +563,7 @@ def test_an_exact_rewrite_costs_no_second_gathering(tmp_path, updates):
 
 @pytest.mark.parametrize(("kind", "anew"), [(Scale, 0), (ScaleTogether, 4)])
 def test_behind_an_approximate_rewrite_only_what_it_changed_is_gathered_anew(tmp_path, updates, kind, anew):
-    """Wave by wave, each moment is that of rewritten weights; of a whole segment at once, those of o and down are not."""
+    """Wave by wave, each moment is that of rewritten weights; of a segment at once, those of o and down are not."""
     graph = language_model()
     batches = token_batches(graph)
     run(graph, [kind(), Watch()], batches, tmp_path)
