@@ -20,10 +20,12 @@ it.
 | ``codebook_dequantize(codes, table)`` | ``[out, in]`` codes, each a place in its row of ``table[out, levels]`` |
 | ``sparse_add(w, values, columns, row_offsets)`` | a matrix plus a sparse one of its shape (CSR); `_sparse_add` |
 | ``choose_qparams(x, dtype, axis?, bits, clip)`` | ``(scale, zero_point)`` of the range ``x`` has; `_choose_qparams` |
+| ``choose_block_qparams(x, dtype, block, bits)`` | the same of every ``block`` elements; `_choose_block_qparams` |
+| ``pack_nibbles(codes)``, ``unpack_nibbles(packed, signed)`` | two 4-bit codes in a byte; `_pack_nibbles` |
 
 For quantize and dequantize, a 0-D scale is per tensor; a 1-D one per slice of ``axis`` (``block`` 0); one of the rank
-of the data is blocked, ``block`` elements of ``axis`` sharing a scale, the last block possibly short. Codes are int8,
-uint8, or float8 (E4M3 without infinities, E5M2), which has no zero point and saturates at its largest finite number.
+of the data is blocked, ``block`` elements of ``axis`` sharing a scale, the last block possibly short; along other axes
+where it has one element, all share it. Codes are int8, uint8, or float8 (E4M3 without infinities, E5M2), which has no zero point and saturates at its largest finite number.
 Integer codes of fewer than 8 ``bits`` are held in int8 and uint8, too.
 """
 
@@ -50,6 +52,9 @@ CANONICAL = (
     "quantize",
     "dequantize",
     "choose_qparams",
+    "choose_block_qparams",
+    "pack_nibbles",
+    "unpack_nibbles",
     "codebook_dequantize",
     "sparse_add",
 )
@@ -238,6 +243,53 @@ def _choose_qparams(
     return scale, torch.zeros_like(scale).to(dtype)
 
 
+def _choose_block_qparams(x: Tensor, dtype: torch.dtype, block: int, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """The scale and zero point at which codes just cover every ``block`` elements of the last axis.
+
+    int8: ``amax / (2^(bits-1) - 1)``; float8: ``amax`` divided by the largest code; uint8: the range widened to hold
+    zero, ``(max - min) / (2^bits - 1)`` and ``round(-min / scale)``. Scales are rounded to float16 before anything is
+    computed from them, and lie between 2^-23 and its largest number.
+
+    Args:
+        x: floating point ``[..., n]``, n a multiple of ``block``.
+        dtype: of the codes.
+        block: elements that share a scale.
+        bits: of integer codes.
+
+    Returns:
+        Scale, float16 ``[..., n / block]``, and zero point of the codes' dtype (0 but for uint8), of the same shape.
+    """
+    blocks = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, block))
+    most = torch.finfo(torch.float16).max
+    if dtype == torch.uint8:
+        low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+        largest = (1 << bits) - 1
+        scale = ((high - low) / largest).clamp(_SMALLEST_SCALE, most).to(torch.float16)
+        return scale, torch.round(-low / scale).clamp(0, largest).to(dtype)
+    reach = _FLOAT_MAX.get(dtype, (1 << (bits - 1)) - 1)
+    scale = (blocks.abs().amax(-1) / reach).clamp(_SMALLEST_SCALE, most).to(torch.float16)
+    return scale, torch.zeros_like(scale).to(dtype)
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    """Two codes of 4 bits per byte, the first in the low nibble; signed ones are stored as ``code + 8``.
+
+    Args:
+        codes: ``[..., n]``, n even: int8 in -8 .. 7, or uint8 in 0 .. 15.
+
+    Returns:
+        uint8 ``[..., n / 2]``.
+    """
+    unsigned = (codes + 8).to(torch.uint8) if codes.dtype == torch.int8 else codes
+    return unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
+
+
+def _unpack_nibbles(packed: Tensor, signed: bool) -> Tensor:
+    """The inverse of `_pack_nibbles`: int8 (signed) or uint8 ``[..., 2 n]`` of uint8 ``[..., n]``."""
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return codes.to(torch.int8) - 8 if signed else codes
+
+
 def _codebook_dequantize(codes: Tensor, table: Tensor) -> Tensor:
     rows, levels = table.shape
     first = torch.arange(rows, dtype=torch.int32, device=table.device)[:, None] * levels
@@ -291,6 +343,12 @@ for _schema, _reference in (
         "choose_qparams(Tensor x, ScalarType dtype, int? axis=None, int bits=8, float clip=1.0) -> (Tensor, Tensor)",
         _choose_qparams,
     ),
+    (
+        "choose_block_qparams(Tensor x, ScalarType dtype, int block, int bits=8) -> (Tensor, Tensor)",
+        _choose_block_qparams,
+    ),
+    ("pack_nibbles(Tensor codes) -> Tensor", _pack_nibbles),
+    ("unpack_nibbles(Tensor packed, bool signed) -> Tensor", _unpack_nibbles),
 ):
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_schema.split("(")[0], _reference, "CompositeImplicitAutograd")

@@ -292,3 +292,39 @@ def test_narrow_codes_stay_in_their_range_and_clip(bits):
     codes = ops.quantize(x, scale, zero, -1, 64, torch.uint8, bits)
     assert codes.aminmax() == (0, 2**bits - 1)
     assert (ops.dequantize(codes, scale, zero, -1, 64, torch.float32) - x).abs().max() <= scale.max() * 1.001
+
+
+@pytest.mark.parametrize("block", [4, 8])
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.int8, 8), (torch.int8, 4), (torch.uint8, 4), (torch.uint8, 8), (torch.float8_e4m3fn, 8)]
+)
+def test_ranges_of_blocks(dtype, bits, block):
+    x = torch.randn(2, 3, 8)
+    scale, zero = ops.choose_block_qparams(x, dtype, block, bits)
+    assert scale.dtype == torch.float16
+    assert scale.shape == zero.shape == (2, 3, 8 // block)
+    for place in [(0, 0, 0), (1, 2, 8 // block - 1)]:
+        values = x[place[0], place[1], place[2] * block : (place[2] + 1) * block]
+        low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+        largest = float(values.abs().max())
+        if dtype == torch.uint8:
+            wanted = torch.tensor((high - low) / (2**bits - 1)).half()
+            assert int(zero[place]) == min(max(round(-low / float(wanted)), 0), 2**bits - 1)
+        else:
+            wanted = torch.tensor(largest / (448 if dtype == torch.float8_e4m3fn else 2 ** (bits - 1) - 1)).half()
+            assert int(zero[place]) == 0
+        assert scale[place] == wanted
+
+
+def test_ranges_of_blocks_without_an_end():
+    scale, _ = ops.choose_block_qparams(torch.tensor([[0.0, 0.0, 1e30, 1.0]]), torch.int8, 2)
+    assert scale.tolist() == [[2.0**-23, 65504.0]]
+
+
+def test_nibbles_are_packed_low_first():
+    codes = torch.tensor([[-8, 7, 0, -1]], dtype=torch.int8)
+    assert ops.pack_nibbles(codes).tolist() == [[0 | 15 << 4, 8 | 7 << 4]]
+    assert torch.equal(ops.unpack_nibbles(ops.pack_nibbles(codes), True), codes)
+    unsigned = torch.arange(16, dtype=torch.uint8).reshape(2, 8)
+    assert ops.pack_nibbles(unsigned)[0].tolist() == [1 << 4, 2 | 3 << 4, 4 | 5 << 4, 6 | 7 << 4]
+    assert torch.equal(ops.unpack_nibbles(ops.pack_nibbles(unsigned), False), unsigned)
