@@ -2,10 +2,12 @@
 
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.awq import AWQ
+from qcompiler.passes.fisher import Fisher
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.recipes import RECIPES, recipe
 from qcompiler.passes.rtn import RTN
 from qcompiler.passes.smooth_quant import SmoothQuant
+from qcompiler.passes.squeezellm import SqueezeLLM
 
-__all__ = ["AWQ", "GPTQ", "RECIPES", "RTN", "Assign", "InsertQDQ", "SmoothQuant", "recipe"]
+__all__ = ["AWQ", "GPTQ", "RECIPES", "RTN", "Assign", "Fisher", "InsertQDQ", "SmoothQuant", "SqueezeLLM", "recipe"]

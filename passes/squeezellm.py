@@ -1,0 +1,253 @@
+"""`SqueezeLLM`: a table of values per output channel, where the loss wants them, and a few weights kept apart."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qcompiler import numerics
+from qcompiler.errors import CalibrationError, RecipeError
+from qcompiler.graph import Graph, Site
+from qcompiler.observers import Gram
+from qcompiler.pass_base import (
+    CANONICAL,
+    FISHER,
+    SCHEMES,
+    WEIGHTS_QUANTIZED,
+    Effect,
+    Pass,
+    PassContext,
+    PassResult,
+    SiteReport,
+    Tap,
+    Wave,
+)
+from qcompiler.passes._kmeans import cluster, nearest
+from qcompiler.passes.assign import Assign
+from qcompiler.passes.fisher import Fisher
+from qcompiler.passes.rtn import RTN, gathered_gram, unreached
+from qcompiler.qtensor import Codebook, Csr
+from qcompiler.spec import QuantSpec
+
+__all__ = ["Sensitivity", "SqueezeLLM", "squeeze"]
+
+Sensitivity = Literal["fisher", "gram"]
+
+_LARGEST_FRACTION = 0.1
+_SENSITIVE_SHARE = 1 / 9  # of the weights kept apart: 0.05 of 0.45 per cent in the paper
+
+
+@dataclass(frozen=True)
+class SqueezeLLM(Pass):
+    """Gives every output channel a table of ``2^bits`` values, and keeps a small part of the weights apart.
+
+    ``linear(x, W)`` becomes ``linear(x, sparse_add(codebook_dequantize(codes, table), values, columns, row_offsets))``.
+    The values of a row's table are the centers of a k-means clustering of its weights in which an error counts by the
+    weight's sensitivity ``h``: they make ``sum h (w - q)^2`` small (`qcompiler.passes._kmeans`).
+
+    | sensitivity | ``h`` of a weight | calibrated by |
+    |---|---|---|
+    | ``fisher`` | its diagonal entry of the Fisher information of the loss | `Fisher`, which is implied |
+    | ``gram`` | ``sum x^2`` of the input it multiplies, the same for every row | the sweep |
+
+    Sites whose scheme is a grid of even steps are rounded to nearest with the least squared error
+    (``RTN(search="mse")``).
+
+    Attributes:
+        bits: shorthand for an `Assign` of ``w<bits>a16-lut`` ahead of this pass; None: schemes are assigned already.
+        sparse_fraction: the part of all weights that is kept apart, in [0, 0.1]: most of them those farthest out in
+            their row, the others those an error of which costs most. They do not count in the clustering, and what the
+            table misses of them is stored in compressed rows, in the dtype of the table.
+        sensitivity: see above.
+
+    Error: that of each weight is at most half the gap between the table's values around it, or the distance beyond the
+    outermost; of those kept apart a rounding of that in the table's dtype.
+
+    Raises:
+        RecipeError: for other bits, fractions or sensitivities.
+
+    Source: arXiv 2306.07629, sections 4.1 and 4.2. Differs: cuts between clusters by dynamic programming instead of
+    random starts; the sparse matrix holds the difference from the table instead of the weight, so that nothing need be
+    subtracted; outliers are found per output channel.
+    """
+
+    bits: int | None = None
+    sparse_fraction: float = 0.0045
+    sensitivity: Sensitivity = "fisher"
+
+    effect: ClassVar[Effect] = Effect.APPROXIMATE
+    establishes: ClassVar[frozenset[str]] = frozenset({WEIGHTS_QUANTIZED})
+
+    def __post_init__(self) -> None:
+        if self.sensitivity not in get_args(Sensitivity):
+            expected = ", ".join(get_args(Sensitivity))
+            raise RecipeError("unknown sensitivity of SqueezeLLM", got=self.sensitivity, expected=expected)
+        if not 0 <= self.sparse_fraction <= _LARGEST_FRACTION:
+            raise RecipeError(
+                "sparse_fraction is the part of the weights that is kept apart",
+                got=self.sparse_fraction,
+                expected=f"a number in [0, {_LARGEST_FRACTION}]",
+            )
+        if self.bits is not None and self.bits not in (2, 3, 4):
+            raise RecipeError(
+                "a codebook has two to four bits", where="SqueezeLLM", got=self.bits, expected="2, 3 or 4"
+            )
+
+    @property
+    def requires(self) -> frozenset[str]:  # type: ignore[override]
+        """The Fisher information where errors are weighed by it."""
+        return frozenset({CANONICAL, SCHEMES}) | ({FISHER} if self.sensitivity == "fisher" else frozenset())
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the sweep gathers the Gram matrix; the Fisher information is `Fisher`'s affair."""
+        return self.sensitivity == "gram"
+
+    def implied_passes(self) -> tuple[Pass, ...]:
+        """An `Assign` where ``bits`` is given, and `Fisher` where it is needed."""
+        assign = () if self.bits is None else (Assign(f"w{self.bits}a16-lut"),)
+        return (*assign, Fisher()) if self.sensitivity == "fisher" else assign
+
+    def statistics(self, wave: Wave, graph: Graph) -> list[Tap]:
+        """The Gram matrix of every input of a site that gets a codebook, where errors are weighed by it."""
+        if not self.is_calibrated:
+            return []
+        return [Tap(value, Gram) for site in wave if _has_codebook(graph, site) for value in site.inputs]
+
+    def rewrite(self, wave: Wave, statistics: Mapping[Tap, Any], context: PassContext) -> PassResult:
+        """Quantizes the weights of a wave."""
+        graph = context.graph
+        grids = [s for s in wave if graph.schemes[s.name].weight is not None and not _has_codebook(graph, s)]
+        rounded = RTN(search="mse").rewrite(grids, {}, context) if grids else PassResult(modified=False)
+        reports = [replace(r, method=self.name, details={"codebook": False}) for r in rounded.sites]
+        for site in wave:
+            if _has_codebook(graph, site):
+                reports.append(self._squeeze(site, statistics, context))
+        return PassResult(modified=bool(reports), sites=tuple(reports))
+
+    def _squeeze(self, site: Site, statistics: Mapping[Tap, Any], context: PassContext) -> SiteReport:
+        start = time.perf_counter()
+        spec = context.graph.schemes[site.name].weight
+        assert spec is not None
+        weight = context.weight(site)
+        details: dict[str, Any] = {"sensitivity": self.sensitivity}
+        gram: Tensor | None = None
+        if self.is_calibrated:
+            gathered = gathered_gram(site.inputs, statistics)
+            gram = gathered.result() if gathered.rows else None
+            details |= {"calibration_rows": gathered.rows} if gathered.rows else unreached([site])
+            sensitivity = weight.new_zeros(1, site.in_features) if gram is None else gram.diagonal()[None]
+        else:
+            sensitivity = context.graph.fisher.read(site.name).to(weight.device)
+        if not bool(sensitivity.any()):
+            details.setdefault("fallback", "all weights count alike: the loss minds none of them")
+        quantized = squeeze(weight, sensitivity, spec, context.scale_dtype(site), self.sparse_fraction, site.name)
+        restored = quantized.dequantize()
+        nearest_grid = _even_steps(weight, spec, context.scale_dtype(site))
+        details |= {
+            "weighted_error": _ratio(weight - restored, weight, sensitivity),
+            "rtn_weighted_error": _ratio(weight - nearest_grid, weight, sensitivity),
+            "sparse_values": 0 if quantized.sparse is None else len(quantized.sparse.values),
+        }
+        errors: dict[str, float] = {}
+        if gram is not None:
+            energy = _output_error(weight, gram) or 1.0
+            errors["output_error"] = _output_error(weight - restored, gram) / energy
+            errors["rtn_output_error"] = _output_error(weight - nearest_grid, gram) / energy
+        report = SiteReport(
+            site.name, self.name, str(spec), numerics.sqnr_db(weight, restored), details=details, **errors
+        )
+        context.graph.set_weight(site, quantized)
+        return replace(report, seconds=time.perf_counter() - start)
+
+
+def _has_codebook(graph: Graph, site: Site) -> bool:
+    spec = graph.schemes[site.name].weight
+    return spec is not None and spec.codebook
+
+
+def squeeze(
+    weight: Tensor,
+    sensitivity: Tensor,
+    spec: QuantSpec,
+    table_dtype: torch.dtype,
+    sparse_fraction: float = 0.0,
+    where: str = "",
+) -> Codebook:
+    """A weight as tables of values and a sparse matrix.
+
+    Args:
+        weight: float32 ``[out, in]``.
+        sensitivity: float ``[out or 1, in]``, not negative: what a squared error of each weight costs.
+        spec: a format with a codebook.
+        table_dtype: the dtype of tables and sparse values. Tables are rounded to it before codes are made.
+        sparse_fraction: the part of all weights that is kept apart.
+        where: the site, for messages.
+
+    Raises:
+        CalibrationError: if the sensitivity does not fit the weight, is negative, or not finite.
+    """
+    rows, columns = weight.shape
+    if sensitivity.shape not in ((rows, columns), (1, columns)):
+        raise CalibrationError(
+            "calibration statistics do not fit the weight",
+            where=where,
+            got=tuple(sensitivity.shape),
+            expected=(rows, columns),
+        )
+    if not bool(sensitivity.isfinite().all()) or bool((sensitivity < 0).any()):
+        raise CalibrationError(
+            "calibration statistics are not finite and positive",
+            where=where,
+            got="NaN or infinity" if not bool(sensitivity.isfinite().all()) else float(sensitivity.min()),
+            remedy="look for NaN, infinity or overflow in the activations of the layers before",
+        )
+    apart = _kept_apart(weight, sensitivity, round(sparse_fraction * weight.numel()))
+    counted = torch.where(sensitivity.any(-1, keepdim=True), sensitivity, 1.0).expand(rows, columns)
+    if apart is not None:
+        counted = counted.masked_fill(apart, 0)
+    limit = torch.finfo(table_dtype).max
+    table = cluster(weight, counted, 1 << spec.bits).clamp_(-limit, limit).to(table_dtype)
+    dense = Codebook(nearest(weight, table.float()), table, None, spec)
+    if apart is None:
+        return dense
+    places = apart.nonzero()  # row by row, columns ascending
+    missed = (weight - dense.dequantize())[apart].to(table_dtype)
+    offsets = torch.zeros(rows + 1, dtype=torch.int32, device=weight.device)
+    offsets[1:] = apart.sum(-1).cumsum(0)
+    return replace(dense, sparse=Csr(missed, places[:, 1].to(torch.int32), offsets))
+
+
+def _kept_apart(weight: Tensor, sensitivity: Tensor, count: int) -> Tensor | None:
+    """Which weights are kept apart, boolean ``[out, in]``; None where none are."""
+    if count == 0:
+        return None
+    sensitive = round(count * _SENSITIVE_SHARE)
+    center = weight.mean(-1, keepdim=True)
+    spread = (weight - center).square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    distance = ((weight - center) / spread).abs().flatten()
+    apart = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    apart[distance.topk(count - sensitive).indices] = True
+    cost = (sensitivity * weight * weight).flatten().masked_fill(apart, -1.0)
+    apart[cost.topk(sensitive).indices] = True
+    return apart.reshape(weight.shape)
+
+
+def _even_steps(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> Tensor:
+    """The weight rounded to a grid of as many steps that covers the range of each row."""
+    grid = QuantSpec(spec.dtype, "per_channel", None, symmetric=False)
+    return numerics.fake_quantize(weight, *numerics.min_max_qparams(weight, grid, scale_dtype), grid)
+
+
+def _ratio(error: Tensor, weight: Tensor, sensitivity: Tensor) -> float:
+    """``sum h e^2 / sum h w^2``, all counting alike where nothing counts."""
+    counted = sensitivity if bool(sensitivity.any()) else torch.ones_like(sensitivity)
+    energy = float((counted * weight * weight).sum(dtype=torch.float64)) or 1.0
+    return float((counted * error * error).sum(dtype=torch.float64)) / energy
+
+
+def _output_error(error: Tensor, gram: Tensor) -> float:
+    return float((torch.mm(error, gram) * error).sum(dtype=torch.float64))
