@@ -8,9 +8,9 @@ from torch import Tensor, fx
 
 from qcompiler.errors import InputError
 from qcompiler.graph import Graph
-from qcompiler.signature import SEQUENCE
+from qcompiler.signature import SEQUENCE, Port
 
-__all__ = ["feed", "feed_tensors"]
+__all__ = ["empty_cache", "feed", "feed_tensors"]
 
 
 def feed(graph: Graph, ids: Tensor, past: Sequence[Tensor] | None = None) -> dict[fx.Node, Any]:
@@ -43,11 +43,16 @@ def feed(graph: Graph, ids: Tensor, past: Sequence[Tensor] | None = None) -> dic
         elif port.role == "positions":
             values[node] = torch.arange(before, before + length, device=ids.device).expand(batch, length)
         elif port.role == "past":
-            empty = (batch, int(port.shape[1]), 0, int(port.shape[3]))
-            values[node] = next(caches) if past else torch.zeros(empty, device=ids.device)
+            values[node] = next(caches) if past else empty_cache(port, batch, ids.device)
         else:
             values[node] = torch.zeros_like(ids)
     return values
+
+
+def empty_cache(port: Port, batch: int, device: torch.device) -> Tensor:
+    """What a ``past`` port takes before the first token: ``[batch, heads, 0, width]`` of its dtype."""
+    _, heads, _, width = port.shape
+    return torch.zeros(batch, int(heads), 0, int(width), dtype=getattr(torch, port.dtype), device=device)
 
 
 def feed_tensors(graph: Graph, tensors: Sequence[Tensor]) -> dict[fx.Node, Any]:

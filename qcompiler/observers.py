@@ -9,7 +9,18 @@ from torch import Tensor
 
 from qcompiler.errors import CalibrationError
 
-__all__ = ["AbsMax", "CrossGram", "Distribution", "Gram", "Histogram", "MinMax", "Rescalable", "RowSample", "Statistic"]
+__all__ = [
+    "AbsMax",
+    "CrossGram",
+    "Distribution",
+    "Gram",
+    "HeadRange",
+    "Histogram",
+    "MinMax",
+    "Rescalable",
+    "RowSample",
+    "Statistic",
+]
 
 _BLOCK = 128
 _FINEST_BITS = 30  # bins are no narrower than the largest magnitude times 2^-30
@@ -211,6 +222,58 @@ class RowSample:
         while len(kept) >= 2 * self.wanted:
             kept, self._stride = kept[::2].clone(), 2 * self._stride
         self._kept = kept
+
+
+class HeadRange:
+    """The least and the largest value of every channel of every head, and a few hundred tokens to try formats on."""
+
+    needs_reference: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._low: Tensor | None = None
+        self._high: Tensor | None = None
+        self._tokens = RowSample()
+        self._heads = 0
+
+    @property
+    def rows(self) -> int:
+        """Tokens seen."""
+        return self._tokens.rows
+
+    def update(self, batch: Tensor, reference: Tensor | None = None) -> None:
+        """Takes ``[B, H, S, D]``; the reference does not matter.
+
+        Raises:
+            CalibrationError: if a value is not finite.
+        """
+        if not batch.numel():
+            return
+        _finite_range(batch)
+        self._heads = batch.shape[1]
+        self._tokens.update(batch.transpose(1, 2).flatten(2))
+        self._take(batch.amin((0, 2)).float(), batch.amax((0, 2)).float())
+
+    def merge(self, other: "HeadRange") -> None:
+        """Takes what the other has seen."""
+        self._tokens.merge(other._tokens)
+        self._heads = self._heads or other._heads
+        if other._low is not None and other._high is not None:
+            self._take(other._low, other._high)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Both ends, float32 ``[H, D]``."""
+        if self._low is None or self._high is None:
+            raise ValueError("nothing was observed")
+        return self._low, self._high
+
+    def tokens(self) -> Tensor:
+        """Some of the tokens, evenly spaced, float32 ``[1, H, kept, D]``."""
+        rows = self._tokens.result()
+        return rows.unflatten(-1, (self._heads, -1)).transpose(0, 1)[None]
+
+    def _take(self, low: Tensor, high: Tensor) -> None:
+        self._low = low if self._low is None else torch.minimum(self._low, low)
+        self._high = high if self._high is None else torch.maximum(self._high, high)
 
 
 class MinMax:

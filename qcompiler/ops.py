@@ -17,6 +17,9 @@ it.
 | ``hadamard(x, block)`` | every ``block`` elements of the last axis times an orthogonal matrix; `qcompiler.hadamard` |
 | ``quantize(x, scale, zero_point?, axis, block, dtype, bits)`` | ONNX QuantizeLinear |
 | ``dequantize(codes, scale, zero_point?, axis, block, out_dtype)`` | ONNX DequantizeLinear |
+| ``fp4_scale(x, factor?, block, floor)`` | the one-byte scales that blocks of ``x`` have; `fp4.block_scale` |
+| ``fp4_quantize(x, scale, factor?, block)`` | 4-bit float codes; blocks of the last axis share a scale; `qcompiler.fp4` |
+| ``fp4_dequantize(codes, scale, factor?, block)`` | float32 ``code * (scale * factor)`` |
 | ``codebook_dequantize(codes, table)`` | ``[out, in]`` codes, each a place in its row of ``table[out, levels]`` |
 | ``sparse_add(w, values, columns, row_offsets)`` | a matrix plus a sparse one of its shape (CSR); `_sparse_add` |
 | ``choose_qparams(x, dtype, axis?, bits, clip)`` | ``(scale, zero_point)`` of the range ``x`` has; `_choose_qparams` |
@@ -25,14 +28,16 @@ it.
 
 For quantize and dequantize, a 0-D scale is per tensor; a 1-D one per slice of ``axis`` (``block`` 0); one of the rank
 of the data is blocked, ``block`` elements of ``axis`` sharing a scale, the last block possibly short; along other axes
-where it has one element, all share it. Codes are int8, uint8, or float8 (E4M3 without infinities, E5M2), which has no zero point and saturates at its largest finite number.
-Integer codes of fewer than 8 ``bits`` are held in int8 and uint8, too.
+where it has one element, all share it. Codes are int8, uint8, or float8 (E4M3 without infinities, E5M2), which has no
+zero point and saturates at its largest finite number. Integer codes of fewer than 8 ``bits`` are held in int8 and
+uint8, too.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcompiler import fp4
 from qcompiler.hadamard import multiply
 
 __all__ = ["CANONICAL"]
@@ -55,6 +60,9 @@ CANONICAL = (
     "choose_block_qparams",
     "pack_nibbles",
     "unpack_nibbles",
+    "fp4_scale",
+    "fp4_quantize",
+    "fp4_dequantize",
     "codebook_dequantize",
     "sparse_add",
 )
@@ -290,6 +298,24 @@ def _unpack_nibbles(packed: Tensor, signed: bool) -> Tensor:
     return codes.to(torch.int8) - 8 if signed else codes
 
 
+def _fp4_scale(x: Tensor, factor: Tensor | None, block: int, floor: bool) -> Tensor:
+    blocks = F.pad(x.abs(), (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
+    return fp4.block_scale(blocks.amax(-1), factor, floor=floor)
+
+
+def _fp4_elements(scale: Tensor, factor: Tensor | None, block: int, width: int) -> Tensor:
+    """The float32 scale of every element along the last axis."""
+    return fp4.decode_scale(scale, factor).repeat_interleave(block, dim=-1).narrow(-1, 0, width)
+
+
+def _fp4_quantize(x: Tensor, scale: Tensor, factor: Tensor | None, block: int) -> Tensor:
+    return fp4.encode(x / _fp4_elements(scale, factor, block, x.shape[-1]))
+
+
+def _fp4_dequantize(codes: Tensor, scale: Tensor, factor: Tensor | None, block: int) -> Tensor:
+    return fp4.decode(codes) * _fp4_elements(scale, factor, block, codes.shape[-1])
+
+
 def _codebook_dequantize(codes: Tensor, table: Tensor) -> Tensor:
     rows, levels = table.shape
     first = torch.arange(rows, dtype=torch.int32, device=table.device)[:, None] * levels
@@ -337,6 +363,9 @@ for _schema, _reference in (
         "-> Tensor",
         _dequantize,
     ),
+    ("fp4_scale(Tensor x, Tensor? factor, int block, bool floor) -> Tensor", _fp4_scale),
+    ("fp4_quantize(Tensor x, Tensor scale, Tensor? factor, int block) -> Tensor", _fp4_quantize),
+    ("fp4_dequantize(Tensor codes, Tensor scale, Tensor? factor, int block) -> Tensor", _fp4_dequantize),
     ("codebook_dequantize(Tensor codes, Tensor table) -> Tensor", _codebook_dequantize),
     ("sparse_add(Tensor w, Tensor values, Tensor columns, Tensor row_offsets) -> Tensor", _sparse_add),
     (

@@ -19,10 +19,12 @@ from qcompiler.segments import Segment
 
 __all__ = [
     "ACTIVATIONS_QUANTIZED",
+    "CACHE_QUANTIZED",
     "CANONICAL",
     "DROP",
     "FISHER",
     "FLOAT_ACTIVATIONS",
+    "FLOAT_CACHE",
     "FLOAT_WEIGHTS",
     "SCHEMES",
     "WEIGHTS_QUANTIZED",
@@ -45,8 +47,10 @@ CANONICAL = "canonical operators"
 SCHEMES = "schemes"
 FLOAT_WEIGHTS = "float weights"
 FLOAT_ACTIVATIONS = "float activations"
+FLOAT_CACHE = "a float cache"
 WEIGHTS_QUANTIZED = "quantized weights"
 ACTIVATIONS_QUANTIZED = "quantized activations"
+CACHE_QUANTIZED = "a quantized cache"
 FISHER = "Fisher information of the weights as they are"
 
 
@@ -246,6 +250,9 @@ class Pass:
     def agrees_with(self, implied: "Pass") -> bool:
         """Whether this pass, given by the user, also does what another one implies (a pass of the same type)."""
         return self == implied
+
+    def check(self, graph: Graph) -> None:  # noqa: B027
+        """Refuses, before its stage computes anything, a graph that the pass cannot work on."""
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         """Rewrites the whole graph, before the sweep of its stage."""

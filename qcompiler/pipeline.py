@@ -7,9 +7,11 @@ from typing import Any
 from qcompiler.errors import PipelineError
 from qcompiler.pass_base import (
     ACTIVATIONS_QUANTIZED,
+    CACHE_QUANTIZED,
     CANONICAL,
     FISHER,
     FLOAT_ACTIVATIONS,
+    FLOAT_CACHE,
     FLOAT_WEIGHTS,
     WEIGHTS_QUANTIZED,
     Effect,
@@ -19,7 +21,7 @@ from qcompiler.pass_base import (
 __all__ = ["Pipeline", "Stage"]
 
 
-_ENDS = {WEIGHTS_QUANTIZED: FLOAT_WEIGHTS, ACTIVATIONS_QUANTIZED: FLOAT_ACTIVATIONS}
+_ENDS = {WEIGHTS_QUANTIZED: FLOAT_WEIGHTS, ACTIVATIONS_QUANTIZED: FLOAT_ACTIVATIONS, CACHE_QUANTIZED: FLOAT_CACHE}
 """Facts that are no longer true where another is."""
 
 _MEASURED = frozenset({FISHER})
@@ -105,7 +107,7 @@ def _with_implied(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
 
 
 def _prove(passes: tuple[Pass, ...]) -> None:
-    facts = {CANONICAL, FLOAT_WEIGHTS, FLOAT_ACTIVATIONS}
+    facts = {CANONICAL, FLOAT_WEIGHTS, FLOAT_ACTIVATIONS, FLOAT_CACHE}
     ended: dict[str, str] = {}
     problems = []
     for position, item in enumerate(passes):

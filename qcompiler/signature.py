@@ -1,11 +1,16 @@
 """The inputs and outputs of a captured graph: names, roles and symbolic shapes."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["BATCH", "PAST", "SEQUENCE", "TOTAL", "Dim", "Port", "Signature"]
+import torch
+
+__all__ = ["BATCH", "PAST", "SEQUENCE", "TOTAL", "Dim", "Part", "Port", "Signature"]
 
 Role = Literal["ids", "mask", "positions", "past", "present", "logits", "other"]
+Part = Literal["key", "value", "key_scale", "value_scale", "key_zero_point", "value_zero_point"]
+"""What a cache holds. Codes of a quantized one are its ``key`` and ``value``."""
 Dim = int | str
 """A size: a number, or an expression of the symbols `BATCH`, `SEQUENCE` and `PAST`."""
 
@@ -23,7 +28,7 @@ class Port:
         dtype: torch's name of the dtype, such as ``int64``.
         shape: sizes, symbolic where they vary.
         layer: for caches, the index of the attention layer.
-        part: for caches, ``key`` or ``value``.
+        part: for caches, ``key`` or ``value``; of a quantized cache also what those are read with.
     """
 
     name: str
@@ -31,7 +36,7 @@ class Port:
     dtype: str
     shape: tuple[Dim, ...]
     layer: int | None = None
-    part: Literal["key", "value"] | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,19 @@ class Signature:
         """Whether keys and values enter and leave as caches."""
         return self.input("past") is not None
 
+    @property
+    def has_quantized_cache(self) -> bool:
+        """Whether keys or values are kept as codes."""
+        return any(port.role == "past" and _dtype(port).itemsize == 1 for port in self.inputs)
+
+    @property
+    def cache_bytes_per_token(self) -> int | None:
+        """What one token of one sequence takes in all caches, scales included; None without a cache."""
+        if not self.has_cache:
+            return None
+        past = (port for port in self.inputs if port.role == "past")
+        return sum(_dtype(port).itemsize * math.prod(d for d in port.shape if isinstance(d, int)) for port in past)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON fields; the inverse is `from_dict`."""
         return {"inputs": [asdict(p) for p in self.inputs], "outputs": [asdict(p) for p in self.outputs]}
@@ -66,3 +84,8 @@ class Signature:
             return tuple(Port(**{**item, "shape": tuple(item["shape"])}) for item in items)
 
         return cls(ports(fields["inputs"]), ports(fields["outputs"]))
+
+
+def _dtype(port: Port) -> torch.dtype:
+    found: torch.dtype = getattr(torch, port.dtype)
+    return found
