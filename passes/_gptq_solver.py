@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qcompiler import numerics
+from qcompiler import fp4, numerics
 from qcompiler.errors import CalibrationError, RecipeError, WeightError
 from qcompiler.qtensor import Affine
 from qcompiler.spec import QuantSpec
@@ -106,7 +106,7 @@ def solve_gptq(
         sweeps: passes of coordinate descent on ``tr(E H Eᵀ)`` over what was found: each scale is moved to its best
             value for the codes as they are, then each column rounded anew given all others (the update of QuantEase,
             arXiv 2309.01885, started from GPTQ's codes). Never raises that loss. A scale that serves a whole tensor
-            stays.
+            stays, and so do those of 4-bit floats, whose neighbours are too far away to be reached by a fit.
         cross: optional float ``[in, in]``, ``YᵀX`` where ``Y`` is the input the *original* model sees at this place.
             The target becomes ``W + correction · W (YᵀX - XᵀX) H⁻¹``. With ``correction`` 1 that minimises ``|X Qᵀ -
             Y Wᵀ|²``: the layer also makes good what was changed before it. This is the objective of GPTAQ (arXiv
@@ -146,6 +146,7 @@ def solve_gptq(
         target = original + correction * _shift(original, drift, factor, order)
     importance = (gram.diagonal() + ridge).float()
     qparams = [_qparams(part, spec, scale_dtype, scale_search, importance) for part in target.split(sizes)]
+    factors = [numerics.scale_factor(part, spec) for part in target.split(sizes)]
     scale_rows = torch.cat([scale.expand(size, -1) for (scale, _), size in zip(qparams, sizes, strict=True)])
     zero_rows = torch.zeros_like(scale_rows)
     if not spec.symmetric:
@@ -157,6 +158,7 @@ def solve_gptq(
     del factor
     gram, ordered_gram = gram.float(), ordered_gram.float()
     group = spec.group_of(width)
+    keeps_scales = spec.granularity == "per_tensor" or spec.is_fp4
     codes, losses = [], []
     for start in range(0, len(target), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -164,7 +166,7 @@ def solve_gptq(
         errors = target[rows].T[order].contiguous()
         steps = _round_with_feedback(errors, feedback, grid)
         if sweeps:
-            refit = None if spec.granularity == "per_tensor" else scale_dtype
+            refit = None if keeps_scales else scale_dtype
             _descend(errors, steps, ordered_gram, ridge[order].float(), grid, sweeps, refit)
             scale_rows[rows] = grid.scale.T
         losses.append((torch.mm(ordered_gram, errors) * errors).sum(0, dtype=torch.float64))
@@ -174,13 +176,13 @@ def solve_gptq(
         zip(torch.cat(codes).split(sizes), torch.cat(losses).split(sizes), strict=True)
     ):
         scale, zero = qparams[i]
-        if sweeps and spec.granularity != "per_tensor":
+        if sweeps and not keeps_scales:
             scale = scale_rows.split(sizes)[i].clone()
         nearest = numerics.min_max_qparams(weights[i], spec, scale_dtype)
         rtn_error = target.split(sizes)[i] - numerics.fake_quantize(weights[i], *nearest, spec)
         solutions.append(
             GPTQSolution(
-                Affine(part_codes.clone(), scale, zero, spec, scale_dtype),
+                Affine(part_codes.clone(), scale, zero, spec, scale_dtype, factors[i]),
                 damping=used,
                 dead_columns=width - alive,
                 loss=float(part_loss.sum()),
@@ -282,7 +284,8 @@ def _qparams(
     """Scales and zero points of one weight, searched over slices of its rows that fit the cache."""
     if search == "minmax":
         return numerics.min_max_qparams(weight, spec, scale_dtype)
-    rows = len(weight) if spec.granularity == "per_tensor" else max(1, _SEARCH_ELEMENTS // weight.shape[1])
+    is_whole = spec.granularity == "per_tensor" or spec.has_factor  # what all rows share is chosen from all
+    rows = len(weight) if is_whole else max(1, _SEARCH_ELEMENTS // weight.shape[1])
     found = [
         numerics.mse_qparams(
             part, spec, scale_dtype, importance=importance, steps=_SEARCH_STEPS, max_shrink=_SEARCH_SHRINK
@@ -302,20 +305,20 @@ class _Grid:
     Attributes:
         scale: float32 ``[groups, rows]``, contiguous; ``low`` and ``high``, the inclusive bounds of a step, likewise.
         group: the group of every column, in the order columns are taken.
-        float_dtype: of codes that are floats; None: steps are whole numbers.
+        float_spec: of codes that are floats; None: steps are whole numbers.
     """
 
     scale: Tensor
     low: Tensor
     high: Tensor
     group: list[int]
-    float_dtype: torch.dtype | None = None
+    float_spec: QuantSpec | None = None
 
     @classmethod
     def of(cls, scale: Tensor, zero: Tensor, spec: QuantSpec, group: Tensor) -> "_Grid":
         """From scales and zero points ``[rows, groups]`` and the group of every column, in order."""
         low, high = (spec.quant_min - zero).T.contiguous(), (spec.quant_max - zero).T.contiguous()
-        return cls(scale.T.contiguous(), low, high, group.tolist(), spec.code_dtype if spec.is_float else None)
+        return cls(scale.T.contiguous(), low, high, group.tolist(), spec if spec.is_float else None)
 
 
 def _round_with_feedback(errors: Tensor, feedback: Tensor, grid: _Grid) -> Tensor:
@@ -414,12 +417,12 @@ def _round_block(
             np.dot(weights[j, :j], errors[:j], out=scratch)
             np.add(value, scratch, out=value)
         np.divide(value, scale, out=step)
-        if grid.float_dtype is None:
+        if grid.float_spec is None:
             np.rint(step, out=step)
         np.maximum(step, lows[group], out=step)
         np.minimum(step, highs[group], out=step)
-        if grid.float_dtype is not None:
-            steps[j] = steps[j].to(grid.float_dtype)
+        if grid.float_spec is not None:
+            steps[j] = numerics.round_codes(steps[j], grid.float_spec)
         np.multiply(step, scale, out=scratch)
         np.subtract(start, scratch, out=error)
 
@@ -434,12 +437,12 @@ def _round_block_torch(
         if j:
             value.addmv_(residual[:j].T, feedback[j, :j])
         torch.div(value, scale, out=step)
-        if grid.float_dtype is None:
+        if grid.float_spec is None:
             step.round_()
         torch.maximum(step, grid.low[group], out=step)
         torch.minimum(step, grid.high[group], out=step)
-        if grid.float_dtype is not None:
-            step.copy_(step.to(grid.float_dtype))
+        if grid.float_spec is not None:
+            step.copy_(numerics.round_codes(step, grid.float_spec))
         torch.mul(step, scale, out=scratch)
         torch.sub(base[j], scratch, out=residual[j])
 
@@ -449,6 +452,8 @@ def _to_codes(steps: Tensor, order: Tensor, zero: Tensor, spec: QuantSpec) -> Te
     codes = torch.empty_like(steps)
     codes[order] = steps
     codes = codes.T
+    if spec.is_fp4:
+        return fp4.encode(codes)
     if not spec.symmetric:
         codes = codes + numerics.expand_groups(zero, codes.shape[1], spec.group_of(codes.shape[1]))
     return codes.to(spec.code_dtype)

@@ -45,7 +45,9 @@ class InsertQDQ(Pass):
     segment; ahead of one that does, such as `GPTQ`, it lets that one see the rounded activations, for a second run.
 
     Attributes:
-        observer: how the range is chosen (`qcompiler.ranges`); None where every scheme is dynamic: no calibration.
+        observer: how the range is chosen (`qcompiler.ranges`); None where every scheme is dynamic: no calibration. For
+            NVFP4, whose scales are computed at run time relative to one factor, the factor is that of all that was
+            seen, whatever this says.
         percentile: for the observer of that name, in percent.
 
     Error: at most half a step of the codes for values inside the range, and the excess for those outside.
@@ -95,14 +97,15 @@ class InsertQDQ(Pass):
         if not spec.dynamic:
             seen = self._observed(sites, spec, statistics)
             assert self.observer is not None
-            low, high = choose_range(seen, spec, self.observer, percentile=self.percentile)
+            observer = "minmax" if spec.has_factor else self.observer
+            low, high = choose_range(seen, spec, observer, percentile=self.percentile)
             scale_value, zero_value = activation_qparams(low, high, spec)
             scale = f"{sites[0].name}.input_scale"
             graph.weights.set(scale, scale_value)
             if zero_value is not None:
                 zero_point = f"{sites[0].name}.input_zero_point"
                 graph.weights.set(zero_point, zero_value)
-            sqnr = range_sqnr_db(seen.result(), low, high, spec)
+            sqnr = math.nan if spec.has_factor else range_sqnr_db(seen.result(), low, high, spec)
             details = {"input": scale, "range": [low, high], "seen": [seen.result().low, seen.result().high]}
         place = {node: index for index, node in enumerate(graph.fx.nodes)}
         readers: dict[fx.Node, list[fx.Node]] = {}

@@ -24,6 +24,8 @@ RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
     "w8a8-rtn": lambda: (Assign("w8a8"), RTN(), InsertQDQ()),
     "w8a8-dynamic": lambda: (Assign("w8a8-dynamic"), RTN(), InsertQDQ(observer=None)),
     "fp8": lambda: (Assign("fp8"), InsertQDQ(observer="minmax"), GPTQ()),
+    "nvfp4": lambda: (Assign("nvfp4"), InsertQDQ(observer="minmax"), GPTQ()),
+    "mxfp4": lambda: (Assign("mxfp4"), InsertQDQ(observer=None), GPTQ()),
     "fp8-dynamic": lambda: (Assign("fp8-dynamic"), RTN(search="mse"), InsertQDQ(observer=None)),
 }
 """Name → maker of the passes."""

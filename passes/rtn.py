@@ -182,4 +182,5 @@ def round_to_nearest(
     else:
         choose = numerics.mse_qparams if search == "mse" else numerics.min_max_qparams
         scale, zero_point = choose(weight, spec, scale_dtype)
-    return Affine(numerics.quantize(weight, scale, zero_point, spec), scale, zero_point, spec, scale_dtype)
+    codes, factor = numerics.quantize(weight, scale, zero_point, spec), numerics.scale_factor(weight, spec)
+    return Affine(codes, scale, zero_point, spec, scale_dtype, factor)

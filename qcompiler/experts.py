@@ -10,7 +10,12 @@ __all__ = ["is_expert", "routers"]
 
 _canonical = torch.ops.qcompiler
 _TAKE = _canonical.take_expert.default
-_ROUNDING = (_canonical.quantize.default, _canonical.dequantize.default)
+_ROUNDING = (
+    _canonical.quantize.default,
+    _canonical.dequantize.default,
+    _canonical.fp4_quantize.default,
+    _canonical.fp4_dequantize.default,
+)
 
 
 def is_expert(site: Site) -> bool:

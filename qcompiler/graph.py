@@ -1,7 +1,7 @@
 """`Graph`: an fx graph whose weights stay in a `WeightStore`, with typed views of it and its JSON form."""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,10 @@ __all__ = [
 
 _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
+_QUANTIZED_BY: dict[Any, Any] = {
+    _canonical.dequantize.default: _canonical.quantize.default,
+    _canonical.fp4_dequantize.default: _canonical.fp4_quantize.default,
+}
 
 
 def is_op(node: object, *targets: object) -> bool:
@@ -41,10 +45,10 @@ def is_op(node: object, *targets: object) -> bool:
 
 def quantized_value(node: object) -> Node | None:
     """What a quantized activation was before: ``x`` of ``dequantize(quantize(x, ...), ...)``; None for other nodes."""
-    if not isinstance(node, Node) or not is_op(node, _canonical.dequantize.default):
+    if not isinstance(node, Node) or not is_op(node, *_QUANTIZED_BY):
         return None
     codes = node.args[0]
-    if not isinstance(codes, Node) or not is_op(codes, _canonical.quantize.default):
+    if not isinstance(codes, Node) or not is_op(codes, _QUANTIZED_BY[node.target]):
         return None
     value = codes.args[0]
     assert isinstance(value, Node)
@@ -65,6 +69,7 @@ def is_quantized_weight(node: object) -> bool:
     return is_op(
         node,
         _canonical.dequantize.default,
+        _canonical.fp4_dequantize.default,
         _canonical.codebook_dequantize.default,
         _canonical.sparse_add.default,
     )
@@ -192,6 +197,20 @@ class Graph:
         self.source_dtypes.setdefault(name, info.dtype)
         self.weights.set(name, value.float())
 
+    def derive_float(
+        self, name: str, function: Callable[..., Tensor], sources: tuple[str, ...] | None = None
+    ) -> None:
+        """As `rewrite_float`, but computed at every read: nothing is held in memory.
+
+        Args:
+            name: of the tensor.
+            function: of the sources as they are now, in their dtypes; gives float32 of the shape the tensor has.
+            sources: names of its arguments; the tensor itself by default.
+        """
+        info = self.weights.info(name)
+        self.source_dtypes.setdefault(name, info.dtype)
+        self.weights.derive(name, sources or (name,), function, dtype="float32", shape=info.shape)
+
     def source_dtype(self, name: str) -> str:
         """The dtype a float tensor has in the source model, whatever it was rewritten to."""
         return self.source_dtypes.get(name, self.weights.info(name).dtype)
@@ -219,7 +238,7 @@ class Graph:
             readers: ``linear`` nodes, in graph order; the new nodes stand ahead of the first.
             spec: the number format.
             scale, zero_point: stored tensors, 0-D; None where the format is dynamic (the range is then computed from
-                the value) or has no zero point.
+                the value) or has no zero point. In NVFP4 ``scale`` is the factor of the tensor.
 
         Returns:
             The ``dequantize`` node.
@@ -235,6 +254,11 @@ class Graph:
                     expected="one pass that quantizes activations",
                     remedy="drop one of the passes",
                 )
+        if spec.is_fp4:
+            result = self._round_to_fp4(value, readers[0], spec, scale)
+            for node in readers:
+                node.update_arg(0, result)
+            return result
         axis, block = (-1, readers[0].meta["weight_shape"][1]) if spec.granularity == "per_token" else (0, 0)
         shape, code_dtype = value.meta.get("shape"), str(spec.code_dtype).removeprefix("torch.")
         with self.fx.inserting_before(readers[0]):
@@ -268,14 +292,31 @@ class Graph:
             node.update_arg(0, result)
         return result
 
+    def _round_to_fp4(self, value: Node, reader: Node, spec: QuantSpec, factor: str | None) -> Node:
+        """Puts ``fp4_dequantize(fp4_quantize(value, scale), scale)`` ahead of a reader, the scale computed from it."""
+        shape = value.meta.get("shape")
+        block = spec.group_of(reader.meta["weight_shape"][1])
+        with self.fx.inserting_before(reader):
+            factor_node = None if factor is None else self._get_attr(factor)
+            wanted = (value, factor_node, block, spec.exponent == "floor")
+            scale = self.fx.call_function(_canonical.fp4_scale.default, wanted)
+            codes = self.fx.call_function(_canonical.fp4_quantize.default, (value, scale, factor_node, block))
+            result = self.fx.call_function(_canonical.fp4_dequantize.default, (codes, scale, factor_node, block))
+        if shape is not None:
+            groups = -(-reader.meta["weight_shape"][1] // block)
+            self._described(scale, "float8_e4m3fn" if spec.has_factor else "uint8", (*shape[:-1], groups))
+            self._described(codes, "uint8", shape)
+            self._described(result, "float32", shape)
+        return result
+
     @staticmethod
     def _described(node: Node, dtype: str, shape: Iterable[int | str]) -> Node:
         node.meta.update(dtype=getattr(torch, dtype), shape=tuple(shape))
         return node
 
     def set_weight(self, site: Site, quantized: QuantizedTensor) -> None:
-        """Replaces a site's float weight by what it is computed from: a ``dequantize`` node with codes and scales, or a
-        ``codebook_dequantize`` with codes and tables and, around it, a ``sparse_add``.
+        """Replaces a site's float weight by what it is computed from: a ``dequantize`` or ``fp4_dequantize`` node with
+        codes and scales, or a ``codebook_dequantize`` with codes and tables and, around it, a ``sparse_add``.
 
         The float weight leaves the graph; where it was tied to another use, that use keeps it.
 
@@ -308,7 +349,21 @@ class Graph:
         if not any(node.target == site.weight for node in self.fx.nodes if node.op == "get_attr"):
             self.weights.remove(site.weight)
 
+    def _place_fp4(self, site: Site, quantized: Affine) -> Node:
+        parts: dict[str, Tensor | None] = {"scale": quantized.stored_scale, "factor": quantized.factor}
+        self.weights.set(f"{site.weight}_codes", quantized.codes, dtype=quantized.spec.stored_dtype)
+        sources: list[Node | None] = [self._get_attr(f"{site.weight}_codes")]
+        for part, tensor in parts.items():
+            if tensor is not None:
+                self.weights.set(f"{site.weight}_{part}", tensor)
+            sources.append(None if tensor is None else self._get_attr(f"{site.weight}_{part}"))
+        arguments = (*sources, quantized.spec.group_of(site.in_features))
+        weight = self.fx.call_function(_canonical.fp4_dequantize.default, arguments)
+        return self._described(weight, "float32", quantized.codes.shape)
+
     def _place_affine(self, site: Site, quantized: Affine) -> Node:
+        if quantized.spec.is_fp4:
+            return self._place_fp4(site, quantized)
         spec, store = quantized.spec, self.weights
         scale, zero_point = quantized.scale, quantized.zero_point
         axis, block = 1, spec.group_of(site.in_features)

@@ -5,11 +5,12 @@ Weights are ``[out, in]``. Scales have one column per group along ``in``: ``[out
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from qcompiler import fp4
 from qcompiler.spec import QuantSpec
 
 __all__ = [
@@ -24,10 +25,13 @@ __all__ = [
     "range_qparams",
     "round_codes",
     "round_scale",
+    "scale_factor",
     "sqnr_db",
     "unpack_bits",
 ]
 
+_FP4_E4M3_STEPS = tuple(step for step in range(-6, 6) if step)  # there are 8 to a factor of two
+_FP4_E8M0_STEPS = (-1, 1)
 _SLICE_ELEMENTS = 1 << 18  # worked on at once where one slice after another will do: the temporaries stay in the cache
 
 
@@ -67,6 +71,8 @@ def round_codes(values: Tensor, spec: QuantSpec) -> Tensor:
 
     Clamped before the cast where codes are floats: what a cast does beyond the largest one differs between libraries.
     """
+    if spec.is_fp4:
+        return fp4.round_to_grid(values)
     if spec.is_float:
         return values.clamp(spec.quant_min, spec.quant_max).to(spec.code_dtype).float()
     return torch.round(values).clamp_(spec.quant_min, spec.quant_max)
@@ -91,6 +97,9 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpe
     codes = torch.empty(x.shape, dtype=spec.code_dtype, device=x.device)
     for part in _slices(x):
         values = x[part].float() / expand_groups(_rows(scale, part), width, group)
+        if spec.is_fp4:
+            codes[part] = fp4.encode(values)
+            continue
         if spec.is_float:
             codes[part] = values.clamp_(spec.quant_min, spec.quant_max).to(spec.code_dtype)
             continue
@@ -105,7 +114,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
     """float32 ``(codes - zero_point) * scale``; shapes as in `quantize`."""
     width = codes.shape[-1]
     group = spec.group_of(width)
-    values = codes.float()
+    values = fp4.decode(codes) if spec.is_fp4 else codes.float()
     for part in _slices(codes):
         if zero_point is not None:
             values[part] -= expand_groups(_rows(zero_point, part).float(), width, group)
@@ -150,6 +159,8 @@ def min_max_qparams(x: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tup
     step on the positive side, and every other value gains resolution). Asymmetric: the range is widened to hold zero,
     and ``scale = (max - min) / (2^b - 1)``. Float codes: ``scale = amax / 448`` (E4M3), ``amax / 57344`` (E5M2).
 
+    4-bit floats: `fp4.block_scale`; the factor of the tensor, `scale_factor`, is multiplied in.
+
     Args:
         x: float ``[rows, width]``.
         spec: the number format.
@@ -158,6 +169,9 @@ def min_max_qparams(x: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tup
     Returns:
         ``scale`` float32 ``[rows or 1, groups]``, already rounded to ``scale_dtype``, and ``zero_point`` or None.
     """
+    if spec.is_fp4:
+        factor = scale_factor(x, spec)
+        return fp4.decode_scale(_fp4_scale(x, spec, factor), factor), None
     low, high = _group_range(_grouped(x, spec), spec)
     if spec.granularity == "per_tensor":
         low, high = low.amin().reshape(1, 1), high.amax().reshape(1, 1)
@@ -181,6 +195,44 @@ def range_qparams(low: Tensor, high: Tensor, spec: QuantSpec, scale_dtype: torch
     return scale, torch.round(-low / scale).clamp_(spec.quant_min, spec.quant_max).to(spec.code_dtype)
 
 
+def scale_factor(x: Tensor, spec: QuantSpec) -> Tensor | None:
+    """What the stored scales of a tensor are relative to: 0-D float32, or None where they are not (all but NVFP4).
+
+    Args:
+        x: float, any shape.
+        spec: the number format.
+    """
+    return fp4.tensor_factor(x.abs().amax()) if spec.has_factor else None
+
+
+def _fp4_scale(x: Tensor, spec: QuantSpec, factor: Tensor | None) -> Tensor:
+    """Stored scales ``[rows, groups]`` that cover the range of each group."""
+    return fp4.block_scale(_grouped(x, spec).abs().amax(-1), factor, floor=spec.exponent == "floor")
+
+
+def _fp4_search(x: Tensor, spec: QuantSpec, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """The scale of every group that has the least error, of the representable ones next to that of the full range.
+
+    Args:
+        x: float ``[rows, width]``.
+        spec: the number format.
+        error: from the rounding error of some rows, float32, which may be overwritten: that of each group.
+    """
+    factor = scale_factor(x, spec)
+    stored = _fp4_scale(x, spec, factor)
+    found = fp4.decode_scale(stored, factor)
+    for part in _slices(x):
+        full = found[part]
+        best, least = full, error(fake_quantize(x[part], full, None, spec) - x[part].float())
+        for steps in _FP4_E4M3_STEPS if spec.has_factor else _FP4_E8M0_STEPS:
+            scale = fp4.decode_scale(fp4.neighbour(stored[part], steps), factor)
+            wrong = error(fake_quantize(x[part], scale, None, spec) - x[part].float())
+            better = wrong < least
+            best, least = torch.where(better, scale, best), torch.where(better, wrong, least)
+        found[part] = best
+    return found
+
+
 def mse_qparams(
     x: Tensor,
     spec: QuantSpec,
@@ -195,7 +247,7 @@ def mse_qparams(
     Codes are made for a grid of shrunken ranges, dense near the full one. For given codes ``q`` (zero point taken off)
     the best scale is known, ``s = Σwqx / Σwq²``, and so is its error, ``Σwx² - (Σwqx)² / Σwq²``: the codes with the
     least win, and their scale is kept if, rounded to the stored dtype and with codes made anew, it beats the full
-    range.
+    range. Scales of 4-bit floats are so few that each one near that of the full range is tried.
 
     Args:
         x: float ``[rows, width]``.
@@ -209,6 +261,9 @@ def mse_qparams(
     Returns:
         As `min_max_qparams`, with the same zero point.
     """
+    if spec.is_fp4:
+        cost = torch.ones(x.shape[-1], device=x.device) if importance is None else importance.float()
+        return _fp4_search(x, spec, lambda wrong: _group_sums(wrong.square_().mul_(cost), spec)), None
     full, zero = min_max_qparams(x, spec, scale_dtype)
     groups = _grouped(x, spec)
     weight = None if importance is None else _grouped(importance[None], spec)
@@ -258,20 +313,25 @@ def gram_qparams(
     Returns:
         As `min_max_qparams`, with the same zero point.
     """
-    best, zero = min_max_qparams(x, spec, scale_dtype)
-    full = best
     width, group = x.shape[-1], spec.group_of(x.shape[-1])
     starts = range(0, width, group)
 
-    def error(scale: Tensor) -> Tensor:
-        wrong = fake_quantize(x, scale, zero, spec).sub_(x)
+    def group_errors(wrong: Tensor) -> Tensor:
         parts = [
             (wrong[:, start : start + group] @ gram[start : start + group, start : start + group])
             .mul_(wrong[:, start : start + group])
             .sum(-1)
             for start in starts
         ]
-        total = torch.stack(parts, -1)
+        return torch.stack(parts, -1)
+
+    if spec.is_fp4:
+        return _fp4_search(x, spec, group_errors), None
+    best, zero = min_max_qparams(x, spec, scale_dtype)
+    full = best
+
+    def error(scale: Tensor) -> Tensor:
+        total = group_errors(fake_quantize(x, scale, zero, spec).sub_(x))
         return total.sum().reshape(1, 1) if spec.granularity == "per_tensor" else total
 
     least = error(full)
@@ -281,6 +341,14 @@ def gram_qparams(
         better = found < least
         best, least = torch.where(better, scale, best), torch.where(better, found, least)
     return best, zero
+
+
+def _group_sums(values: Tensor, spec: QuantSpec) -> Tensor:
+    """``[rows, width]`` summed over each group."""
+    group = spec.group_of(values.shape[-1])
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % group))
+    sums: Tensor = padded.unflatten(-1, (-1, group)).sum(-1)
+    return sums
 
 
 def _search_scale(

@@ -16,11 +16,13 @@ class Affine:
     """``(codes - zero_point) * scale``, one scale per tensor, output channel or group of input channels.
 
     Attributes:
-        codes: int8 (symmetric), uint8 (asymmetric) or float8 ``[out, in]``, one code per element.
-        scale: float32 ``[out or 1, groups]``; every value is exact in ``scale_dtype``.
+        codes: int8 (symmetric), uint8 (asymmetric, 4-bit floats) or float8 ``[out, in]``, one code per element.
+        scale: float32 ``[out or 1, groups]``; every value is exact in ``scale_dtype``, or the product of such a one and
+            the factor.
         zero_point: uint8, the shape of ``scale``; None where symmetric.
         spec: the number format.
         scale_dtype: the dtype the scale is stored in.
+        factor: 0-D float32, what stored scales are relative to; None where they are not (`QuantSpec.has_factor`).
     """
 
     codes: Tensor
@@ -28,6 +30,14 @@ class Affine:
     zero_point: Tensor | None
     spec: QuantSpec
     scale_dtype: torch.dtype
+    factor: Tensor | None = None
+
+    @property
+    def stored_scale(self) -> Tensor:
+        """Scales as they are stored, of the shape of ``scale``; those of ``float8_e8m0fnu`` as their bytes, uint8."""
+        if self.scale_dtype == torch.float8_e8m0fnu:
+            return (torch.frexp(self.scale)[1] + 126).to(torch.uint8)
+        return (self.scale if self.factor is None else self.scale / self.factor).to(self.scale_dtype)
 
     def dequantize(self) -> Tensor:
         """float32 ``[out, in]``."""
@@ -37,6 +47,7 @@ class Affine:
     def stored_bits(self) -> int:
         """Bits of packed codes, scales and zero points (a file rounds each row of codes up to whole bytes)."""
         bits = self.codes.numel() * self.spec.bits + self.scale.numel() * self.scale_dtype.itemsize * 8
+        bits += 0 if self.factor is None else 32
         return bits + (0 if self.zero_point is None else self.zero_point.numel() * self.spec.bits)
 
 

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from qcompiler import numerics
+from qcompiler import fp4, numerics
 from qcompiler.errors import RecipeError
 from qcompiler.observers import Distribution, Histogram, MinMax
 from qcompiler.spec import QuantSpec
@@ -76,8 +76,10 @@ def activation_qparams(low: float, high: float, spec: QuantSpec) -> tuple[Tensor
     """Scale and zero point for a range, 0-D.
 
     The scale is float32 with a value that bfloat16 holds, and float16 too from 6e-5 on: a graph computes the same codes
-    in every float type.
+    in every float type. In NVFP4, whose scales are computed at run time, the factor they are relative to.
     """
+    if spec.has_factor:
+        return fp4.tensor_factor(torch.tensor(max(-low, high))), None
     ends = torch.tensor([low, high], dtype=torch.float32)
     return numerics.range_qparams(ends[0], ends[1], spec, spec.scale_torch_dtype(torch.bfloat16))
 

@@ -1,7 +1,7 @@
 """How a tensor is quantized (`QuantSpec`) and what is quantized at one linear layer (`Scheme`)."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,16 +13,19 @@ __all__ = ["QuantSpec", "Scheme"]
 Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
 
 _INT_BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
-_FLOAT_MAX = {"float8_e4m3fn": 448, "float8_e5m2": 57344}
+_FP4 = "float4_e2m1"
+_FLOAT_MAX = {"float8_e4m3fn": 448, "float8_e5m2": 57344, _FP4: 6}
 _DTYPES = (*_INT_BITS, *_FLOAT_MAX)
 _CODEBOOK_DTYPES = ("int2", "int3", "int4")
 _ACTIVATION_DTYPES = ("int8", "int4", *_FLOAT_MAX)
 _SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FP4_SCALE_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e8m0fnu": torch.float8_e8m0fnu}
 _DEFAULT_GROUP = 128
 _SCHEME = re.compile(
     r"(w(?P<w>\d+)a(?P<a>4|8|16)|fp8)"
     r"(?P<options>(-(g\d+|channel|tensor|lut|sym|asym|actsym|actasym|dynamic|dyntensor|clip\d+|e5m2))*)"
 )
+_FP4_SCHEME = re.compile(r"(?P<format>nvfp4|mxfp4)(?P<weight_only>a16)?(-(?P<exponent>floor|ceil))?")
 _KIND = {"channel": "granularity", "tensor": "granularity", "sym": "sign", "asym": "sign", "actsym": "activation sign"}
 _KIND |= {"actasym": "activation sign", "dynamic": "dynamic", "dyntensor": "dynamic", "e5m2": "float"}
 
@@ -32,18 +35,24 @@ class QuantSpec:
     """The number format of one quantized tensor.
 
     Attributes:
-        dtype: ``int2``, ``int3``, ``int4``, ``int8``, ``float8_e4m3fn`` or ``float8_e5m2`` (arXiv 2209.05433).
+        dtype: ``int2``, ``int3``, ``int4``, ``int8``, ``float8_e4m3fn`` or ``float8_e5m2`` (arXiv 2209.05433), or
+            ``float4_e2m1`` (`qcompiler.fp4`).
             Symmetric integer codes are signed, in ``[-2^(b-1), 2^(b-1) - 1]``; asymmetric ones are unsigned, in ``[0,
             2^b - 1]``, with a zero point of the same type. Float codes are symmetric; what lies beyond the largest
-            finite one (448, 57344) is clamped to it.
+            finite one (448, 57344, 6) is clamped to it.
         granularity: how many elements share a scale. ``per_group`` groups run along the last axis (a linear layer's
             input channels); the last group is short where the size does not divide the width. ``per_token`` is for
             activations: one scale per slice of the last axis, and always dynamic.
         group_size: elements per group; given exactly when the granularity is ``per_group``.
         symmetric: no zero point.
         scale_dtype: the dtype scales are stored in (``float32``, ``float16`` or ``bfloat16``); ``None`` means the dtype
-            of the tensor that is quantized. Scales are rounded to it *before* codes are computed.
+            of the tensor that is quantized. Scales are rounded to it *before* codes are computed. 4-bit floats have
+            scales per group, in ``float8_e4m3fn`` with a float32 factor per tensor (NVFP4) or in ``float8_e8m0fnu``
+            (MXFP4).
         dynamic: for activations: the range is taken from the values themselves at run time; nothing is calibrated.
+            (In NVFP4 the scales of groups always are, and the factor is calibrated: it is not dynamic.)
+        exponent: how E8M0 scales are chosen: ``ceil``, the smallest power of two at which nothing is clamped, or
+            ``floor``, the rule of the OCP specification (`fp4.block_scale`).
         clip: of a dynamic range: the share of it that codes cover, in (0, 1]; values beyond are clamped.
         codebook: codes are places in a table of ``2^b`` values that every output channel has of its own, instead of
             steps of a grid; two to four bits. The table, and values kept apart from it, are stored in ``scale_dtype``.
@@ -60,6 +69,7 @@ class QuantSpec:
     dynamic: bool = False
     codebook: bool = False
     clip: float = 1.0
+    exponent: Literal["ceil", "floor"] = "ceil"
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -77,7 +87,16 @@ class QuantSpec:
             )
         if self.group_size is not None and self.group_size < 1:
             raise RecipeError("group_size must be positive", got=self.group_size, expected="16, 32, 64, 128, ...")
-        if self.scale_dtype is not None and self.scale_dtype not in _SCALE_DTYPES:
+        if self.exponent not in ("ceil", "floor"):
+            raise RecipeError("unknown rule for exponents", got=self.exponent, expected="ceil or floor")
+        if self.is_fp4:
+            if self.granularity != "per_group" or self.scale_dtype not in _FP4_SCALE_DTYPES:
+                raise RecipeError(
+                    "4-bit floats have one scale per group, in eight bits",
+                    got=f"{self.granularity}, scale_dtype={self.scale_dtype}",
+                    expected="per_group, " + " or ".join(_FP4_SCALE_DTYPES),
+                )
+        elif self.scale_dtype is not None and self.scale_dtype not in _SCALE_DTYPES:
             raise RecipeError("unknown scale dtype", got=self.scale_dtype, expected=", ".join(_SCALE_DTYPES))
         if self.codebook and (self.dtype not in _CODEBOOK_DTYPES or self.granularity != "per_channel"):
             raise RecipeError(
@@ -91,7 +110,7 @@ class QuantSpec:
             object.__setattr__(self, "dynamic", True)
         if not 0 < self.clip <= 1 or (self.clip != 1 and not self.dynamic):
             raise RecipeError("a dynamic range is clipped to a share of it", got=self.clip, expected="in (0, 1]")
-        if self.dynamic and self.granularity not in ("per_token", "per_tensor"):
+        if self.dynamic and self.granularity not in ("per_token", "per_tensor") and not self.is_fp4:
             raise RecipeError(
                 "dynamic ranges are per tensor or per token", got=self.granularity, expected="per_tensor or per_token"
             )
@@ -102,9 +121,19 @@ class QuantSpec:
         return self.dtype in _FLOAT_MAX
 
     @property
+    def is_fp4(self) -> bool:
+        """Whether codes are floating point numbers of four bits."""
+        return self.dtype == _FP4
+
+    @property
+    def has_factor(self) -> bool:
+        """Whether scales are relative to a factor of the whole tensor (NVFP4)."""
+        return self.is_fp4 and self.scale_dtype == "float8_e4m3fn"
+
+    @property
     def bits(self) -> int:
         """Bits of one code."""
-        return 8 if self.is_float else _INT_BITS[self.dtype]
+        return 4 if self.is_fp4 else 8 if self.is_float else _INT_BITS[self.dtype]
 
     @property
     def quant_min(self) -> int:
@@ -138,6 +167,8 @@ class QuantSpec:
     @property
     def code_dtype(self) -> torch.dtype:
         """The torch dtype that holds unpacked codes, one per element."""
+        if self.is_fp4:
+            return torch.uint8
         if self.is_float:
             found: torch.dtype = getattr(torch, self.dtype)
             return found
@@ -146,6 +177,8 @@ class QuantSpec:
     @property
     def stored_dtype(self) -> str:
         """The dtype of codes and zero points in a weight store: ``int4``, ``uint4``, ``float8_e4m3fn``, ..."""
+        if self.is_fp4:
+            return "uint4"
         is_signed = self.symmetric and not self.codebook
         return self.dtype if self.is_float or is_signed else f"u{self.dtype}"
 
@@ -159,6 +192,8 @@ class QuantSpec:
 
     def scale_torch_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """The dtype scales are stored in, for a tensor of ``weight_dtype`` (one that is no scale dtype: float32)."""
+        if self.is_fp4:
+            return _FP4_SCALE_DTYPES[str(self.scale_dtype)]
         if self.scale_dtype is not None:
             return _SCALE_DTYPES[self.scale_dtype]
         return weight_dtype if weight_dtype in _SCALE_DTYPES.values() else torch.float32
@@ -178,6 +213,7 @@ class QuantSpec:
             "dynamic": self.dynamic,
             "codebook": self.codebook,
             "clip": self.clip,
+            "exponent": self.exponent,
         }
 
     def __str__(self) -> str:
@@ -185,6 +221,9 @@ class QuantSpec:
             return f"{self.dtype} codebook {self.granularity}"
         where = f"g{self.group_size}" if self.granularity == "per_group" else self.granularity
         sign = "" if self.is_float else " symmetric" if self.symmetric else " asymmetric"
+        if self.is_fp4:
+            scales = "E4M3 scales" if self.has_factor else f"E8M0 scales ({self.exponent})"
+            return f"{self.dtype} {where} {scales}{' dynamic' if self.dynamic else ''}"
         clip = f" clipped to {self.clip:g}" if self.clip != 1 else ""
         return f"{self.dtype} {where}{sign}{' dynamic' if self.dynamic else ''}{clip}"
 
@@ -210,7 +249,14 @@ class Scheme:
             raise RecipeError(
                 "four bits cannot cover a range that was chosen ahead", got=spec, expected="a dynamic range, per token"
             )
-        if spec is not None and spec.granularity not in ("per_tensor", "per_token"):
+        if spec is not None and spec.is_fp4:
+            if spec.dynamic is spec.has_factor:
+                raise RecipeError(
+                    "the factor of NVFP4 activations is calibrated, and MXFP4 has none",
+                    got=spec,
+                    expected="dynamic exactly where scales are float8_e8m0fnu",
+                )
+        elif spec is not None and spec.granularity not in ("per_tensor", "per_token"):
             raise RecipeError("activations share scales otherwise", got=spec.granularity, expected="tensor or token")
 
     @classmethod
@@ -233,6 +279,9 @@ class Scheme:
         tensor. ``w4a4`` is always dynamic, per token where the name does not say. ``-clip90`` covers 90 percent of a
         dynamic range. ``fp8`` is E4M3 for weight and activation; ``fp8-e5m2`` E5M2.
 
+        ``nvfp4`` and ``mxfp4`` are 4-bit floats for weight and activation, ``nvfp4a16`` and ``mxfp4a16`` for the weight
+        alone; groups and scales are those of the format. ``-floor`` and ``-ceil`` say how ``mxfp4`` takes exponents.
+
         Args:
             name: the scheme.
             group_size: of weights, where the name gives none.
@@ -242,6 +291,9 @@ class Scheme:
         Raises:
             RecipeError: for a name that is not a scheme, or one that says two things at once.
         """
+        fp4 = _FP4_SCHEME.fullmatch(str(name))
+        if fp4 is not None and not (fp4["format"] == "nvfp4" and fp4["exponent"]):
+            return cls._parse_fp4(fp4)
         match = _SCHEME.fullmatch(str(name))
         if match is None or (match["w"] is not None and f"int{match['w']}" not in _INT_BITS):
             raise RecipeError(
@@ -250,7 +302,7 @@ class Scheme:
                 expected="w2a16, w3a16, w4a16 or w8a16, with -g<size>, -channel, -tensor, -sym or -asym behind it, "
                 "or up to w4a16 with -lut (a codebook); "
                 "w8a8, w4a8 or w4a4, with -dynamic, -dyntensor, -actsym, -actasym or -clip<percent> besides; "
-                "fp8, with -dynamic or -e5m2",
+                "fp8, with -dynamic or -e5m2; nvfp4, nvfp4a16, mxfp4, mxfp4a16",
             )
         options = match["options"].split("-")[1:]
         chosen: dict[str, str] = {}
@@ -305,6 +357,17 @@ class Scheme:
             clip=int(chosen["clip"].removeprefix("clip")) / 100 if "clip" in chosen else 1.0,
         )
         return cls(weight, activation)
+
+    @classmethod
+    def _parse_fp4(cls, match: re.Match[str]) -> "Scheme":
+        is_nv = match["format"] == "nvfp4"
+        weight = QuantSpec(
+            dtype=_FP4,
+            group_size=16 if is_nv else 32,
+            scale_dtype="float8_e4m3fn" if is_nv else "float8_e8m0fnu",
+            exponent="floor" if match["exponent"] == "floor" else "ceil",
+        )
+        return cls(weight) if match["weight_only"] else cls(weight, replace(weight, dynamic=not is_nv))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON fields; the inverse is `from_dict`."""

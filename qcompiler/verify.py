@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
+from qcompiler import fp4
 from qcompiler.errors import VerificationError
 from qcompiler.graph import Graph, Site, is_op, is_quantized_weight, quantized_value, stored_names
 from qcompiler.pass_base import Effect, Pass, PassResult
@@ -13,6 +14,8 @@ from qcompiler.spec import QuantSpec, Scheme
 
 __all__ = ["check_declared", "check_exact", "state_of", "verify_graph"]
 
+_fp4_dequantize = torch.ops.qcompiler.fp4_dequantize.default
+_fp4_scale = torch.ops.qcompiler.fp4_scale.default
 _codebook_dequantize = torch.ops.qcompiler.codebook_dequantize.default
 _sparse_add = torch.ops.qcompiler.sparse_add.default
 _choose_qparams = torch.ops.qcompiler.choose_qparams.default
@@ -73,6 +76,10 @@ def _verify_activation(graph: Graph, site: Site, spec: QuantSpec | None) -> None
 
 def _activation_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[str]:
     """What is wrong with a quantized activation, against its scheme."""
+    if is_op(node, _fp4_dequantize) is not spec.is_fp4:
+        return ["4-bit floats where the scheme has other codes, or the other way round"]
+    if spec.is_fp4:
+        return _fp4_activation_problems(graph, site, spec, node)
     codes = node.args[0]
     assert isinstance(codes, fx.Node)
     value, scale, zero, axis, block, dtype = codes.args[:6]
@@ -107,6 +114,35 @@ def _activation_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Nod
     return problems
 
 
+def _fp4_activation_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[str]:
+    """The same for 4-bit floats: the scale of every block has to be computed from the value itself."""
+    codes = node.args[0]
+    assert isinstance(codes, fx.Node)
+    value, scale, factor, block = codes.args
+    problems = []
+    if node.args[1:] != codes.args[1:]:
+        problems.append("it is not dequantized with the scale it was quantized with")
+    if block != spec.group_of(site.in_features):
+        problems.append(f"blocks of {block}, not {spec.group_of(site.in_features)}")
+    if not isinstance(scale, fx.Node) or not is_op(scale, _fp4_scale):
+        problems.append("scales of blocks that are not computed from the value")
+    elif scale.args != (value, factor, block, spec.exponent == "floor"):
+        problems.append("scales of something else")
+    return problems + _factor_problems(graph, spec, factor)
+
+
+def _factor_problems(graph: Graph, spec: QuantSpec, factor: object) -> list[str]:
+    """What is wrong with the factor of a tensor in NVFP4, or with there being one elsewhere."""
+    if (factor is not None) is not spec.has_factor:
+        return ["no factor where scales are relative to one, or one where they are not"]
+    if not isinstance(factor, fx.Node):
+        return []
+    info = graph.weights.info(str(factor.target))
+    if (info.dtype, info.shape) != ("float32", ()):
+        return [f"factor is {info.dtype} {info.shape}, not one float32 number"]
+    return [] if _is_positive(graph, info.name) else ["the factor is not positive and finite"]
+
+
 def _verify_structure(graph: Graph) -> None:
     try:
         graph.fx.lint()
@@ -131,6 +167,10 @@ def _problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[
         return ["a codebook where the scheme has scales, or the other way round"]
     if spec.codebook:
         return _codebook_problems(graph, site, spec, node)
+    if is_op(node, _fp4_dequantize) is not spec.is_fp4:
+        return ["4-bit floats where the scheme has other codes, or the other way round"]
+    if spec.is_fp4:
+        return _fp4_problems(graph, site, spec, node)
     sources = node.args[:3]
     codes, scale, zero = (
         graph.weights.info(str(source.target)) if isinstance(source, fx.Node) else None for source in sources
@@ -160,6 +200,28 @@ def _problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[
     elif zero is not None and (zero.dtype, zero.shape) != (code_dtype, shape):
         problems.append(f"zero point is {zero.dtype} {zero.shape}, not {code_dtype} {shape}")
     return problems
+
+
+def _fp4_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[str]:
+    """What is wrong with 4-bit floats and the scales of their blocks."""
+    sources = [source for source in node.args[:2] if isinstance(source, fx.Node)]
+    codes, scale = (graph.weights.info(str(source.target)) for source in sources)
+    rows, columns = site.out_features, site.in_features
+    group = spec.group_of(columns)
+    scale_dtype = "float8_e4m3fn" if spec.has_factor else "uint8"
+    problems = []
+    for part, info, dtype, shape in (
+        ("codes", codes, spec.stored_dtype, (rows, columns)),
+        ("scale", scale, scale_dtype, (rows, -(-columns // group))),
+    ):
+        if (info.dtype, info.shape) != (dtype, shape):
+            problems.append(f"{part}: {info.dtype} {info.shape}, not {dtype} {shape}")
+    if node.args[3] != group:
+        problems.append(f"blocks of {node.args[3]}, not {group}")
+    stored = graph.weights.read(scale.name, check_finite=False)
+    if not bool((fp4.decode_scale(stored, None) > 0).all()):  # a NaN is not
+        problems.append("scales are not all positive and finite")
+    return problems + _factor_problems(graph, spec, node.args[2])
 
 
 def _codebook_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[str]:

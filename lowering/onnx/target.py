@@ -59,6 +59,8 @@ class OnnxTarget:
 
     def supports(self, scheme: Scheme, width: int) -> Support:
         """What becomes of a linear layer of ``width`` input channels under ``scheme``."""
+        if any(spec is not None and spec.is_fp4 for spec in (scheme.weight, scheme.activation)):
+            return Support("refused", "4-bit floats: ONNX Runtime has no kernel for them on a CPU")
         if scheme.activation is not None:
             return self._supports_both(scheme.weight, scheme.activation, width)
         return Support("fused") if scheme.weight is None else self._supports_weight(scheme.weight, width)
