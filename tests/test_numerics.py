@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from qcompiler import numerics
+from qcompiler import fp4, numerics
 from qcompiler.spec import Granularity, QuantSpec, Scheme
 
 GROUPS: dict[Granularity, int | None] = {"per_group": 16, "per_channel": None, "per_tensor": None}
@@ -359,3 +359,104 @@ def test_one_number_of_a_float_format_is_exact():
     assert numerics.round_codes(torch.tensor([1e4, -1e4]), spec).tolist() == [448, -448]
     integers = QuantSpec("int8", "per_tensor", None)
     assert numerics.round_codes(torch.tensor([0.5, 1.5, 300.0]), integers).tolist() == [0, 2, 127]
+
+
+# --- 4-bit floats -----------------------------------------------------------------------------------------------------
+
+FP4 = ["nvfp4a16", "mxfp4a16-ceil", "mxfp4a16-floor"]
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def single(value: float) -> float:
+    """Rounded to float32, as every step of the format is."""
+    return torch.tensor(value, dtype=torch.float64).float().item()
+
+
+def naive_fp4(x: Tensor, scheme: str) -> tuple[list[list[float]], list[list[float]]]:
+    """Scale and rounded value, block after block in plain Python; the scales of E4M3 found by trying all of them."""
+    is_nv, block = scheme.startswith("nv"), 16 if scheme.startswith("nv") else 32
+    e4m3 = [(m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7) for e in range(16) for m in range(8)][1:127]
+    factor = single(x.abs().max().item() / 2688)
+    scales: list[list[float]] = []
+    values: list[list[float]] = []
+    for row in x.tolist():
+        scales.append([])
+        values.append([])
+        for start in range(0, len(row), block):
+            part = row[start : start + block]
+            largest = max(abs(value) for value in part)
+            if is_nv:
+                wanted = single(single(largest / 6) / factor)
+                near = min(range(126), key=lambda i: (abs(e4m3[i] - wanted), (i + 1) % 2))  # byte i + 1: even wins
+                scale = single(e4m3[near] * factor)
+            elif scheme.endswith("floor"):
+                scale = 2.0 ** (math.floor(math.log2(largest)) - 2) if largest else 1.0
+            else:
+                scale = 2.0 ** math.ceil(math.log2(largest / 6)) if largest else 1.0
+            scales[-1].append(scale)
+            for value in part:
+                size = single(abs(value) / scale)
+                code = min(range(8), key=lambda c: (abs(E2M1[c] - size), c % 2))
+                values[-1].append(math.copysign(single(E2M1[code] * scale), value))
+    return scales, values
+
+
+@pytest.mark.parametrize("width", [96, 72, 8])
+@pytest.mark.parametrize("scheme", FP4)
+def test_four_bit_floats_equal_plain_python(scheme, width):
+    spec = Scheme.parse(scheme).weight
+    assert spec is not None
+    x = torch.randn(5, width) ** 3 * torch.logspace(-3, 2, 5)[:, None]
+    x[1, :32] = 0
+    scale, zero = numerics.min_max_qparams(x, spec, spec.scale_torch_dtype(x.dtype))
+    expected_scale, expected = naive_fp4(x, scheme)
+    assert zero is None
+    assert torch.equal(scale, torch.tensor(expected_scale))
+    assert torch.equal(numerics.fake_quantize(x, scale, None, spec), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("scheme", FP4)
+def test_scales_of_four_bit_floats_are_the_best_of_their_neighbours(scheme, monkeypatch):
+    """Against all scales as near as half as much again or three fifths, or a power of two; in slices of a few rows."""
+    monkeypatch.setattr(numerics, "_SLICE_ELEMENTS", 200)
+    spec = Scheme.parse(scheme).weight
+    assert spec is not None
+    x, importance = torch.randn(6, 72), torch.rand(72) + 0.1
+    dtype = spec.scale_torch_dtype(x.dtype)
+    factor = numerics.scale_factor(x, spec)
+    near, _ = numerics.min_max_qparams(x, spec, dtype)
+    near_byte = (near if factor is None else near / factor).to(dtype).view(torch.uint8).int()
+    lowest, highest = (-6, 5) if spec.has_factor else (-1, 1)
+    found = numerics.mse_qparams(x, spec, dtype, importance=importance)
+    least = squared_error(x, (near, None), spec, importance)
+    assert bool((squared_error(x, found, spec, importance) <= least).all())
+    for byte in range(1, 127) if spec.has_factor else range(110, 140):
+        stored = torch.full_like(near, byte, dtype=torch.uint8)
+        one = fp4.decode_scale(stored.view(torch.float8_e4m3fn) if spec.has_factor else stored, factor)
+        allowed = (byte - near_byte >= lowest) & (byte - near_byte <= highest)
+        tried = squared_error(x, (one, None), spec, importance)
+        least = torch.where(allowed & (tried < least), tried, least)
+    assert torch.allclose(squared_error(x, found, spec, importance), least, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", FP4)
+def test_scales_of_four_bit_floats_by_the_gram_matrix(scheme):
+    spec = Scheme.parse(scheme).weight
+    assert spec is not None
+    x, inputs = torch.randn(16, 72), torch.randn(200, 72) @ torch.randn(72, 72)
+    gram = inputs.T @ inputs
+    dtype = spec.scale_torch_dtype(x.dtype)
+
+    def block_errors(qparams: tuple[Tensor, Tensor | None]) -> Tensor:
+        wrong = numerics.fake_quantize(x, *qparams, spec) - x
+        group = spec.group_of(72)
+        starts = range(0, 72, group)
+        parts = [(wrong[:, s : s + group], gram[s : s + group, s : s + group]) for s in starts]
+        return torch.stack([((part @ block) * part).sum(-1) for part, block in parts], -1)
+
+    full = block_errors(numerics.min_max_qparams(x, spec, dtype))
+    found = block_errors(numerics.gram_qparams(x, spec, dtype, gram))
+    assert bool((found <= full * (1 + 1e-5)).all())
+    by_mse = block_errors(numerics.mse_qparams(x, spec, dtype)).sum()
+    assert found.sum() < 0.97 * full.sum()
+    assert found.sum() < by_mse

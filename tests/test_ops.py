@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompiler import numerics
 from qcompiler.ops import CANONICAL
-from qcompiler.spec import QuantSpec
+from qcompiler.spec import QuantSpec, Scheme
 
 ops = torch.ops.qcompiler
 
@@ -328,3 +328,28 @@ def test_nibbles_are_packed_low_first():
     unsigned = torch.arange(16, dtype=torch.uint8).reshape(2, 8)
     assert ops.pack_nibbles(unsigned)[0].tolist() == [1 << 4, 2 | 3 << 4, 4 | 5 << 4, 6 | 7 << 4]
     assert torch.equal(ops.unpack_nibbles(ops.pack_nibbles(unsigned), False), unsigned)
+
+
+@pytest.mark.parametrize("width", [64, 40])
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp4-floor"])
+def test_four_bit_floats_are_the_reference_arithmetic(scheme, width):
+    spec = Scheme.parse(scheme).activation
+    block = spec.group_of(width)
+    x = torch.randn(2, 3, width) * 3
+    rows = x.reshape(6, width)
+    factor = numerics.scale_factor(x, spec)
+    expected, _ = numerics.min_max_qparams(rows, spec, torch.float32)
+    scale = ops.fp4_scale(x, factor, block, spec.exponent == "floor")
+    assert scale.shape == (2, 3, -(-width // block))
+    assert scale.dtype == (torch.float8_e4m3fn if spec.has_factor else torch.uint8)
+    codes = ops.fp4_quantize(x, scale, factor, block)
+    assert torch.equal(codes.reshape(6, width), numerics.quantize(rows, expected, None, spec))
+    for stored in (scale, scale.float()) if spec.has_factor else (scale,):
+        values = ops.fp4_dequantize(codes, stored, factor, block)
+        assert torch.equal(values.reshape(6, width), numerics.fake_quantize(rows, expected, None, spec))
+
+
+def test_larger_activations_than_the_factor_was_made_for_are_clamped():
+    x, factor = torch.full((1, 16), 100.0), torch.tensor(1.0 / 2688)  # for magnitudes up to 1
+    scale = ops.fp4_scale(x, factor, 16, False)
+    assert ops.fp4_dequantize(ops.fp4_quantize(x, scale, factor, 16), scale, factor, 16) == pytest.approx(1.0)

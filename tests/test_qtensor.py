@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from qcompiler import numerics
+from qcompiler import fp4, numerics
 from qcompiler.errors import PipelineError
 from qcompiler.graph import Graph, is_quantized_weight, stored_names
 from qcompiler.qtensor import Affine, Codebook, Csr
 from qcompiler.report import quantized_bits_per_weight
-from qcompiler.spec import QuantSpec
+from qcompiler.spec import QuantSpec, Scheme
 from tests.tiny_graphs import chain, interpret
 
 
@@ -97,3 +97,42 @@ def test_all_of_a_codebook_counts_and_survives_the_graph(sparse):
     torch.testing.assert_close(found, x @ quantized.dequantize().T)
     with pytest.raises(PipelineError, match="quantized already"):
         graph.set_weight(again, quantized)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"), [("nvfp4a16", 1600 * 4 + 40 * 3 * 8 + 32), ("mxfp4a16", 1600 * 4 + 40 * 2 * 8)]
+)
+def test_four_bit_floats_survive_the_graph(scheme, bits):
+    """Codes, one-byte scales and the factor are stored, and give the same numbers when read."""
+    graph: Graph = chain(sites=1, width=40)
+    (site,) = graph.sites()
+    spec = Scheme.parse(scheme).weight
+    weight = graph.weights.read(site.weight)
+    scale, _ = numerics.min_max_qparams(weight, spec, spec.scale_torch_dtype(weight.dtype))
+    factor = numerics.scale_factor(weight, spec)
+    codes = numerics.quantize(weight, scale, None, spec)
+    quantized = Affine(codes, scale, None, spec, spec.scale_torch_dtype(weight.dtype), factor)
+    graph.set_weight(site, quantized)
+    store = graph.weights
+    assert 8 * store.stored_bytes(graph.weight_names()) == quantized.stored_bits == bits
+    assert store.info(f"{site.weight}_codes").dtype == "uint4"
+    assert store.info(f"{site.weight}_scale").dtype == ("float8_e4m3fn" if spec.has_factor else "uint8")
+    stored = store.read(f"{site.weight}_scale")
+    assert torch.equal(fp4.decode_scale(stored, factor), scale)
+    node = site.nodes[0].args[1]
+    values = [None if n is None else store.read(n.target) for n in node.args[:3]]
+    assert torch.equal(node.target(*values, *node.args[3:]), quantized.dequantize())
+
+
+def test_every_stored_scale_comes_back():
+    """The product with the factor is rounded; the quotient still finds the E4M3 number it was made from."""
+    nv, mx = (Scheme.parse(name).weight for name in ("nvfp4a16", "mxfp4a16"))
+    everything = torch.arange(1, 127, dtype=torch.uint8)[None].view(torch.float8_e4m3fn)
+    for factor in (torch.rand(200) + 0.5).unbind():
+        scale = fp4.decode_scale(everything, factor)
+        found = Affine(torch.zeros(1, 126 * 16), scale, None, nv, torch.float8_e4m3fn, factor).stored_scale
+        assert torch.equal(found.float(), everything.float())
+    exponents = torch.arange(255, dtype=torch.int32).to(torch.uint8)[None]
+    scale = fp4.decode_scale(exponents, None)
+    found = Affine(torch.zeros(1, 255 * 32), scale, None, mx, torch.float8_e8m0fnu).stored_scale
+    assert torch.equal(found, exponents)

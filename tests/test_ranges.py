@@ -9,7 +9,7 @@ from qcompiler import numerics
 from qcompiler.errors import RecipeError
 from qcompiler.observers import Histogram, MinMax
 from qcompiler.ranges import activation_qparams, check_method, choose_range, range_sqnr_db
-from qcompiler.spec import QuantSpec
+from qcompiler.spec import QuantSpec, Scheme
 
 SIGNED = QuantSpec("int8", "per_tensor", None)
 UNSIGNED = QuantSpec("int8", "per_tensor", None, symmetric=False)
@@ -205,3 +205,9 @@ def test_what_is_refused():
             check_method("mse", percentile)
     with pytest.raises(ValueError, match="needs a Histogram"):
         choose_range(observed(torch.randn(3), MinMax), SIGNED, "mse")
+
+
+def test_the_factor_of_four_bit_floats_covers_the_range():
+    factor, zero = activation_qparams(-3.0, 3.0, Scheme.parse("nvfp4").activation)
+    assert (factor.dtype, factor.shape, zero) == (torch.float32, (), None)
+    assert factor.item() == pytest.approx(3.0 / (6 * 448))

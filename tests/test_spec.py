@@ -228,3 +228,61 @@ def test_clipped_ranges():
     for name in ("w4a16-clip90", "w8a8-clip90"):
         with pytest.raises(RecipeError, match="no meaning"):
             Scheme.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "scale_dtype", "exponent"),
+    [
+        ("nvfp4", 16, "float8_e4m3fn", "ceil"),
+        ("mxfp4", 32, "float8_e8m0fnu", "ceil"),
+        ("mxfp4-floor", 32, "float8_e8m0fnu", "floor"),
+        ("mxfp4-ceil", 32, "float8_e8m0fnu", "ceil"),
+    ],
+)
+def test_names_of_four_bit_floats(name, group, scale_dtype, exponent):
+    both = Scheme.parse(name, group_size=64, scale_dtype="float16")  # the format says both
+    weight = QuantSpec("float4_e2m1", "per_group", group, scale_dtype=scale_dtype, exponent=exponent)
+    assert both.weight == weight
+    assert both.activation == QuantSpec(**{**weight.to_dict(), "dynamic": name != "nvfp4"})
+    assert Scheme.parse(name.replace("fp4", "fp4a16")) == Scheme(weight)
+    assert Scheme.from_dict(json.loads(json.dumps(both.to_dict()))) == both
+    assert (weight.bits, weight.quant_min, weight.quant_max) == (4, -6, 6)
+    assert (weight.code_dtype, weight.stored_dtype, weight.is_float) == (torch.uint8, "uint4", True)
+    assert weight.scale_torch_dtype(torch.bfloat16) == getattr(torch, scale_dtype)
+    assert weight.has_factor is (name == "nvfp4")
+
+
+@pytest.mark.parametrize(
+    "name", ["nvfp4-floor", "nvfp4a16-ceil", "nvfp4a8", "mxfp4a4", "mxfp4-", "fp4", "nvfp4-dynamic", "mxfp4-round"]
+)
+def test_what_is_no_scheme_of_four_bit_floats(name):
+    with pytest.raises(RecipeError):
+        Scheme.parse(name)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dtype": "float4_e2m1"},
+        {"dtype": "float4_e2m1", "scale_dtype": "float16"},
+        {"dtype": "float4_e2m1", "granularity": "per_channel", "group_size": None, "scale_dtype": "float8_e4m3fn"},
+        {"dtype": "float4_e2m1", "scale_dtype": "float8_e4m3fn", "symmetric": False},
+        {"scale_dtype": "float8_e4m3fn"},  # of integers
+        {"exponent": "round"},
+    ],
+)
+def test_four_bit_floats_that_mean_nothing(fields):
+    with pytest.raises(RecipeError):
+        QuantSpec(**fields)
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [("nvfp4a16", True), ("mxfp4a16", False)])
+def test_what_is_calibrated_of_four_bit_floats_is_the_factor(name, dynamic):
+    weight = Scheme.parse(name).weight
+    with pytest.raises(RecipeError, match="the factor of NVFP4"):
+        Scheme(None, QuantSpec(**{**weight.to_dict(), "dynamic": dynamic}))
+
+
+def test_text_of_four_bit_floats():
+    assert str(Scheme.parse("nvfp4a16")) == "float4_e2m1 g16 E4M3 scales"
+    assert str(Scheme.parse("mxfp4-floor").activation) == "float4_e2m1 g32 E8M0 scales (floor) dynamic"

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompiler import numerics
+from qcompiler import fp4, numerics
 from qcompiler.errors import CalibrationError, QCompilerError, RecipeError, WeightError
 from qcompiler.passes import _gptq_solver
 from qcompiler.passes._gptq_solver import GPTQSolution, solve_gptq
 from qcompiler.qtensor import Affine
-from qcompiler.spec import QuantSpec
+from qcompiler.spec import QuantSpec, Scheme
 
 ROWS, WIDTH, TOKENS = 24, 56, 200  # more than one block of columns; groups of 16 leave a short one
 
@@ -396,3 +396,65 @@ def test_float_codes(dtype, granularity, device_loop, monkeypatch):
     (improved,) = solve_gptq([weight], gram.float(), spec, torch.float32, act_order=False, sweeps=2)
     assert improved.loss <= found.loss * (1 + 1e-6)
     assert bool(improved.qtensor.codes.float().isfinite().all())
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16", "mxfp4a16-floor"])
+@pytest.mark.parametrize("device_loop", [False, True])
+def test_four_bit_floats(scheme, act_order, device_loop, monkeypatch):
+    """Against the loop over columns that updates the inverse, with the scales of numerics; no refit moves them."""
+    if device_loop:
+        monkeypatch.setattr(_gptq_solver, "_round_block", _gptq_solver._round_block_torch)
+    x, weight = make_inputs(), torch.randn(ROWS, WIDTH) / 8
+    spec = Scheme.parse(scheme).weight
+    assert spec is not None
+    gram = gram_of(x)
+    dtype = spec.scale_torch_dtype(torch.float32)
+    (found,) = solve_gptq([weight], gram, spec, dtype, act_order=act_order)
+    importance = (gram.diagonal() + DAMPING * gram.diagonal().mean()).float()
+    chosen, _ = numerics.mse_qparams(weight, spec, dtype, importance=importance)
+    assert torch.equal(found.qtensor.scale, chosen)
+    assert found.qtensor.codes.dtype == torch.uint8
+    scale, _ = column_qparams(found.qtensor)
+    w, inverse = weight.double().clone(), torch.linalg.inv(damped(gram, DAMPING))
+    codes, margin = torch.zeros(weight.shape), torch.zeros(weight.shape)
+    borders = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=torch.float64)
+    order = order_of(gram, act_order)
+    for i in order.tolist():
+        steps = w[:, i] / scale[:, i]
+        codes[:, i] = fp4.encode(steps.float()).float()
+        margin[:, i] = torch.cat([steps.abs()[:, None] - borders, steps[:, None]], 1).abs().amin(1)
+        error = (w[:, i] - fp4.decode(codes[:, i]).double() * scale[:, i]) / inverse[i, i]
+        w -= error[:, None] * inverse[i]
+        inverse -= torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+        inverse[i, :] = inverse[:, i] = 0
+        inverse[i, i] = 1
+    assert_codes(found.qtensor.codes, codes, margin, order)
+    assert found.loss < 0.7 * found.rtn_loss
+    wrong = found.qtensor.dequantize().double() - weight.double()
+    assert found.loss == pytest.approx(((wrong @ gram) * wrong).sum().item(), rel=1e-3)
+    (improved,) = solve_gptq([weight], gram, spec, dtype, act_order=act_order, sweeps=2)
+    assert torch.equal(improved.qtensor.scale, chosen)
+    assert improved.loss < found.loss
+
+
+def test_each_weight_has_a_factor_of_its_own():
+    weights, gram = [torch.randn(ROWS, WIDTH), 5 * torch.randn(ROWS, WIDTH)], gram_of(make_inputs())
+    spec = Scheme.parse("nvfp4a16").weight
+    assert spec is not None
+    for together, weight in zip(solve_gptq(weights, gram, spec, torch.float8_e4m3fn), weights, strict=True):
+        (alone,) = solve_gptq([weight], gram, spec, torch.float8_e4m3fn)
+        assert torch.equal(together.qtensor.codes, alone.qtensor.codes)
+        assert together.qtensor.factor is not None
+        assert together.qtensor.factor == weight.abs().max() / 2688
+
+
+def test_the_factor_does_not_depend_on_the_slices_scales_are_searched_in(monkeypatch):
+    weight, gram = torch.randn(ROWS, WIDTH) * torch.arange(1, ROWS + 1)[:, None], gram_of(make_inputs())
+    spec = Scheme.parse("nvfp4a16").weight
+    assert spec is not None
+    (whole,) = solve_gptq([weight], gram, spec, torch.float8_e4m3fn)
+    monkeypatch.setattr(_gptq_solver, "_SEARCH_ELEMENTS", 3 * WIDTH)
+    (sliced,) = solve_gptq([weight], gram, spec, torch.float8_e4m3fn)
+    assert torch.equal(whole.qtensor.scale, sliced.qtensor.scale)
+    assert torch.equal(whole.qtensor.codes, sliced.qtensor.codes)

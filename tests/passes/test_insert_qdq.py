@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from qcompiler import numerics
+from qcompiler import fp4, numerics
 from qcompiler.errors import PipelineError, RecipeError, ZeroCoverageError
 from qcompiler.graph import Graph, quantized_value
 from qcompiler.native import NativeArtifact, load_native, save_native
@@ -178,7 +178,7 @@ def test_what_runs_is_the_reference_arithmetic(scheme, tmp_path):
     assert (unrounded - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "w8a8-dynamic", "fp8-dynamic", "w8a8-dyntensor"])
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "w8a8-dynamic", "fp8-dynamic", "w8a8-dyntensor", "nvfp4", "mxfp4"])
 def test_saved_loaded_and_saved_again(scheme, tmp_path):
     graph, _ = rounded_model(scheme, tmp_path / "work", RTN(), InsertQDQ())
     ids = token_batches(graph, (3,))[0][graph.inputs[0]]
@@ -351,3 +351,60 @@ def test_declarations():
     assert Pipeline([Assign("w8a8"), RTN(), InsertQDQ()]).is_calibrated
     with pytest.raises(PipelineError, match="schemes"):
         Pipeline([InsertQDQ()])
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse"])
+def test_the_factor_of_four_bit_floats_is_that_of_all_that_was_seen(observer, tmp_path):
+    graph, reports = rounded_model("nvfp4", tmp_path, InsertQDQ(observer=observer), RTN())
+    (first, *_) = (report for report in reports if report.method == "insert-qdq")
+    name, (_, high) = first.details["input"], first.details["range"]
+    factor = graph.weights.read(name)
+    assert factor.item() == pytest.approx(high / 2688)
+    assert high == pytest.approx(max(abs(end) for end in first.details["seen"]))
+    assert math.isnan(first.sqnr_db)
+    nodes = [node for node in graph.fx.nodes if node.target is ops.fp4_scale.default]
+    assert len(nodes) == len(pairs(graph))
+    assert all(node.args[1].target in graph.weights for node in nodes)
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp4-floor"])
+def test_what_runs_is_the_reference_arithmetic_of_four_bit_floats(scheme, tmp_path):
+    graph, _ = rounded_model(scheme, tmp_path, RTN(), InsertQDQ())
+    parsed = Scheme.parse(scheme)
+    checked = 0
+
+    def rounded(x: Tensor, factor: Tensor | None) -> Tensor:
+        spec = parsed.activation
+        assert spec is not None
+        rows = x.reshape(-1, x.shape[-1])
+        stored = torch.ops.qcompiler.fp4_scale(rows, factor, spec.group_of(x.shape[-1]), spec.exponent == "floor")
+        return numerics.fake_quantize(rows, fp4.decode_scale(stored, factor), None, spec).reshape(x.shape)
+
+    values: dict[fx.Node, Any] = dict(token_batches(graph, (3,))[0])
+    for node in graph.fx.nodes:
+        if node.op == "get_attr":
+            values[node] = graph.weights.read(node.target)
+        elif node.op == "call_function":
+            values[node] = node.target(*fx.node.map_arg(node.args, values.__getitem__))
+            if quantized_value(node) is not None:
+                factor = node.args[2]
+                assert (factor is not None) is (scheme == "nvfp4")
+                expected = rounded(values[quantized_value(node)], None if factor is None else values[factor])
+                assert torch.equal(values[node], expected)
+                checked += 1
+    assert checked == len(pairs(graph)) > 3
+    ids = token_batches(graph, (3,))[0][graph.inputs[0]]
+    found, expected = NativeArtifact(graph).forward(ids), values[graph.outputs[0]]
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    unrounded = NativeArtifact(graph, round_activations=False).forward(ids)
+    assert (unrounded - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4"])
+def test_a_reader_cannot_be_given_four_bit_floats_twice(scheme, tmp_path):
+    graph, _ = rounded_model(scheme, tmp_path, InsertQDQ(), RTN())
+    site = graph.sites()[0]
+    spec = graph.schemes[site.name].activation
+    assert spec is not None
+    with pytest.raises(PipelineError, match="already"):
+        graph.quantize_input(site.inputs[0], site.nodes, spec, None, None)

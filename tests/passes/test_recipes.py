@@ -15,6 +15,8 @@ def test_every_recipe_is_a_legal_pipeline_of_one_sweep(name):
 def test_contents():
     assert recipe("w8a16") == (Assign("w8a16"), RTN())
     assert recipe("w4a16-gptq") == (Assign("w4a16"), GPTQ())
+    assert recipe("nvfp4") == (Assign("nvfp4"), InsertQDQ(observer="minmax"), GPTQ())
+    assert recipe("mxfp4") == (Assign("mxfp4"), InsertQDQ(observer=None), GPTQ())
     assert recipe("fp8") == (Assign("fp8"), InsertQDQ(observer="minmax"), GPTQ())
 
 

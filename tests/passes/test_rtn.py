@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qcompiler import numerics
+from qcompiler import fp4, numerics
 from qcompiler.graph import Graph
 from qcompiler.native import NativeArtifact
 from qcompiler.observers import Gram
@@ -165,3 +165,21 @@ def test_shorthand():
     )
     assert RTN().implied_passes() == ()
     assert not Pipeline([RTN(bits=8)]).is_calibrated
+
+
+@pytest.mark.parametrize("search", ["minmax", "mse"])
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16"])
+def test_four_bit_floats_are_those_of_numerics(scheme, search):
+    original = language_model(dtype=torch.bfloat16)
+    graph, result = quantize(scheme, search=search)
+    spec = Scheme.parse(scheme).weight
+    assert spec is not None
+    choose = numerics.mse_qparams if search == "mse" else numerics.min_max_qparams
+    for site in original.sites()[:-1]:
+        weight = original.weights.read(site.weight).float()
+        scale, _ = choose(weight, spec, spec.scale_torch_dtype(weight.dtype))
+        factor = graph.weights.read(f"{site.weight}_factor") if spec.has_factor else None
+        assert (f"{site.weight}_factor" in graph.weights) is spec.has_factor
+        assert torch.equal(fp4.decode_scale(graph.weights.read(f"{site.weight}_scale"), factor), scale)
+        assert torch.equal(graph.weights.read(f"{site.weight}_codes"), numerics.quantize(weight, scale, None, spec))
+    assert {report.scheme for report in result.sites} == {str(spec)}

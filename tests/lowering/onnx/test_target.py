@@ -90,3 +90,12 @@ def test_a_group_size_that_is_refused_is_an_error_before_calibration():
 def test_opsets_that_cannot_be_written(opset):
     with pytest.raises(TargetError, match="operator set"):
         OnnxTarget(opset)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"])
+def test_four_bit_floats_are_refused(name):
+    support = OnnxTarget().supports(Scheme.parse(name), 4096)
+    assert support.status == "refused"
+    assert "4-bit floats: ONNX Runtime has no kernel" in support.reason
+    activation_only = Scheme(None, Scheme.parse("nvfp4").activation)
+    assert OnnxTarget().supports(activation_only, 4096).status == "refused"
