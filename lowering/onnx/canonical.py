@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from qcompiler.errors import TargetError
-from qcompiler.graph import is_op, quantized_value, site_name
+from qcompiler.graph import is_op, is_quantized_weight, quantized_value, site_name, stored_names
 from qcompiler.hadamard import factors_of, hadamard_matrix
 from qcompiler.lowering.onnx.attention import attend
 from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument, dtype_of, onnx_dtype, tensor_arguments
@@ -139,9 +139,8 @@ def _linear(e: Emitter, node: fx.Node) -> ir.Value:
 
 
 def _site(weight: fx.Node, node: fx.Node) -> str:
-    source = weight if weight.op == "get_attr" else weight.args[0] if weight.args else None
-    if isinstance(source, fx.Node) and source.op == "get_attr":
-        return site_name(str(source.target).removesuffix("_codes"))
+    if weight.op == "get_attr" or is_quantized_weight(weight):
+        return site_name(stored_names(weight)[0].removesuffix("_codes"))
     return node.name
 
 

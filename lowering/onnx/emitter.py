@@ -243,6 +243,10 @@ class Emitter:
         chunks = code_chunks(lambda: store.read(name), dtype, transpose=transpose)
         return self._stored(name, dtype, store.info(name).shape, chunks, transpose=transpose, flat=flat)
 
+    def computed(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], chunks: Chunks) -> ir.Value:
+        """What is made of stored tensors while the file is written, as an initializer; ``name`` says what it is."""
+        return self._stored(name, dtype, shape, chunks, transpose=False, flat=False)
+
     def _stored(
         self, source: str, dtype: ir.DataType, shape: tuple[int, ...], chunks: Chunks, *, transpose: bool, flat: bool
     ) -> ir.Value:

@@ -69,6 +69,9 @@ class OnnxTarget:
         if spec.group_size == 1 < width:
             return Support("refused", "one scale per weight takes more room than the weight")
         widened = self._widened(spec)
+        if spec.codebook:
+            reason = "a codebook: stored as it is, made a float weight when the model is loaded"
+            return Support("runs", f"{reason}; {widened}" if widened else reason)
         if spec.is_float:
             return Support("runs", f"{spec.dtype} weights: dequantized anew in every run, multiplied in float")
         if spec.group_size is None or spec.group_size >= width:

@@ -9,11 +9,13 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import torch
 from torch import fx
 
 from qcompiler.errors import InputError, TargetError, VerificationError
-from qcompiler.graph import Graph, ancestors, site_name
+from qcompiler.graph import Graph, ancestors, is_op, site_name
 from qcompiler.lowering.onnx.canonical import CANONICAL_BUILDERS, code_dtype, is_linear_weight
+from qcompiler.lowering.onnx.codebooks import CODEBOOK_BUILDERS
 from qcompiler.lowering.onnx.elementwise import ELEMENTWISE_BUILDERS
 from qcompiler.lowering.onnx.emitter import Emitter
 from qcompiler.lowering.onnx.experts import EXPERT_BUILDERS
@@ -30,7 +32,14 @@ __all__ = ["write"]
 MODEL_FILE = "model.onnx"
 METADATA_PREFIX = "qcompiler."
 
-BUILDERS = {**CANONICAL_BUILDERS, **EXPERT_BUILDERS, **ELEMENTWISE_BUILDERS, **PRODUCT_BUILDERS, **SHAPE_BUILDERS}
+BUILDERS = {
+    **CANONICAL_BUILDERS,
+    **CODEBOOK_BUILDERS,
+    **EXPERT_BUILDERS,
+    **ELEMENTWISE_BUILDERS,
+    **PRODUCT_BUILDERS,
+    **SHAPE_BUILDERS,
+}
 _WORKING = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 
@@ -168,7 +177,8 @@ def _report(
 ) -> dict[str, Any]:
     sites: dict[str, dict[str, Any]] = {}
     for node in graph.fx.nodes:
-        if not is_linear_weight(node) or not node.users:
+        is_codebook = is_op(node, torch.ops.qcompiler.codebook_dequantize.default)
+        if not (is_codebook or is_linear_weight(node)) or not node.users:
             continue
         name = str(node.args[0].target)
         info = graph.weights.info(name)
@@ -179,7 +189,7 @@ def _report(
         sites[site_name(name.removesuffix("_codes"))] = {
             "codes": info.dtype,
             "stored": code_dtype(info.dtype, target.opset).name.lower(),
-            "block": node.args[4] or None,
+            "block": None if is_codebook else node.args[4] or None,
             "status": support.status,
             "reason": support.reason,
         }
