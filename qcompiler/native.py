@@ -16,6 +16,7 @@ from qcompiler.errors import ArtifactError, InputError, RecipeError
 from qcompiler.execute import Stretch
 from qcompiler.feed import feed
 from qcompiler.graph import Graph, activation_rounding
+from qcompiler.kv_cache import cache_rounding
 from qcompiler.report import strict_json
 from qcompiler.report_html import render_report
 from qcompiler.staging import StagedFiles
@@ -181,7 +182,8 @@ class NativeArtifact:
         graph: a causal language model; see `load_native`.
         path: its directory, for the tokenizer.
         device: where it runs.
-        round_activations: False leaves activations in float that the graph quantizes ahead of linear layers.
+        round_activations: False leaves in float what the graph quantizes of activations, ahead of linear layers and in
+            the cache.
 
     Raises:
         InputError: if the graph returns no logits.
@@ -210,6 +212,8 @@ class NativeArtifact:
         limits = (config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
         self.max_positions: int | None = next((limit for limit in limits if limit), None)
         self.has_cache = graph.signature.has_cache
+        self.has_quantized_cache = graph.signature.has_quantized_cache
+        self.cache_bytes_per_token = graph.signature.cache_bytes_per_token
         self.provenance: Mapping[str, object] = graph.provenance
         self._logits = graph.outputs[index]
         self._present = [
@@ -218,7 +222,8 @@ class NativeArtifact:
         self._whole = Stretch(graph.fx.nodes, [self._logits])
         self._cached = Stretch(graph.fx.nodes, [self._logits, *self._present])
         self._loaded: dict[fx.Node, Any] | None = None
-        self._passed_through = set() if round_activations else activation_rounding(graph.fx.nodes)
+        rounding = activation_rounding(graph.fx.nodes) | cache_rounding(graph.fx.nodes)
+        self._passed_through = set[fx.Node]() if round_activations else rounding
 
     def _weights(self) -> dict[fx.Node, Any]:
         if self._loaded is None:

@@ -251,7 +251,7 @@ class Pass:
         """Whether this pass, given by the user, also does what another one implies (a pass of the same type)."""
         return self == implied
 
-    def check(self, graph: Graph) -> None:  # noqa: B027
+    def check(self, graph: Graph) -> None:
         """Refuses, before its stage computes anything, a graph that the pass cannot work on."""
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:

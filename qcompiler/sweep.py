@@ -23,7 +23,9 @@ from torch import Tensor, fx
 
 from qcompiler.errors import CalibrationError, PipelineError, ResourceError
 from qcompiler.execute import Stretch
+from qcompiler.feed import empty_cache
 from qcompiler.graph import Graph, Site, activation_rounding
+from qcompiler.kv_cache import cache_rounding
 from qcompiler.memory import Trimmer
 from qcompiler.observers import Rescalable, Statistic
 from qcompiler.pass_base import (
@@ -261,7 +263,14 @@ class _Runner:
         if values is None:
             values = self._prologue.run(batch, self._prologue_weights, self.device)
             self._prologue_values[tuple(key)] = values
-        return {**batch, **values}
+        return {**batch, **values, **self._new_caches(batch)}
+
+    def _new_caches(self, batch: Batch) -> dict[fx.Node, Tensor]:
+        """What the ports take that a cache was given after the batches were made."""
+        ports = zip(self.graph.inputs, self.graph.signature.inputs, strict=True)
+        missing = {node: port for node, port in ports if port.role == "past" and node not in batch}
+        rows = len(next(iter(batch.values()))) if missing else 0
+        return {node: empty_cache(port, rows, self.device) for node, port in missing.items()}
 
 
 def _carried_over(
@@ -382,7 +391,7 @@ class _Position:
         loaded = stretch.load(runner.graph.weights.read, runner.device)
         originals = self._originals(loaded) if runner.has_reference else loaded
         leaves_start = self._values is self._start and (self.keep_start or bool(may_be_rewritten & done))
-        rounding = activation_rounding(stretch.nodes) if runner.has_reference else set()
+        rounding = activation_rounding(stretch.nodes) | cache_rounding(stretch.nodes) if runner.has_reference else set()
         is_forked = runner.has_reference and (originals is not loaded or bool(rounding) or self._values.is_forked)
         advanced: list[Parked] = []
         reference: list[Parked] = [] if is_forked else advanced
