@@ -1,8 +1,10 @@
 """Which layers are experts, and which choose among them."""
 
+import pytest
 import torch
 
 from qcompiler.experts import is_expert, routers
+from qcompiler.spec import Scheme
 from tests.models import canonical_form, module
 
 
@@ -25,6 +27,17 @@ def test_experts_and_routers():
         "last": False,
     }
     assert routers(graph) == {"router"}
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "mxfp4"])
+def test_experts_whose_inputs_are_rounded(scheme):
+    weights = {"first": torch.randn(5, 4), "router": torch.randn(3, 5), "w": torch.randn(3, 6, 4)}
+    graph = canonical_form(module(moe, last=torch.randn(2, 6), **weights), torch.randn(9, 4))
+    for site in graph.sites():
+        spec = Scheme.parse(scheme).activation
+        assert spec is not None
+        graph.quantize_input(site.inputs[0], site.nodes, spec, None, None)
+    assert [site.name for site in graph.sites() if is_expert(site)] == ["w.0", "w.1", "w.2"]
 
 
 def test_no_experts():
