@@ -108,7 +108,7 @@ def test_squares_are_of_sequences_whatever_the_batches(tmp_path):
 
 def test_only_what_is_wanted_and_progress(tmp_path):
     graph = language_model()
-    seen: list[tuple[int, int, str]] = []
+    seen = []
     found = measure(
         graph,
         token_batches(graph),
