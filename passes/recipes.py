@@ -3,15 +3,16 @@
 from collections.abc import Callable
 
 from qcompiler.errors import RecipeError
-from qcompiler.pass_base import Pass
+from qcompiler.pass_base import ACTIVATIONS_QUANTIZED, WEIGHTS_QUANTIZED, Pass
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.insert_qdq import InsertQDQ
+from qcompiler.passes.quantize_kv_cache import QuantizeKVCache
 from qcompiler.passes.rtn import RTN
 from qcompiler.passes.smooth_quant import SmoothQuant
 
-__all__ = ["RECIPES", "recipe"]
+__all__ = ["CACHES", "RECIPES", "recipe"]
 
 RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
     "w8a16": lambda: (Assign("w8a16"), RTN()),
@@ -31,17 +32,36 @@ RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
 """Name → maker of the passes."""
 
 
+CACHES: dict[str, Callable[[], QuantizeKVCache]] = {
+    "kv-fp8": lambda: QuantizeKVCache("fp8"),
+    "kv-int8": lambda: QuantizeKVCache("int8"),
+    "kv-int4": lambda: QuantizeKVCache("int4", rotate=True),
+}
+"""What stands behind the ``+`` of a name, or alone: the cache, besides weights and activations or without."""
+
+
 def recipe(name: str) -> tuple[Pass, ...]:
-    """The passes of a named recipe.
+    """The passes of a named recipe, such as ``w4a16-gptq``, ``w4a16-gptq+kv-int8`` or ``kv-int8``.
 
     Raises:
         RecipeError: for an unknown name.
     """
-    if name not in RECIPES:
+    if name in CACHES:
+        return (CACHES[name](),)
+    base, plus, cache = name.partition("+")
+    if base not in RECIPES or (plus and cache not in CACHES):
         raise RecipeError(
             "unknown recipe",
             got=name,
-            expected=", ".join(RECIPES),
+            expected=f"{', '.join(RECIPES)}; each with +{', +'.join(CACHES)}, or one of those alone",
             remedy="or give FILE.toml, FILE.py:NAME, or a list of passes in Python",
         )
-    return RECIPES[name]()
+    passes = RECIPES[base]()
+    return _with_cache(passes, CACHES[cache]()) if plus else passes
+
+
+def _with_cache(passes: tuple[Pass, ...], cache: QuantizeKVCache) -> tuple[Pass, ...]:
+    """Ahead of what rounds weights and activations, which is then calibrated on it, and behind what only rescales."""
+    facts = {WEIGHTS_QUANTIZED, ACTIVATIONS_QUANTIZED}
+    place = next((i for i, item in enumerate(passes) if facts & item.establishes), len(passes))
+    return (*passes[:place], cache, *passes[place:])

@@ -1,7 +1,9 @@
 import pytest
 
 from qcompiler.errors import RecipeError
-from qcompiler.passes import GPTQ, RECIPES, RTN, Assign, InsertQDQ, recipe
+from qcompiler.passes import AWQ, GPTQ, RECIPES, RTN, Assign, InsertQDQ, recipe
+from qcompiler.passes.quantize_kv_cache import QuantizeKVCache
+from qcompiler.passes.recipes import CACHES
 from qcompiler.pipeline import Pipeline
 
 
@@ -29,3 +31,27 @@ def test_unknown_recipe():
     with pytest.raises(RecipeError, match="unknown recipe") as caught:
         recipe("w4a16-magic")
     assert "w4a16-rtn, w4a16-gptq" in str(caught.value)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_takes_a_cache(name, cache):
+    passes = recipe(f"{name}+{cache}")
+    assert CACHES[cache]() in passes
+    assert tuple(item for item in passes if not isinstance(item, QuantizeKVCache)) == recipe(name)
+    assert Pipeline(passes).passes == passes
+    assert Pipeline(passes).stages[-1].swept[-1] != CACHES[cache]()
+
+
+def test_the_cache_is_quantized_between_what_rescales_and_what_rounds():
+    assert recipe("w4a16-awq-gptq+kv-int8") == (Assign("w4a16"), AWQ(), QuantizeKVCache("int8"), GPTQ())
+    assert recipe("kv-int4") == (QuantizeKVCache("int4", rotate=True),)
+
+
+@pytest.mark.parametrize(
+    "name", ["w8a16+kv-int3", "w8a16+", "+kv-int8", "w8a16+kv-int8+kv-fp8", "w8a16+w8a16", "w9+kv-int8"]
+)
+def test_unknown_cache(name):
+    with pytest.raises(RecipeError, match="unknown recipe") as caught:
+        recipe(name)
+    assert "+kv-fp8, +kv-int8, +kv-int4" in str(caught.value)
