@@ -6,8 +6,21 @@ from qcompiler.passes.fisher import Fisher
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.recipes import RECIPES, recipe
+from qcompiler.passes.rotate import Rotate
 from qcompiler.passes.rtn import RTN
 from qcompiler.passes.smooth_quant import SmoothQuant
 from qcompiler.passes.squeezellm import SqueezeLLM
 
-__all__ = ["AWQ", "GPTQ", "RECIPES", "RTN", "Assign", "Fisher", "InsertQDQ", "SmoothQuant", "SqueezeLLM", "recipe"]
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "RECIPES",
+    "RTN",
+    "Assign",
+    "Fisher",
+    "InsertQDQ",
+    "Rotate",
+    "SmoothQuant",
+    "SqueezeLLM",
+    "recipe",
+]

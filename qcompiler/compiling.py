@@ -21,10 +21,11 @@ from qcompiler.graph import Graph
 from qcompiler.native import NativeArtifact, save_native
 from qcompiler.pass_base import CalibrationRun, Effect, PassContext
 from qcompiler.pipeline import Pipeline
+from qcompiler.probe import run_by_segments
 from qcompiler.report import CompileReport, peak_rss_bytes, quantized_bits_per_weight
 from qcompiler.sweep import Batch, Progress, default_value_budget, sweep
 from qcompiler.target import TargetSpec, check_schemes
-from qcompiler.verify import check_declared, state_of, verify_graph
+from qcompiler.verify import check_declared, check_exact, state_of, verify_graph
 from qcompiler.weights import WeightStore
 
 __all__ = ["CalibrationInput", "CompileResult", "choose_device", "compile_graph"]
@@ -102,6 +103,19 @@ def compile_graph(
         for stage in pipeline.stages:
             for item in stage.whole_graph:
                 before = state_of(graph, graph.fx.nodes)
+                probe: Batch | None = None
+                if item.effect is Effect.EXACT:
+                    if graph.signature.input("ids") is not None:
+                        probe = _probe(graph, device)
+                    else:
+                        if batches is None:
+                            batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
+                        if not batches:
+                            raise CalibrationError(
+                                "a pass that is declared exact is checked on inputs", where=item.name, got="no inputs"
+                            )
+                        probe = batches[0]
+                    expected = run_by_segments(graph, probe, device)
                 if item.is_calibrated:
                     _check_schemes(graph, targets)  # nothing long runs for a target that refuses
                     if batches is None:
@@ -115,6 +129,8 @@ def compile_graph(
                 else:
                     result = item.run(graph, context)
                 check_declared(item, result, before, state_of(graph, graph.fx.nodes), item.name)
+                if probe is not None and result.modified:
+                    check_exact(expected, run_by_segments(graph, probe, device), _terms(graph), item.name)
                 report.sites += result.sites
                 report.skipped += result.skips
                 report.regions += [dict(region) for region in result.regions]
@@ -144,6 +160,7 @@ def compile_graph(
             report.bytes_spilled += done.bytes_spilled
         graph.fisher = WeightStore()
         shutil.rmtree(workspace / _MEASURED, ignore_errors=True)
+        graph.round_rewritten()
         verify_graph(graph)
         _judge_coverage(graph, report, strict)
         report.bytes_after = graph.weights.stored_bytes(graph.weight_names())
@@ -158,6 +175,11 @@ def compile_graph(
         "provenance": {k: v for k, v in graph.provenance.items() if k != "companions"},
     }
     return CompileResult(graph, report, manifest, held_out)
+
+
+def _terms(graph: Graph) -> int:
+    """The number of terms in all sums that a result goes through at most, one behind the other."""
+    return sum(site.in_features for site in graph.sites()) or 1
 
 
 def _check_schemes(graph: Graph, targets: Sequence[TargetSpec]) -> None:
