@@ -224,6 +224,7 @@ def lower(
     if verify and result.graph.signature.index_of_output("logits") is not None:
         tolerance = 2e-2 if options.get("float_dtype") == "float16" else 1e-3
         rounds = any(scheme.activation is not None for scheme in result.graph.schemes.values())
+        rounds |= result.graph.signature.has_quantized_cache
         unrounded = NativeArtifact(result.graph, round_activations=False) if rounds else None
         try:
             written["parity"] = check_parity(
@@ -276,7 +277,7 @@ def evaluate(
     text: str | Path | None = None,
     tokens: Tensor | None = None,
     against: str | Path | Artifact | None = None,
-    cached: bool = False,
+    cached: bool | None = None,
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:

@@ -101,6 +101,7 @@ def compile(
         "artifacts": {name: str(output / name) for name in ("native", *(name for name, _ in targets))},
         "seconds": time.perf_counter() - started,
         **{key: fields[key] for key in ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight")},
+        "cache_bytes_per_token": fields["cache_bytes_per_token"],
         **{key: fields[key] for key in ("skipped", "sites", "notes")},
     }
     if not as_json:
@@ -115,7 +116,9 @@ def evaluate(
         Path | None, typer.Option(help="A UTF-8 text; by default the held-out tokens of the artifact.")
     ] = None,
     against: Annotated[Path | None, typer.Option(help="The original model, for KL divergence and agreement.")] = None,
-    cached: Annotated[bool, typer.Option(help="Decode the second half of each window with the cache.")] = False,
+    cached: Annotated[
+        bool | None, typer.Option(help="Decode half of each window with the cache; by default if that is quantized.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -181,6 +184,7 @@ def inspect(
     found = {
         "parameters": graph.provenance["parameters"],
         "bytes": graph.weights.stored_bytes(graph.weight_names()),
+        "cache_bytes_per_token": graph.signature.cache_bytes_per_token,
         "inputs": [port.name for port in graph.signature.inputs],
         "sites": sites,
         "unrecognized": graph.unrecognized,

@@ -135,6 +135,8 @@ def compile_graph(
                 report.skipped += result.skips
                 report.regions += [dict(region) for region in result.regions]
             _check_schemes(graph, targets)
+            for item in stage.swept:
+                item.check(graph)
             is_checked = any(item.effect is Effect.EXACT for item in stage.swept)
             takes_tokens = graph.signature.input("ids") is not None
             wants_inputs = stage.is_calibrated or (is_checked and not takes_tokens and calibration is not None)
@@ -163,6 +165,7 @@ def compile_graph(
         graph.round_rewritten()
         verify_graph(graph)
         _judge_coverage(graph, report, strict)
+        report.cache_bytes_per_token = graph.signature.cache_bytes_per_token
         report.bytes_after = graph.weights.stored_bytes(graph.weight_names())
         undo.pop_all()
     report.peak_rss_bytes = peak_rss_bytes()

@@ -36,6 +36,9 @@ class Evaluation:
         tokens: positions scored.
         bytes: of the artifact's weights as stored.
         bits_per_weight: stored bits per original parameter.
+        cache_bytes_per_token: bytes that one token of one sequence takes in the cache, scales included; None where that
+            is not known, or there is no cache.
+        cached: whether half of each window was decoded with the cache.
         seconds: wall-clock time, the original's part included.
     """
 
@@ -47,6 +50,8 @@ class Evaluation:
     bytes: int
     bits_per_weight: float
     seconds: float
+    cache_bytes_per_token: int | None = None
+    cached: bool = False
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Plain JSON fields; what was not measured is None."""
@@ -60,7 +65,7 @@ def evaluate(
     tokens: Tensor | None = None,
     against: Artifact | None = None,
     tokenizer: Any = None,
-    cached: bool = False,
+    cached: bool | None = None,
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -77,18 +82,29 @@ def evaluate(
         against: the original, for KL divergence and agreement.
         tokenizer: by default the artifact's, else the original's.
         cached: fill the cache with the first half of each window and decode the rest token by token; the same positions
-            are scored. The original still runs whole windows.
+            are scored. The original still runs whole windows. By default, where the cache is quantized, and only
+            there; it cannot be left out then, as the cache is what is to be measured.
         max_tokens: use no more than this many tokens of the text.
         progress: called with windows done and windows in all.
 
     Raises:
         InputError: no text, a text shorter than one window, tokens or an original that do not fit the artifact,
-            ``cached`` without a cache.
+            ``cached`` without a cache, or ``cached=False`` with a quantized one.
         ArtifactError: logits that are not finite.
     """
     start = time.perf_counter()
     if (text is None) == (tokens is None):
         raise InputError("evaluation needs a text or tokens", got="both" if text else "neither", expected="one of them")
+    is_quantized = bool(getattr(artifact, "has_quantized_cache", False))
+    if cached is None:
+        cached = is_quantized
+    if is_quantized and not cached:
+        raise InputError(
+            "a quantized cache is measured by decoding with it",
+            where=artifact.path,
+            got="cached=False",
+            remedy="cached",
+        )
     if cached and not artifact.has_cache:
         raise InputError("this artifact has no cache to evaluate with", where=artifact.path, remedy="leave out cached")
     if against is not None and against.vocab_size != artifact.vocab_size:
@@ -138,6 +154,8 @@ def evaluate(
         bytes=artifact.stored_bytes(),
         bits_per_weight=artifact.bits_per_weight(),
         seconds=time.perf_counter() - start,
+        cache_bytes_per_token=getattr(artifact, "cache_bytes_per_token", None),
+        cached=cached,
     )
 
 

@@ -52,6 +52,7 @@ class HFArtifact:
         self.vocab_size: int = int(text_config.vocab_size)
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
         self.provenance: Mapping[str, object] = {"source": str(self.path), "config": config}
+        self.cache_bytes_per_token: int | None = None
         self.has_cache: bool = self._probe()
         if missing:
             raise WeightError(
@@ -79,7 +80,10 @@ class HFArtifact:
                 expected="a model that predicts each token from those before it",
                 remedy="perplexity, KL divergence and generation are not defined for it",
             )
-        return getattr(output, "past_key_values", None) is not None
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            self.cache_bytes_per_token = _bytes_per_token(cache)
+        return cache is not None
 
     def forward(self, ids: Tensor) -> Tensor:
         """float32 logits ``[batch, length, vocab]`` of int64 ``[batch, length]``, without a cache."""
@@ -103,6 +107,14 @@ class HFArtifact:
     def bits_per_weight(self) -> float:
         """Stored bits divided by the model's parameters (tied ones counted once)."""
         return 8 * self._stored_bytes / self._parameters
+
+
+def _bytes_per_token(cache: Any) -> int | None:
+    """What one token takes in a cache of transformers; None for a kind that is not of keys and values."""
+    kept = [getattr(layer, part, None) for layer in getattr(cache, "layers", None) or () for part in ("keys", "values")]
+    if not kept or not all(isinstance(tensor, Tensor) and tensor.dim() == 4 for tensor in kept):
+        return None
+    return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in kept)
 
 
 def load_tokenizer(path: str | Path, *, vocab_size: int | None = None, trust_remote_code: bool = False) -> Any:

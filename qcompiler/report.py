@@ -68,6 +68,7 @@ class CompileReport:
         peak_rss_bytes: the largest resident memory of the process.
         bytes_before, bytes_after: weights as stored.
         parameters: elements of the original model.
+        cache_bytes_per_token: bytes that one token of one sequence takes in the cache, scales included; None without.
         calibration: where the tokens came from; None without.
         bytes_spilled: calibration values that went to disk.
         targets: one entry per lowering.
@@ -87,6 +88,7 @@ class CompileReport:
     bytes_before: int = 0
     bytes_after: int = 0
     parameters: int = 0
+    cache_bytes_per_token: int | None = None
     calibration: Mapping[str, Any] | None = None
     bytes_spilled: int = 0
     targets: dict[str, Any] = field(default_factory=dict)
