@@ -106,7 +106,7 @@ def solve_gptq(
         sweeps: passes of coordinate descent on ``tr(E H Eᵀ)`` over what was found: each scale is moved to its best
             value for the codes as they are, then each column rounded anew given all others (the update of QuantEase,
             arXiv 2309.01885, started from GPTQ's codes). Never raises that loss. A scale that serves a whole tensor
-            stays, and so do those of 4-bit floats, whose neighbours are too far away to be reached by a fit.
+            or a block stays, and so do those of 4-bit floats, whose neighbours are too far away to be reached by a fit.
         cross: optional float ``[in, in]``, ``YᵀX`` where ``Y`` is the input the *original* model sees at this place.
             The target becomes ``W + correction · W (YᵀX - XᵀX) H⁻¹``. With ``correction`` 1 that minimises ``|X Qᵀ -
             Y Wᵀ|²``: the layer also makes good what was changed before it. This is the objective of GPTAQ (arXiv
@@ -158,7 +158,7 @@ def solve_gptq(
     del factor
     gram, ordered_gram = gram.float(), ordered_gram.float()
     group = spec.group_of(width)
-    keeps_scales = spec.granularity == "per_tensor" or spec.is_fp4
+    keeps_scales = spec.granularity in ("per_tensor", "per_block") or spec.is_fp4
     codes, losses = [], []
     for start in range(0, len(target), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -286,6 +286,9 @@ def _qparams(
         return numerics.min_max_qparams(weight, spec, scale_dtype)
     is_whole = spec.granularity == "per_tensor" or spec.has_factor  # what all rows share is chosen from all
     rows = len(weight) if is_whole else max(1, _SEARCH_ELEMENTS // weight.shape[1])
+    if spec.granularity == "per_block":
+        assert spec.group_size is not None
+        rows = -(-rows // spec.group_size) * spec.group_size
     found = [
         numerics.mse_qparams(
             part, spec, scale_dtype, importance=importance, steps=_SEARCH_STEPS, max_shrink=_SEARCH_SHRINK

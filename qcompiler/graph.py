@@ -197,9 +197,7 @@ class Graph:
         self.source_dtypes.setdefault(name, info.dtype)
         self.weights.set(name, value.float())
 
-    def derive_float(
-        self, name: str, function: Callable[..., Tensor], sources: tuple[str, ...] | None = None
-    ) -> None:
+    def derive_float(self, name: str, function: Callable[..., Tensor], sources: tuple[str, ...] | None = None) -> None:
         """As `rewrite_float`, but computed at every read: nothing is held in memory.
 
         Args:
@@ -367,6 +365,8 @@ class Graph:
         spec, store = quantized.spec, self.weights
         scale, zero_point = quantized.scale, quantized.zero_point
         axis, block = 1, spec.group_of(site.in_features)
+        if spec.granularity == "per_block":
+            block, scale = spec.group_size or 0, quantized.stored_scale
         if spec.granularity == "per_channel":
             axis, block = 0, 0
             scale = scale[:, 0]

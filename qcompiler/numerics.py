@@ -1,7 +1,8 @@
 """Reference arithmetic of quantization: plain, exact, and what every faster implementation is compared with.
 
 Weights are ``[out, in]``. Scales have one column per group along ``in``: ``[out, groups]`` for ``per_group``,
-``[out, 1]`` for ``per_channel`` and ``[1, 1]`` for ``per_tensor``; zero points have the shape of their scale.
+``[out, 1]`` for ``per_channel``, ``[1, 1]`` for ``per_tensor``, and for ``per_block`` ``[out, groups]``, equal in all
+rows of a block; zero points have the shape of their scale.
 """
 
 import math
@@ -143,6 +144,14 @@ def _group_range(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return (low, high) if spec.symmetric else (low.clamp(max=0), high.clamp(min=0))
 
 
+def _over_blocks(values: Tensor, spec: QuantSpec, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """``[rows, groups]``, each row replaced by what those of its block reduce to; zeros fill up the last block."""
+    assert spec.group_size is not None
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -len(values) % spec.group_size))
+    blocks = reduce(padded.unflatten(0, (-1, spec.group_size)), 1)
+    return blocks.repeat_interleave(spec.group_size, dim=0)[: len(values)]
+
+
 def _full_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
     """The scale at which the codes just span a range."""
     if spec.is_float:
@@ -175,6 +184,8 @@ def min_max_qparams(x: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tup
     low, high = _group_range(_grouped(x, spec), spec)
     if spec.granularity == "per_tensor":
         low, high = low.amin().reshape(1, 1), high.amax().reshape(1, 1)
+    elif spec.granularity == "per_block":
+        low, high = _over_blocks(low, spec, torch.amin), _over_blocks(high, spec, torch.amax)
     return range_qparams(low, high, spec, scale_dtype)
 
 
@@ -274,6 +285,12 @@ def mse_qparams(
     if spec.granularity == "per_tensor":
         weight = None if weight is None else weight.expand_as(groups).reshape(1, 1, -1)
         groups = groups.reshape(1, 1, -1)
+    rows, side = len(groups), spec.group_size
+    if spec.granularity == "per_block":  # a block is one long group
+        assert side is not None
+        groups = torch.nn.functional.pad(groups, (0, 0, 0, 0, 0, -rows % side)).unflatten(0, (-1, side))
+        weight = None if weight is None else weight[:, None].expand(1, side, -1, -1).transpose(1, 2).flatten(2)
+        groups, full = groups.transpose(1, 2).flatten(2), full[::side]
     # At the full range of a symmetric format the largest magnitude lies half-way between two codes, where the last bit
     # of an input would decide which one the scale is fitted to: the first candidate is a shade smaller.
     largest = 1 - 2**-10
@@ -285,6 +302,8 @@ def mse_qparams(
         scale[part] = _search_scale(
             groups[part], full[part], None if zero is None else zero[part], weight, spec, scale_dtype, shrinks, memory
         )
+    if spec.granularity == "per_block":
+        scale = scale.repeat_interleave(side or 1, dim=0)[:rows]
     return scale, zero
 
 
@@ -332,6 +351,8 @@ def gram_qparams(
 
     def error(scale: Tensor) -> Tensor:
         total = group_errors(fake_quantize(x, scale, zero, spec).sub_(x))
+        if spec.granularity == "per_block":
+            return _over_blocks(total, spec, torch.sum)
         return total.sum().reshape(1, 1) if spec.granularity == "per_tensor" else total
 
     least = error(full)

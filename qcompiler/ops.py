@@ -18,7 +18,7 @@ it.
 | ``quantize(x, scale, zero_point?, axis, block, dtype, bits)`` | ONNX QuantizeLinear |
 | ``dequantize(codes, scale, zero_point?, axis, block, out_dtype)`` | ONNX DequantizeLinear |
 | ``fp4_scale(x, factor?, block, floor)`` | the one-byte scales that blocks of ``x`` have; `fp4.block_scale` |
-| ``fp4_quantize(x, scale, factor?, block)`` | 4-bit float codes; blocks of the last axis share a scale; `qcompiler.fp4` |
+| ``fp4_quantize(x, scale, factor?, block)`` | 4-bit float codes, scales per block of the last axis; `qcompiler.fp4` |
 | ``fp4_dequantize(codes, scale, factor?, block)`` | float32 ``code * (scale * factor)`` |
 | ``codebook_dequantize(codes, table)`` | ``[out, in]`` codes, each a place in its row of ``table[out, levels]`` |
 | ``sparse_add(w, values, columns, row_offsets)`` | a matrix plus a sparse one of its shape (CSR); `_sparse_add` |
@@ -28,9 +28,9 @@ it.
 
 For quantize and dequantize, a 0-D scale is per tensor; a 1-D one per slice of ``axis`` (``block`` 0); one of the rank
 of the data is blocked, ``block`` elements of ``axis`` sharing a scale, the last block possibly short; along other axes
-where it has one element, all share it. Codes are int8, uint8, or float8 (E4M3 without infinities, E5M2), which has no
-zero point and saturates at its largest finite number. Integer codes of fewer than 8 ``bits`` are held in int8 and
-uint8, too.
+where it has one element, all share it; a matrix may have one per square of ``block`` rows and columns. Codes are int8,
+uint8, or float8 (E4M3 without infinities, E5M2), which has no zero point and saturates at its largest finite number.
+Integer codes of fewer than 8 ``bits`` are held in int8 and uint8, too.
 """
 
 import torch
@@ -191,6 +191,8 @@ def _broadcast(qparam: Tensor, data: Tensor, axis: int, block: int) -> Tensor:
         return qparam
     if block == 0:
         return qparam.reshape([-1 if i == axis else 1 for i in range(data.dim())])
+    if data.dim() == 2 and qparam.shape[1 - axis] not in (1, data.shape[1 - axis]):
+        qparam = qparam.repeat_interleave(block, dim=1 - axis).narrow(1 - axis, 0, data.shape[1 - axis])
     if qparam.shape[axis] == 1:
         return qparam
     return qparam.repeat_interleave(block, dim=axis).narrow(axis, 0, data.shape[axis])

@@ -17,8 +17,8 @@ class Affine:
 
     Attributes:
         codes: int8 (symmetric), uint8 (asymmetric, 4-bit floats) or float8 ``[out, in]``, one code per element.
-        scale: float32 ``[out or 1, groups]``; every value is exact in ``scale_dtype``, or the product of such a one and
-            the factor.
+        scale: float32 ``[out or 1, groups]``, equal in the rows of a block; every value is exact in ``scale_dtype``, or
+            the product of such a one and the factor.
         zero_point: uint8, the shape of ``scale``; None where symmetric.
         spec: the number format.
         scale_dtype: the dtype the scale is stored in.
@@ -34,7 +34,9 @@ class Affine:
 
     @property
     def stored_scale(self) -> Tensor:
-        """Scales as they are stored, of the shape of ``scale``; those of ``float8_e8m0fnu`` as their bytes, uint8."""
+        """Scales as they are stored, one per row of blocks; those of ``float8_e8m0fnu`` as their bytes, uint8."""
+        if self.spec.granularity == "per_block":
+            return self.scale[:: self.spec.group_size].to(self.scale_dtype)
         if self.scale_dtype == torch.float8_e8m0fnu:
             return (torch.frexp(self.scale)[1] + 126).to(torch.uint8)
         return (self.scale if self.factor is None else self.scale / self.factor).to(self.scale_dtype)
@@ -46,7 +48,7 @@ class Affine:
     @property
     def stored_bits(self) -> int:
         """Bits of packed codes, scales and zero points (a file rounds each row of codes up to whole bytes)."""
-        bits = self.codes.numel() * self.spec.bits + self.scale.numel() * self.scale_dtype.itemsize * 8
+        bits = self.codes.numel() * self.spec.bits + self.stored_scale.numel() * self.scale_dtype.itemsize * 8
         bits += 0 if self.factor is None else 32
         return bits + (0 if self.zero_point is None else self.zero_point.numel() * self.spec.bits)
 

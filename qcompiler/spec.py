@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -10,7 +10,7 @@ from qcompiler.errors import RecipeError
 
 __all__ = ["QuantSpec", "Scheme"]
 
-Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
+Granularity = Literal["per_tensor", "per_channel", "per_group", "per_block", "per_token"]
 
 _INT_BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
 _FP4 = "float4_e2m1"
@@ -23,10 +23,17 @@ _FP4_SCALE_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e8m0fnu": tor
 _DEFAULT_GROUP = 128
 _SCHEME = re.compile(
     r"(w(?P<w>\d+)a(?P<a>4|8|16)|fp8)"
-    r"(?P<options>(-(g\d+|channel|tensor|lut|sym|asym|actsym|actasym|dynamic|dyntensor|clip\d+|e5m2))*)"
+    r"(?P<options>(-(g\d+|channel|tensor|block|lut|sym|asym|actsym|actasym|dynamic|dyntensor|clip\d+|e5m2))*)"
 )
 _FP4_SCHEME = re.compile(r"(?P<format>nvfp4|mxfp4)(?P<weight_only>a16)?(-(?P<exponent>floor|ceil))?")
-_KIND = {"channel": "granularity", "tensor": "granularity", "sym": "sign", "asym": "sign", "actsym": "activation sign"}
+_KIND = {
+    "channel": "granularity",
+    "tensor": "granularity",
+    "block": "granularity",
+    "sym": "sign",
+    "asym": "sign",
+    "actsym": "activation sign",
+}
 _KIND |= {"actasym": "activation sign", "dynamic": "dynamic", "dyntensor": "dynamic", "e5m2": "float"}
 
 
@@ -41,14 +48,15 @@ class QuantSpec:
             2^b - 1]``, with a zero point of the same type. Float codes are symmetric; what lies beyond the largest
             finite one (448, 57344, 6) is clamped to it.
         granularity: how many elements share a scale. ``per_group`` groups run along the last axis (a linear layer's
-            input channels); the last group is short where the size does not divide the width. ``per_token`` is for
-            activations: one scale per slice of the last axis, and always dynamic.
-        group_size: elements per group; given exactly when the granularity is ``per_group``.
+            input channels); the last group is short where the size does not divide the width. ``per_block`` is for
+            8-bit float weights: squares of ``group_size`` rows and columns, those at the end smaller. ``per_token`` is
+            for activations: one scale per slice of the last axis, and always dynamic.
+        group_size: elements per group, or along a side of a block; given exactly when there are groups or blocks.
         symmetric: no zero point.
         scale_dtype: the dtype scales are stored in (``float32``, ``float16`` or ``bfloat16``); ``None`` means the dtype
-            of the tensor that is quantized. Scales are rounded to it *before* codes are computed. 4-bit floats have
-            scales per group, in ``float8_e4m3fn`` with a float32 factor per tensor (NVFP4) or in ``float8_e8m0fnu``
-            (MXFP4).
+            of the tensor that is quantized (float32 in blocks). Scales are rounded to it *before* codes are computed.
+            4-bit floats have scales per group, in ``float8_e4m3fn`` with a float32 factor per tensor (NVFP4) or in
+            ``float8_e8m0fnu`` (MXFP4).
         dynamic: for activations: the range is taken from the values themselves at run time; nothing is calibrated.
             (In NVFP4 the scales of groups always are, and the factor is calibrated: it is not dynamic.)
         exponent: how E8M0 scales are chosen: ``ceil``, the smallest power of two at which nothing is clamped, or
@@ -74,15 +82,15 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise RecipeError("unknown quantized dtype", got=self.dtype, expected=", ".join(_DTYPES))
-        if self.granularity not in ("per_tensor", "per_channel", "per_group", "per_token"):
-            raise RecipeError(
-                "unknown granularity", got=self.granularity, expected="per_tensor, per_channel, per_group or per_token"
-            )
+        if self.granularity not in get_args(Granularity):
+            raise RecipeError("unknown granularity", got=self.granularity, expected=", ".join(get_args(Granularity)))
         if self.is_float and not self.symmetric:
             raise RecipeError("float codes have no zero point", got=f"{self.dtype}, asymmetric", expected="symmetric")
-        if (self.group_size is not None) != (self.granularity == "per_group"):
+        if self.granularity == "per_block" and (not self.is_float or self.is_fp4):
+            raise RecipeError("blocks are for 8-bit floats", got=self.dtype, expected="float8_e4m3fn or float8_e5m2")
+        if (self.group_size is not None) != (self.granularity in ("per_group", "per_block")):
             raise RecipeError(
-                "group_size goes with granularity per_group, and only with it",
+                "group_size goes with granularity per_group or per_block, and only with them",
                 got=f"granularity={self.granularity}, group_size={self.group_size}",
             )
         if self.group_size is not None and self.group_size < 1:
@@ -196,6 +204,8 @@ class QuantSpec:
             return _FP4_SCALE_DTYPES[str(self.scale_dtype)]
         if self.scale_dtype is not None:
             return _SCALE_DTYPES[self.scale_dtype]
+        if self.granularity == "per_block":
+            return torch.float32
         return weight_dtype if weight_dtype in _SCALE_DTYPES.values() else torch.float32
 
     def group_of(self, width: int) -> int:
@@ -220,6 +230,8 @@ class QuantSpec:
         if self.codebook:
             return f"{self.dtype} codebook {self.granularity}"
         where = f"g{self.group_size}" if self.granularity == "per_group" else self.granularity
+        if self.granularity == "per_block":
+            where = f"{self.group_size}x{self.group_size} blocks"
         sign = "" if self.is_float else " symmetric" if self.symmetric else " asymmetric"
         if self.is_fp4:
             scales = "E4M3 scales" if self.has_factor else f"E8M0 scales ({self.exponent})"
@@ -277,7 +289,8 @@ class Scheme:
         Of the activation: ``w8a8`` takes one calibrated range per tensor, with a zero point (``-actsym``: without);
         ``fp8`` the same without. ``-dynamic`` takes one range per token, symmetric, at run time; ``-dyntensor`` one per
         tensor. ``w4a4`` is always dynamic, per token where the name does not say. ``-clip90`` covers 90 percent of a
-        dynamic range. ``fp8`` is E4M3 for weight and activation; ``fp8-e5m2`` E5M2.
+        dynamic range. ``fp8`` is E4M3 for weight and activation; ``fp8-e5m2`` E5M2; ``fp8-block`` takes weights in
+        blocks of 128 by 128.
 
         ``nvfp4`` and ``mxfp4`` are 4-bit floats for weight and activation, ``nvfp4a16`` and ``mxfp4a16`` for the weight
         alone; groups and scales are those of the format. ``-floor`` and ``-ceil`` say how ``mxfp4`` takes exponents.
@@ -302,7 +315,7 @@ class Scheme:
                 expected="w2a16, w3a16, w4a16 or w8a16, with -g<size>, -channel, -tensor, -sym or -asym behind it, "
                 "or up to w4a16 with -lut (a codebook); "
                 "w8a8, w4a8 or w4a4, with -dynamic, -dyntensor, -actsym, -actasym or -clip<percent> besides; "
-                "fp8, with -dynamic or -e5m2; nvfp4, nvfp4a16, mxfp4, mxfp4a16",
+                "fp8, with -dynamic, -block or -e5m2; nvfp4, nvfp4a16, mxfp4, mxfp4a16",
             )
         options = match["options"].split("-")[1:]
         chosen: dict[str, str] = {}
@@ -319,7 +332,7 @@ class Scheme:
             (match["a"] == "16" and activation_kinds)
             or (match["a"] == "4" and match["w"] == "8")
             or ("clip" in chosen and "dynamic" not in chosen)
-            or (not is_float and "float" in chosen)
+            or (not is_float and ("float" in chosen or chosen.get("granularity") == "block"))
             or (chosen.get("granularity") == "lut" and (match["a"] != "16" or "sign" in chosen))
             or (is_float and {"sign", "activation sign"}.intersection(chosen))
         ):
@@ -333,13 +346,15 @@ class Scheme:
         where = chosen.get("granularity")
         if where in ("channel", "tensor", "lut"):
             granularity = "per_tensor" if where == "tensor" else "per_channel"
+        elif where == "block":
+            granularity, size = "per_block", _DEFAULT_GROUP
         elif where is not None:
             granularity, size = "per_group", int(where[1:])
         is_symmetric = True if symmetric is None else symmetric
         weight = QuantSpec(
             dtype=dtype,
             granularity=granularity,
-            group_size=size if granularity == "per_group" else None,
+            group_size=size if granularity in ("per_group", "per_block") else None,
             symmetric=chosen["sign"] == "sym" if "sign" in chosen else is_symmetric,
             scale_dtype=scale_dtype,
             codebook=where == "lut",

@@ -181,6 +181,9 @@ def _problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[
     shape: tuple[int, ...]
     if spec.granularity == "per_group":
         shape, place = (rows, -(-columns // spec.group_of(columns))), (1, spec.group_of(columns))
+    elif spec.granularity == "per_block":
+        side = spec.group_size or 0
+        shape, place = (-(-rows // side), -(-columns // side)), (1, side)
     else:
         shape, place = ((rows,) if spec.granularity == "per_channel" else ()), (0, 0)
     code_dtype = spec.stored_dtype

@@ -460,3 +460,73 @@ def test_scales_of_four_bit_floats_by_the_gram_matrix(scheme):
     by_mse = block_errors(numerics.mse_qparams(x, spec, dtype)).sum()
     assert found.sum() < 0.97 * full.sum()
     assert found.sum() < by_mse
+
+
+# --- squares ----------------------------------------------------------------------------------------------------------
+
+SHAPES = [(16, 24), (13, 21), (8, 5), (3, 20), (1, 1)]  # squares of 8, whole and not
+
+
+def square_spec(dtype: str = "float8_e4m3fn") -> QuantSpec:
+    return QuantSpec(dtype, "per_block", 8)
+
+
+def square_sums(values: Tensor) -> Tensor:
+    """float64 ``[blocks down, blocks along]``."""
+    return torch.stack(
+        [torch.stack([part.double().sum() for part in strip.split(8, 1)]) for strip in values.split(8, 0)]
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_squares_equal_plain_python(shape, dtype):
+    spec, x = square_spec(dtype), torch.randn(shape) ** 3 - 0.5
+    scale, zero = numerics.min_max_qparams(x, spec, torch.float32)
+    assert zero is None
+    assert scale.shape == (shape[0], -(-shape[1] // 8))
+    found = numerics.fake_quantize(x, scale, None, spec)
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            top, left = i // 8 * 8, j // 8 * 8
+            expected = x[top : top + 8, left : left + 8].abs().max() / spec.quant_max
+            assert scale[i, j // 8] == expected
+            code = (x[i, j] / expected).clamp(-spec.quant_max, spec.quant_max).to(spec.code_dtype)
+            assert found[i, j] == code.float() * expected
+
+
+@pytest.mark.parametrize("importance", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_searched_scales_of_squares(shape, importance, monkeypatch):
+    """Never worse than the full range, and that of each square alone, as one tensor."""
+    monkeypatch.setattr(numerics, "_SLICE_ELEMENTS", 200)
+    spec, x = square_spec("float8_e5m2"), torch.randn(shape)
+    cost = torch.rand(shape[1]) + 0.1 if importance else torch.ones(shape[1])
+    found, _ = numerics.mse_qparams(x, spec, torch.float32, importance=cost if importance else None)
+    full, _ = numerics.min_max_qparams(x, spec, torch.float32)
+    errors = [square_sums((numerics.fake_quantize(x, s, None, spec) - x).square() * cost) for s in (found, full)]
+    assert bool((errors[0] <= errors[1]).all())
+    alone = QuantSpec("float8_e5m2", "per_tensor", None)
+    for top in range(0, shape[0], 8):
+        for left in range(0, shape[1], 8):
+            part, columns = x[top : top + 8, left : left + 8], slice(left, left + 8)
+            expected, _ = numerics.mse_qparams(
+                part, alone, torch.float32, importance=cost[columns] if importance else None
+            )
+            assert torch.allclose(found[top : top + 8, left // 8], expected.flatten(), rtol=1e-4)
+
+
+def test_scales_of_squares_by_the_gram_matrix():
+    spec, x, inputs = square_spec("float8_e5m2"), torch.randn(13, 21), torch.randn(80, 21) @ torch.randn(21, 21)
+    gram = inputs.T @ inputs
+
+    def errors(scale: Tensor) -> Tensor:
+        wrong = numerics.fake_quantize(x, scale, None, spec) - x
+        blocks = torch.block_diag(*(gram[s : s + 8, s : s + 8] for s in range(0, 21, 8)))
+        return square_sums((wrong @ blocks) * wrong)
+
+    found, _ = numerics.gram_qparams(x, spec, torch.float32, gram)
+    full, _ = numerics.min_max_qparams(x, spec, torch.float32)
+    assert bool((errors(found) <= errors(full) * (1 + 1e-5)).all())
+    assert errors(found).sum() < 0.95 * errors(full).sum()
+    assert torch.equal(found[::8].repeat_interleave(8, 0)[:13], found)

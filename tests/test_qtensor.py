@@ -136,3 +136,19 @@ def test_every_stored_scale_comes_back():
     scale = fp4.decode_scale(exponents, None)
     found = Affine(torch.zeros(1, 255 * 32), scale, None, mx, torch.float8_e8m0fnu).stored_scale
     assert torch.equal(found, exponents)
+
+
+@pytest.mark.parametrize("side", [4, 5, 16])
+def test_squares_survive_the_graph(side):
+    """One float32 scale per square is stored, and the operator finds it again."""
+    graph: Graph = chain(sites=1, width=12)
+    (site,) = graph.sites()
+    spec = QuantSpec("float8_e4m3fn", "per_block", side)
+    quantized = affine(graph.weights.read(site.weight), spec, torch.float32)
+    graph.set_weight(site, quantized)
+    count = -(-12 // side)
+    assert graph.weights.info(f"{site.weight}_scale").shape == (count, count)
+    assert 8 * graph.weights.stored_bytes(graph.weight_names()) == quantized.stored_bits == 144 * 8 + count**2 * 32
+    node = site.nodes[0].args[1]
+    codes, scale = (graph.weights.read(n.target) for n in node.args[:2])
+    assert torch.equal(node.target(codes, scale, *node.args[2:]), quantized.dequantize())

@@ -286,3 +286,33 @@ def test_what_is_calibrated_of_four_bit_floats_is_the_factor(name, dynamic):
 def test_text_of_four_bit_floats():
     assert str(Scheme.parse("nvfp4a16")) == "float4_e2m1 g16 E4M3 scales"
     assert str(Scheme.parse("mxfp4-floor").activation) == "float4_e2m1 g32 E8M0 scales (floor) dynamic"
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [("fp8-block", False), ("fp8-block-dynamic", True)])
+def test_blocks(name, dynamic):
+    scheme = Scheme.parse(name, group_size=64)
+    assert scheme.weight == QuantSpec("float8_e4m3fn", "per_block", 128)
+    assert scheme.activation.dynamic is dynamic
+    assert scheme.weight.scale_torch_dtype(torch.bfloat16) == torch.float32
+    assert str(scheme.weight) == "float8_e4m3fn 128x128 blocks"
+    assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+
+
+@pytest.mark.parametrize("name", ["w4a16-block", "w8a8-block", "fp8-block-g128", "fp8-block-channel"])
+def test_names_of_blocks_that_mean_nothing(name):
+    with pytest.raises(RecipeError):
+        Scheme.parse(name)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dtype": "int8", "granularity": "per_block"},
+        {"dtype": "float8_e4m3fn", "granularity": "per_block", "group_size": None},
+        {"dtype": "float4_e2m1", "granularity": "per_block", "scale_dtype": "float8_e4m3fn"},
+        {"dtype": "float8_e4m3fn", "granularity": "per_block", "dynamic": True},
+    ],
+)
+def test_blocks_that_mean_nothing(fields):
+    with pytest.raises(RecipeError):
+        QuantSpec(**fields)

@@ -7,7 +7,7 @@ from qcompiler.pass_base import Effect, Pass, PassContext, PassResult
 from qcompiler.passes import RTN
 from qcompiler.qtensor import Codebook, Csr
 from qcompiler.ranges import activation_qparams
-from qcompiler.spec import Scheme
+from qcompiler.spec import QuantSpec, Scheme
 from qcompiler.verify import check_declared, check_exact, state_of, verify_graph
 from tests.tiny_graphs import chain, language_model
 
@@ -469,3 +469,24 @@ def test_a_factor_of_activations_that_is_none():
     graph = rounded("nvfp4")
     graph.weights.set("1.input_scale", torch.tensor(0.0))
     assert "the factor is not positive and finite" in problem(graph)
+
+
+def with_squares(side: int) -> Graph:
+    graph = chain()
+    spec = QuantSpec("float8_e4m3fn", "per_block", side)
+    graph.schemes = {name: Scheme(spec) for name in ("0", "1")} | {"2": Scheme()}
+    RTN().rewrite(graph.sites()[:2], {}, PassContext(graph, torch.device("cpu"), 0))
+    return graph
+
+
+@pytest.mark.parametrize("side", [3, 4, 8, 128])
+def test_legal_squares(side):
+    verify_graph(with_squares(side))
+
+
+def test_squares_of_another_size():
+    graph = with_squares(4)
+    graph.schemes["1"] = Scheme(QuantSpec("float8_e4m3fn", "per_block", 3))
+    text = problem(graph)
+    assert "scale has shape (2, 2), not (3, 3)" in text
+    assert "scales run along (axis, block) (1, 4), not (1, 3)" in text

@@ -458,3 +458,28 @@ def test_the_factor_does_not_depend_on_the_slices_scales_are_searched_in(monkeyp
     (sliced,) = solve_gptq([weight], gram, spec, torch.float8_e4m3fn)
     assert torch.equal(whole.qtensor.scale, sliced.qtensor.scale)
     assert torch.equal(whole.qtensor.codes, sliced.qtensor.codes)
+
+
+@pytest.mark.parametrize("rows", [ROWS, 13])
+def test_squares(rows):
+    """As groups with the scales of the squares, which are searched in whole squares and never moved."""
+    weight, gram = torch.randn(rows, WIDTH) * torch.arange(1, rows + 1)[:, None], gram_of(make_inputs())
+    spec = QuantSpec("float8_e5m2", "per_block", 8)
+    (found,) = solve_gptq([weight], gram, spec, torch.float32, sweeps=2)
+    importance = (gram.diagonal() + DAMPING * gram.diagonal().mean()).float()
+    expected, _ = numerics.mse_qparams(
+        weight, spec, torch.float32, importance=importance, steps=16, max_shrink=_gptq_solver._SEARCH_SHRINK
+    )
+    assert torch.allclose(found.qtensor.scale, expected)
+    assert torch.equal(expected[::8].repeat_interleave(8, 0)[:rows], expected)
+    assert found.loss < 0.7 * found.rtn_loss
+
+
+def test_squares_are_searched_whole_whatever_the_slices(monkeypatch):
+    weight, gram = torch.randn(ROWS, WIDTH) * torch.arange(1, ROWS + 1)[:, None], gram_of(make_inputs())
+    spec = QuantSpec("float8_e5m2", "per_block", 8)
+    (whole,) = solve_gptq([weight], gram, spec, torch.float32)
+    monkeypatch.setattr(_gptq_solver, "_SEARCH_ELEMENTS", 3 * WIDTH)
+    (sliced,) = solve_gptq([weight], gram, spec, torch.float32)
+    assert torch.equal(whole.qtensor.scale, sliced.qtensor.scale)
+    assert torch.equal(whole.qtensor.codes.float(), sliced.qtensor.codes.float())

@@ -99,3 +99,12 @@ def test_four_bit_floats_are_refused(name):
     assert "4-bit floats: ONNX Runtime has no kernel" in support.reason
     activation_only = Scheme(None, Scheme.parse("nvfp4").activation)
     assert OnnxTarget().supports(activation_only, 4096).status == "refused"
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "fp8-block-dynamic"])
+def test_squares_are_refused(name):
+    scheme = Scheme.parse(name)
+    for asked in (scheme, Scheme(scheme.weight)):
+        support = OnnxTarget().supports(asked, 4096)
+        assert support.status == "refused"
+        assert "DequantizeLinear has blocks along one axis" in support.reason
