@@ -11,7 +11,7 @@ from torch import Tensor
 from qcompiler import numerics
 from qcompiler.errors import CalibrationError, RecipeError
 from qcompiler.graph import Graph, Site
-from qcompiler.observers import Gram
+from qcompiler.observers import CrossGram, Gram, Statistic
 from qcompiler.pass_base import (
     CANONICAL,
     FISHER,
@@ -25,14 +25,16 @@ from qcompiler.pass_base import (
     Tap,
     Wave,
 )
+from qcompiler.passes._codebook_descent import damped, improve, shifted
 from qcompiler.passes._kmeans import cluster, nearest
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.fisher import Fisher
 from qcompiler.passes.rtn import RTN, gathered_gram, unreached
 from qcompiler.qtensor import Codebook, Csr
+from qcompiler.segments import Segment
 from qcompiler.spec import QuantSpec
 
-__all__ = ["Sensitivity", "SqueezeLLM", "squeeze"]
+__all__ = ["Moments", "Sensitivity", "SqueezeLLM", "squeeze"]
 
 Sensitivity = Literal["fisher", "gram"]
 
@@ -46,15 +48,17 @@ class SqueezeLLM(Pass):
 
     ``linear(x, W)`` becomes ``linear(x, sparse_add(codebook_dequantize(codes, table), values, columns, row_offsets))``.
     The values of a row's table are the centers of a k-means clustering of its weights in which an error counts by the
-    weight's sensitivity ``h``: they make ``sum h (w - q)^2`` small (`qcompiler.passes._kmeans`).
+    weight's sensitivity ``h``: they make ``sum h (w - q)^2`` small (`qcompiler.passes._kmeans`). From there, codes and
+    tables are improved in turn by the error of the layer's output on the calibration inputs
+    (`qcompiler.passes._codebook_descent`).
 
     | sensitivity | ``h`` of a weight | calibrated by |
     |---|---|---|
     | ``fisher`` | its diagonal entry of the Fisher information of the loss | `Fisher`, which is implied |
     | ``gram`` | ``sum x^2`` of the input it multiplies, the same for every row | the sweep |
 
-    Sites whose scheme is a grid of even steps are rounded to nearest with the least squared error
-    (``RTN(search="mse")``).
+    Sites are taken in true sequence where they are calibrated, as by `GPTQ`. Those whose scheme is a grid of even steps
+    are rounded to nearest with the least squared error (``RTN(search="mse")``).
 
     Attributes:
         bits: shorthand for an `Assign` of ``w<bits>a16-lut`` ahead of this pass; None: schemes are assigned already.
@@ -62,21 +66,28 @@ class SqueezeLLM(Pass):
             their row, the others those an error of which costs most. They do not count in the clustering, and what the
             table misses of them is stored in compressed rows, in the dtype of the table.
         sensitivity: see above.
+        rounds: turns of codes and tables by the error of the output; 0: none, the method of the paper.
+        damping: added to the Gram diagonal in these turns, as a fraction of its mean.
+        correction: how far they also make good what quantizing the layers before changed in the input, from 0 to 1.
+            Above 0 the calibration batches also run through the original weights, which doubles the time of the sweep.
 
-    Error: that of each weight is at most half the gap between the table's values around it, or the distance beyond the
-    outermost; of those kept apart a rounding of that in the table's dtype.
+    Error: without turns, that of each weight is at most half the gap between the table's values around it, or the
+    distance beyond the outermost; of those kept apart a rounding of that in the table's dtype.
 
     Raises:
-        RecipeError: for other bits, fractions or sensitivities.
+        RecipeError: for options out of range.
 
-    Source: arXiv 2306.07629, sections 4.1 and 4.2. Differs: cuts between clusters by dynamic programming instead of
-    random starts; the sparse matrix holds the difference from the table instead of the weight, so that nothing need be
-    subtracted; outliers are found per output channel.
+    Source: arXiv 2306.07629, sections 4.1 and 4.2. Differs: the turns; cuts between clusters by dynamic programming
+    instead of random starts; the sparse matrix holds the difference from the table instead of the weight, so that
+    nothing need be subtracted; outliers are found per output channel.
     """
 
     bits: int | None = None
     sparse_fraction: float = 0.0045
     sensitivity: Sensitivity = "fisher"
+    rounds: int = 4
+    damping: float = 0.05
+    correction: float = 0.5
 
     effect: ClassVar[Effect] = Effect.APPROXIMATE
     establishes: ClassVar[frozenset[str]] = frozenset({WEIGHTS_QUANTIZED})
@@ -85,12 +96,14 @@ class SqueezeLLM(Pass):
         if self.sensitivity not in get_args(Sensitivity):
             expected = ", ".join(get_args(Sensitivity))
             raise RecipeError("unknown sensitivity of SqueezeLLM", got=self.sensitivity, expected=expected)
-        if not 0 <= self.sparse_fraction <= _LARGEST_FRACTION:
-            raise RecipeError(
-                "sparse_fraction is the part of the weights that is kept apart",
-                got=self.sparse_fraction,
-                expected=f"a number in [0, {_LARGEST_FRACTION}]",
-            )
+        for name, value, valid, expected in (
+            ("sparse_fraction", self.sparse_fraction, 0 <= self.sparse_fraction <= _LARGEST_FRACTION, "in [0, 0.1]"),
+            ("rounds", self.rounds, self.rounds >= 0, "0 or more"),
+            ("damping", self.damping, 0 < self.damping <= 1, "above 0, at most 1"),
+            ("correction", self.correction, 0 <= self.correction <= 1, "in [0, 1]"),
+        ):
+            if not valid:
+                raise RecipeError("an option of SqueezeLLM is out of range", where=name, got=value, expected=expected)
         if self.bits is not None and self.bits not in (2, 3, 4):
             raise RecipeError(
                 "a codebook has two to four bits", where="SqueezeLLM", got=self.bits, expected="2, 3 or 4"
@@ -103,24 +116,35 @@ class SqueezeLLM(Pass):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the sweep gathers the Gram matrix; the Fisher information is `Fisher`'s affair."""
-        return self.sensitivity == "gram"
+        """Whether the sweep gathers second moments; the Fisher information is `Fisher`'s affair."""
+        return self.sensitivity == "gram" or self.rounds > 0
+
+    @property
+    def _kinds(self) -> tuple[type[Statistic], ...]:
+        if not self.is_calibrated:
+            return ()
+        return (Gram, CrossGram) if self.rounds and self.correction else (Gram,)
 
     def implied_passes(self) -> tuple[Pass, ...]:
         """An `Assign` where ``bits`` is given, and `Fisher` where it is needed."""
         assign = () if self.bits is None else (Assign(f"w{self.bits}a16-lut"),)
         return (*assign, Fisher()) if self.sensitivity == "fisher" else assign
 
+    def waves(self, segment: Segment, graph: Graph) -> list[Wave]:
+        """Sites with a scheme; in true sequence where inputs are looked at."""
+        waves = segment.waves() if self.is_calibrated else [segment.sites]
+        waves = [tuple(site for site in wave if graph.schemes[site.name].weight is not None) for wave in waves]
+        return [wave for wave in waves if wave]
+
     def statistics(self, wave: Wave, graph: Graph) -> list[Tap]:
-        """The Gram matrix of every input of a site that gets a codebook, where errors are weighed by it."""
-        if not self.is_calibrated:
-            return []
-        return [Tap(value, Gram) for site in wave if _has_codebook(graph, site) for value in site.inputs]
+        """The Gram matrix of every input of a site that gets a codebook, as far as it is needed."""
+        values = [value for site in wave if _has_codebook(graph, site) for value in site.inputs]
+        return [Tap(value, kind) for value in values for kind in self._kinds]
 
     def rewrite(self, wave: Wave, statistics: Mapping[Tap, Any], context: PassContext) -> PassResult:
         """Quantizes the weights of a wave."""
         graph = context.graph
-        grids = [s for s in wave if graph.schemes[s.name].weight is not None and not _has_codebook(graph, s)]
+        grids = [site for site in wave if not _has_codebook(graph, site)]
         rounded = RTN(search="mse").rewrite(grids, {}, context) if grids else PassResult(modified=False)
         reports = [replace(r, method=self.name, details={"codebook": False}) for r in rounded.sites]
         for site in wave:
@@ -139,14 +163,26 @@ class SqueezeLLM(Pass):
             gathered = gathered_gram(site.inputs, statistics)
             gram = gathered.result() if gathered.rows else None
             details |= {"calibration_rows": gathered.rows} if gathered.rows else unreached([site])
-            sensitivity = weight.new_zeros(1, site.in_features) if gram is None else gram.diagonal()[None]
-        else:
+        if self.sensitivity == "fisher":
             sensitivity = context.graph.fisher.read(site.name).to(weight.device)
+        else:
+            sensitivity = weight.new_zeros(1, site.in_features) if gram is None else gram.diagonal()[None]
         if not bool(sensitivity.any()):
             details.setdefault("fallback", "all weights count alike: the loss minds none of them")
-        quantized = squeeze(weight, sensitivity, spec, context.scale_dtype(site), self.sparse_fraction, site.name)
+        dtype = context.scale_dtype(site)
+        moments = None
+        if gram is not None and self.rounds:
+            cross = None
+            if self.correction:
+                cross = CrossGram()
+                for value in site.inputs:
+                    cross.merge(statistics[Tap(value, CrossGram)])
+            moments = Moments(gram, None if cross is None else cross.result(), self.damping, self.correction)
+        quantized = squeeze(
+            weight, sensitivity, spec, dtype, self.sparse_fraction, moments, self.rounds, where=site.name
+        )
         restored = quantized.dequantize()
-        nearest_grid = _even_steps(weight, spec, context.scale_dtype(site))
+        nearest_grid = _even_steps(weight, spec, dtype)
         details |= {
             "weighted_error": _ratio(weight - restored, weight, sensitivity),
             "rtn_weighted_error": _ratio(weight - nearest_grid, weight, sensitivity),
@@ -169,12 +205,31 @@ def _has_codebook(graph: Graph, site: Site) -> bool:
     return spec is not None and spec.codebook
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What is known of a layer's input.
+
+    Attributes:
+        gram: float32 ``[in, in]``, second moments.
+        cross: of the input in the original model with this one; None where nothing is to be made good.
+        damping, correction: as in `SqueezeLLM`.
+    """
+
+    gram: Tensor
+    cross: Tensor | None = None
+    damping: float = 0.05
+    correction: float = 0.0
+
+
 def squeeze(
     weight: Tensor,
     sensitivity: Tensor,
     spec: QuantSpec,
     table_dtype: torch.dtype,
     sparse_fraction: float = 0.0,
+    moments: Moments | None = None,
+    rounds: int = 0,
+    *,
     where: str = "",
 ) -> Codebook:
     """A weight as tables of values and a sparse matrix.
@@ -185,40 +240,55 @@ def squeeze(
         spec: a format with a codebook.
         table_dtype: the dtype of tables and sparse values. Tables are rounded to it before codes are made.
         sparse_fraction: the part of all weights that is kept apart.
+        moments: of the input, where codes and tables are to be improved by the error of the output.
+        rounds: turns of that.
         where: the site, for messages.
 
     Raises:
-        CalibrationError: if the sensitivity does not fit the weight, is negative, or not finite.
+        CalibrationError: if statistics do not fit the weight, are negative, or not finite.
     """
     rows, columns = weight.shape
-    if sensitivity.shape not in ((rows, columns), (1, columns)):
-        raise CalibrationError(
-            "calibration statistics do not fit the weight",
-            where=where,
-            got=tuple(sensitivity.shape),
-            expected=(rows, columns),
-        )
-    if not bool(sensitivity.isfinite().all()) or bool((sensitivity < 0).any()):
-        raise CalibrationError(
-            "calibration statistics are not finite and positive",
-            where=where,
-            got="NaN or infinity" if not bool(sensitivity.isfinite().all()) else float(sensitivity.min()),
-            remedy="look for NaN, infinity or overflow in the activations of the layers before",
-        )
+    _check(sensitivity, [(rows, columns), (1, columns)], where)
+    if bool((sensitivity < 0).any()):
+        raise CalibrationError("a sensitivity is negative", where=where, got=float(sensitivity.min()))
     apart = _kept_apart(weight, sensitivity, round(sparse_fraction * weight.numel()))
     counted = torch.where(sensitivity.any(-1, keepdim=True), sensitivity, 1.0).expand(rows, columns)
     if apart is not None:
         counted = counted.masked_fill(apart, 0)
     limit = torch.finfo(table_dtype).max
     table = cluster(weight, counted, 1 << spec.bits).clamp_(-limit, limit).to(table_dtype)
-    dense = Codebook(nearest(weight, table.float()), table, None, spec)
+    target = weight
+    codes = nearest(weight, table.float())
+    if moments is not None and rounds and bool(moments.gram.any()):
+        for part in (moments.gram, moments.cross):
+            if part is not None:
+                _check(part, [(columns, columns)], where)
+        hessian = damped(moments.gram, moments.damping)
+        if moments.cross is not None and moments.correction:
+            target = shifted(weight, moments.cross, moments.gram, hessian, moments.correction)
+        codes, table = improve(target, codes, table, hessian, apart, rounds)
     if apart is None:
-        return dense
-    places = apart.nonzero()  # row by row, columns ascending
-    missed = (weight - dense.dequantize())[apart].to(table_dtype)
+        return Codebook(codes, table, None, spec)
+    codes = torch.where(apart, nearest(target, table.float()), codes)
+    dense = Codebook(codes, table, None, spec)
+    missed = (target - dense.dequantize())[apart].to(table_dtype)  # row by row, columns ascending
     offsets = torch.zeros(rows + 1, dtype=torch.int32, device=weight.device)
     offsets[1:] = apart.sum(-1).cumsum(0)
-    return replace(dense, sparse=Csr(missed, places[:, 1].to(torch.int32), offsets))
+    return replace(dense, sparse=Csr(missed, apart.nonzero()[:, 1].to(torch.int32), offsets))
+
+
+def _check(statistics: Tensor, shapes: list[tuple[int, int]], where: str) -> None:
+    if tuple(statistics.shape) not in shapes:
+        raise CalibrationError(
+            "calibration statistics do not fit the weight", where=where, got=tuple(statistics.shape), expected=shapes[0]
+        )
+    if not bool(statistics.isfinite().all()):
+        raise CalibrationError(
+            "calibration statistics are not finite",
+            where=where,
+            got="NaN or infinity",
+            remedy="look for NaN, infinity or overflow in the activations of the layers before",
+        )
 
 
 def _kept_apart(weight: Tensor, sensitivity: Tensor, count: int) -> Tensor | None:
