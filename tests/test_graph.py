@@ -266,6 +266,7 @@ def test_a_rewritten_tensor_is_float32_and_knows_its_source():
     assert graph.weights.info("1.weight").dtype == "float32"
     graph.rewrite_float("1.weight", value.double() * 2)
     assert torch.equal(graph.weights.read("1.weight"), value * 2)
+    assert graph.weights.info("1.weight").dtype == "float32"
     assert graph.source_dtype("1.weight") == "bfloat16"
     assert graph.source_dtype("0.weight") == "bfloat16"
 
