@@ -332,7 +332,7 @@ class Scheme:
             (match["a"] == "16" and activation_kinds)
             or (match["a"] == "4" and match["w"] == "8")
             or ("clip" in chosen and "dynamic" not in chosen)
-            or (not is_float and ("float" in chosen or chosen.get("granularity") == "block"))
+            or (not is_float and "float" in chosen)
             or (chosen.get("granularity") == "lut" and (match["a"] != "16" or "sign" in chosen))
             or (is_float and {"sign", "activation sign"}.intersection(chosen))
         ):
