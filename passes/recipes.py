@@ -9,6 +9,7 @@ from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.quantize_kv_cache import QuantizeKVCache
+from qcompiler.passes.rotate import Rotate
 from qcompiler.passes.rtn import RTN
 from qcompiler.passes.smooth_quant import SmoothQuant
 
@@ -24,10 +25,13 @@ RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
     "w8a8-smoothquant": lambda: (Assign("w8a8"), SmoothQuant(), InsertQDQ(), GPTQ(correction=0)),
     "w8a8-rtn": lambda: (Assign("w8a8"), RTN(), InsertQDQ()),
     "w8a8-dynamic": lambda: (Assign("w8a8-dynamic"), RTN(), InsertQDQ(observer=None)),
+    "w4a8": lambda: (Assign("w4a8-dynamic"), InsertQDQ(observer=None), GPTQ()),
+    "w4a4-gptq": lambda: (Assign("w4a4-clip85"), InsertQDQ(observer=None), GPTQ()),
+    "w4a4-rotated": lambda: (Assign("w4a4-clip85"), Rotate(online_heads=True), InsertQDQ(observer=None), GPTQ()),
     "fp8": lambda: (Assign("fp8"), InsertQDQ(observer="minmax"), GPTQ()),
+    "fp8-dynamic": lambda: (Assign("fp8-dynamic"), RTN(search="mse"), InsertQDQ(observer=None)),
     "nvfp4": lambda: (Assign("nvfp4"), InsertQDQ(observer="minmax"), GPTQ()),
     "mxfp4": lambda: (Assign("mxfp4"), InsertQDQ(observer=None), GPTQ()),
-    "fp8-dynamic": lambda: (Assign("fp8-dynamic"), RTN(search="mse"), InsertQDQ(observer=None)),
 }
 """Name → maker of the passes."""
 

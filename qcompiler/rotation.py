@@ -328,7 +328,7 @@ def _sources_along_last(node: fx.Node) -> list[fx.Node] | None:
     sources = list(first) if isinstance(first, (list, tuple)) else [first]
     if not all(isinstance(source, fx.Node) and source.meta.get("shape") for source in sources):
         return None
-    rank, width = len(sources[0].meta["shape"]), node.meta["shape"][-1:]
+    rank, width = len(sources[0].meta["shape"]), (node.meta.get("shape") or ())[-1:]
     if any(source.meta["shape"][-1:] != width for source in sources):
         if is_op(node, _aten.mul.Tensor) and _is_row_factor(first):
             return [node.args[1]] if isinstance(node.args[1], fx.Node) else None
@@ -400,6 +400,8 @@ class _HeadWalk(_Walk):
         """The heads a layer makes the values of; None for a layer whose output no attention reads as values."""
         (node,), channels = site.nodes, _Channels()
         self.heads = []
+        if not node.meta.get("shape"):
+            return None
         given = channels.give(site.out_features)
         labels: dict[fx.Node, Labels] = {node: given.reshape([1] * (len(node.meta["shape"]) - 1) + [-1])}
         consumers, partners = self._follow(labels, channels)

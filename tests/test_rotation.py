@@ -169,7 +169,7 @@ def test_a_graph_without_a_stream():
     assert find_streams(residual_mlp()) == ([], [])
 
 
-# --- heads of values, and inputs rotated at run time -------------------------------------------------------------------
+# --- heads of values, and inputs rotated at run time ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
