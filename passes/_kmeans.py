@@ -22,7 +22,7 @@ __all__ = ["cluster", "nearest"]
 _PLACES = 128
 _ROWS = 8  # rows clustered at a time: the errors of all runs between places stay in the cache
 _STEPS = 32  # of Lloyd's iteration, at most
-_FAINTEST = 1e-6  # of the mean: a value without weight has a place near its neighbours all the same
+_LEAST = 1e-9  # of the mean weight: what sums of nothing may come to by rounding
 
 
 def cluster(values: Tensor, weights: Tensor, levels: int) -> Tensor:
@@ -30,8 +30,8 @@ def cluster(values: Tensor, weights: Tensor, levels: int) -> Tensor:
 
     Args:
         values: float ``[rows, n]``, finite.
-        weights: float ``[rows or 1, n]``, finite and not negative; of a row, only their ratios matter. A row of zeros
-            counts as one of ones.
+        weights: float ``[rows or 1, n]``, finite and not negative; of a row, only their ratios matter. A value of
+            weight 0 is passed over; a row of zeros counts as one of ones.
         levels: centers per row, at least 1.
 
     Returns:
@@ -68,7 +68,7 @@ def _cluster(values: Tensor, weights: Tensor, levels: int) -> Tensor:
     values, order = values.sort(-1)
     mean = weights.mean(-1, keepdim=True)
     weights = torch.where(mean > 0, weights / mean.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
-    weights = weights.gather(1, order).clamp_(min=_FAINTEST)
+    weights = weights.gather(1, order)
     shift = values.mean(-1, keepdim=True)
     sums = _Sums(values - shift, weights)
     ends = _best_cuts(sums, _places(values, weights), levels)
@@ -82,7 +82,7 @@ class _Sums:
 
     Args:
         values: float64 ``[rows, n]``, ascending, near zero on average.
-        weights: ``[rows, n]``, positive.
+        weights: ``[rows, n]``, not negative, 1 on average.
     """
 
     def __init__(self, values: Tensor, weights: Tensor) -> None:
@@ -100,13 +100,13 @@ class _Sums:
     def error(self, ends: Tensor) -> Tensor:
         """``[rows]``, the weighted squared distance from the centers."""
         weight, moment, square = self.of_runs(ends)
-        return (square - moment * moment / weight.clamp(min=_FAINTEST / 2)).clamp_(min=0).sum(-1)
+        return (square - moment * moment / weight.clamp(min=_LEAST)).clamp_(min=0).sum(-1)
 
     def centers(self, ends: Tensor) -> Tensor:
-        """``[rows, runs]``, ascending; of an empty run, the value that stands there."""
+        """``[rows, runs]``, ascending; of a run that counts for nothing, the value behind it."""
         weight, moment, _ = self.of_runs(ends)
         there = self.values.gather(1, ends.clamp(max=self.values.shape[1] - 1))
-        centers = torch.where(weight > 0, moment / weight.clamp(min=_FAINTEST / 2), there)
+        centers = torch.where(weight > _LEAST, moment / weight.clamp(min=_LEAST), there)
         return centers.cummax(-1).values  # rounding may turn the order of centers that are equal but for the last bit
 
 
@@ -132,7 +132,7 @@ def _best_cuts(sums: _Sums, places: Tensor, levels: int) -> Tensor:
     """The best ends of ``levels`` runs among some places, int64 ``[rows, levels]``: dynamic programming."""
     at = [prefix.gather(1, places) for prefix in sums.prefix]
     weight, moment, square = (prefix[:, :, None] - prefix[:, None, :] for prefix in at)  # [rows, end, begin]
-    error = square.sub_(moment.square_().div_(weight.clamp_(min=_FAINTEST / 2))).clamp_(min=0)
+    error = square.sub_(moment.square_().div_(weight.clamp_(min=_LEAST))).clamp_(min=0)
     count = places.shape[1]
     backwards = torch.ones(count, count, dtype=torch.bool, device=places.device).triu_(1)
     error.masked_fill_(backwards, torch.inf)

@@ -39,6 +39,7 @@ __all__ = ["Moments", "Sensitivity", "SqueezeLLM", "squeeze"]
 Sensitivity = Literal["fisher", "gram"]
 
 _LARGEST_FRACTION = 0.1
+_FAINTEST = 1e-6  # of the mean: a weight that nothing minds has a value near it in the table all the same
 _SENSITIVE_SHARE = 1 / 9  # of the weights kept apart: 0.05 of 0.45 per cent in the paper
 
 
@@ -252,7 +253,8 @@ def squeeze(
     if bool((sensitivity < 0).any()):
         raise CalibrationError("a sensitivity is negative", where=where, got=float(sensitivity.min()))
     apart = _kept_apart(weight, sensitivity, round(sparse_fraction * weight.numel()))
-    counted = torch.where(sensitivity.any(-1, keepdim=True), sensitivity, 1.0).expand(rows, columns)
+    mean = sensitivity.mean(-1, keepdim=True)
+    counted = torch.where(mean > 0, sensitivity.clamp(min=_FAINTEST * mean), 1.0).expand(rows, columns)
     if apart is not None:
         counted = counted.masked_fill(apart, 0)
     limit = torch.finfo(table_dtype).max
