@@ -63,7 +63,7 @@ def test_weights_are_computed_when_they_are_read():
     rotate_stream(graph, stream, some(stream.width))
     for name in graph.weight_names():
         if "proj" in name or "embed" in name or "head" in name:
-            assert isinstance(graph.weights.version(name).source, Deferred)  # type: ignore[attr-defined]
+            assert isinstance(graph.weights.version(name).source, Deferred)
             assert graph.source_dtype(name) == "float32"
 
 
