@@ -7,7 +7,7 @@ from qcompiler.graph import Graph, is_quantized_weight, stored_names
 from qcompiler.qtensor import Affine, Codebook, Csr
 from qcompiler.report import quantized_bits_per_weight
 from qcompiler.spec import QuantSpec, Scheme
-from tests.tiny_graphs import chain, interpret
+from tests.tiny_graphs import Maker, chain, interpret, other
 
 
 def affine(x: torch.Tensor, spec: QuantSpec, scale_dtype: torch.dtype = torch.float16) -> Affine:
@@ -138,17 +138,20 @@ def test_every_stored_scale_comes_back():
     assert torch.equal(found, exponents)
 
 
-@pytest.mark.parametrize("side", [4, 5, 16])
+@pytest.mark.parametrize("side", [4, 5, 8, 16, 40])
 def test_squares_survive_the_graph(side):
-    """One float32 scale per square is stored, and the operator finds it again."""
-    graph: Graph = chain(sites=1, width=12)
+    """One float32 scale per square is stored, and the operator finds it again; a side may be wider than the weight."""
+    make = Maker()
+    x = make.fx.placeholder("x")
+    graph = make.graph([other("x", "batch", 7)], {other("y", "batch", 24): make.linear(x, "0", 24, 7)})
     (site,) = graph.sites()
     spec = QuantSpec("float8_e4m3fn", "per_block", side)
     quantized = affine(graph.weights.read(site.weight), spec, torch.float32)
     graph.set_weight(site, quantized)
-    count = -(-12 // side)
-    assert graph.weights.info(f"{site.weight}_scale").shape == (count, count)
-    assert 8 * graph.weights.stored_bytes(graph.weight_names()) == quantized.stored_bits == 144 * 8 + count**2 * 32
+    count = (-(-24 // side), -(-7 // side))
+    assert graph.weights.info(f"{site.weight}_scale").shape == count
+    bits = 24 * 7 * 8 + count[0] * count[1] * 32
+    assert 8 * graph.weights.stored_bytes(graph.weight_names()) == quantized.stored_bits == bits
     node = site.nodes[0].args[1]
     codes, scale = (graph.weights.read(n.target) for n in node.args[:2])
     assert torch.equal(node.target(codes, scale, *node.args[2:]), quantized.dequantize())

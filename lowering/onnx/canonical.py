@@ -74,10 +74,11 @@ def matmul_weight(e: Emitter, node: fx.Node, dtype: ir.DataType) -> ir.Value:
     if not is_linear_weight(node):
         return e.op("Transpose", e.value(node, dtype), perm=[1, 0])
     codes, scale, zero_point, axis, block = _dequantize_arguments(node)
-    width = e.graph.weights.info(str(codes.target)).shape[1]
+    width, side = e.graph.weights.info(str(codes.target)).shape[1], block
     if block >= width:  # one block per row: the same as one scale per channel
         axis, block = 0, 0
-    return _stored_dequantize(e, codes, scale, zero_point, axis=axis, block=block, dtype=dtype, transpose=True)
+    places = {"axis": axis, "block": block, "side": side}
+    return _stored_dequantize(e, codes, scale, zero_point, **places, dtype=dtype, transpose=True)
 
 
 def _dequantize_arguments(node: fx.Node) -> tuple[fx.Node, Any, Any, int, int]:
@@ -96,16 +97,22 @@ def _stored_dequantize(
     *,
     axis: int,
     block: int,
+    side: int,
     dtype: ir.DataType,
     transpose: bool,
 ) -> ir.Value:
     stored = code_dtype(e.graph.weights.info(str(codes.target)).dtype, e.opset)
-    scale_rank = len(e.graph.weights.info(str(scale.target)).shape)
+    scale_shape = e.graph.weights.info(str(scale.target)).shape
+    scale_rank = len(scale_shape)
     is_flat = scale_rank == 2 and not block  # [out, 1] → [out]
     inputs = [
         e.codes(codes, stored, transpose=transpose),
         e.weight(scale, dtype, transpose=transpose and scale_rank == 2 and not is_flat, flat=is_flat),
     ]
+    rows = e.graph.weights.info(str(codes.target)).shape[0]
+    if scale_rank == 2 and scale_shape[0] != rows:  # one per square: ONNX has blocks along one axis, the rows repeat
+        places = e.const([row // side for row in range(rows)])
+        inputs[1] = e.op("Gather", inputs[1], places, axis=1 if transpose and not is_flat else 0)
     if zero_point is not None:
         inputs.append(
             e.codes(zero_point, stored, transpose=transpose and scale_rank == 2 and not is_flat, flat=is_flat)
@@ -169,7 +176,8 @@ def _quantize(e: Emitter, node: fx.Node) -> ir.Value:
 def _dequantize(e: Emitter, node: fx.Node) -> ir.Value:
     codes, scale, zero_point, axis, block = _dequantize_arguments(node)
     if codes.op == "get_attr" and isinstance(scale, fx.Node) and scale.op == "get_attr":
-        return _stored_dequantize(e, codes, scale, zero_point, axis=axis, block=block, dtype=e.working, transpose=False)
+        places = {"axis": axis, "block": block, "side": block}
+        return _stored_dequantize(e, codes, scale, zero_point, **places, dtype=e.working, transpose=False)
     value = e.value(codes)
     zero = _zero_point(e, scale, zero_point, dtype_of(value))
     scales = e.value(scale, e.working)

@@ -13,7 +13,6 @@ OPSETS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 """Operator sets that can be written, and the IR version each goes with."""
 
 _SMALLEST_FUSED_BLOCK = 16
-_SQUARES = "one scale per square of rows and columns: DequantizeLinear has blocks along one axis; choose -g128"
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,6 @@ class OnnxTarget:
         if spec.codebook:
             reason = "a codebook: stored as it is, made a float weight when the model is loaded"
             return Support("runs", f"{reason}; {widened}" if widened else reason)
-        if spec.granularity == "per_block":
-            return Support("refused", _SQUARES)
         if spec.is_float:
             return Support("runs", f"{spec.dtype} weights: dequantized anew in every run, multiplied in float")
         if spec.group_size is None or spec.group_size >= width:
@@ -91,7 +88,7 @@ class OnnxTarget:
     def _supports_both(self, weight: QuantSpec | None, activation: QuantSpec, width: int) -> Support:
         if weight is None:
             return Support("runs", "float weights: the product of rounded activations is computed in float")
-        if weight.group_size == 1 < width or weight.granularity == "per_block":
+        if weight.group_size == 1 < width:
             return self._supports_weight(weight, width)
         if activation.is_float or weight.is_float:
             kinds = " and ".join(dict.fromkeys((weight.dtype, activation.dtype)))

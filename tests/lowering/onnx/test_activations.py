@@ -203,3 +203,17 @@ def test_zeros_stay_zeros(name, float_dtype, maker, run_onnx):
     graph = quantized_linear(maker, Scheme.parse(name), bias=False)
     (result,) = run_onnx(graph, torch.zeros(2, 3, 64), float_dtype=float_dtype)
     assert not result.any()
+
+
+@pytest.mark.parametrize("shape", [SYMBOLIC, MATRIX], ids=["symbolic", "matrix"])
+@pytest.mark.parametrize("side", [16, 20, 48, 50, 128])
+def test_scales_of_squares_are_repeated_for_every_row(side, shape, maker, run_onnx, tmp_path):
+    scheme = Scheme(QuantSpec("float8_e4m3fn", "per_block", side), Scheme.parse("fp8-dynamic").activation)
+    graph = quantized_linear(maker, scheme, shape, rows=100)
+    assert graph.weights.info("site.weight_scale").shape == (-(-100 // side), -(-64 // side))
+    report = lower(graph, tmp_path / "out")
+    x = sized(shape)
+    (result,) = run_onnx(graph, x, session=open_session(tmp_path / "out"))
+    expected = reference(graph, x)
+    assert (result - expected).abs().max() <= 2e-6 * expected.abs().max()
+    assert report["sites"]["site"]["status"] == "runs"

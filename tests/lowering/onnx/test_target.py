@@ -51,6 +51,7 @@ def test_support(name, width, status, reason):
         ("fp8", 4096, "runs", "float8_e4m3fn: no such product"),
         ("fp8-e5m2", 4096, "runs", "float8_e5m2: no such product"),
         ("fp8-dynamic", 4096, "runs", "float8_e4m3fn"),
+        ("fp8-block", 4096, "runs", "float8_e4m3fn"),
     ],
 )
 def test_support_of_rounded_activations(name, width, status, reason):
@@ -99,12 +100,3 @@ def test_four_bit_floats_are_refused(name):
     assert "4-bit floats: ONNX Runtime has no kernel" in support.reason
     activation_only = Scheme(None, Scheme.parse("nvfp4").activation)
     assert OnnxTarget().supports(activation_only, 4096).status == "refused"
-
-
-@pytest.mark.parametrize("name", ["fp8-block", "fp8-block-dynamic"])
-def test_squares_are_refused(name):
-    scheme = Scheme.parse(name)
-    for asked in (scheme, Scheme(scheme.weight)):
-        support = OnnxTarget().supports(asked, 4096)
-        assert support.status == "refused"
-        assert "DequantizeLinear has blocks along one axis" in support.reason
