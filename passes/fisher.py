@@ -10,6 +10,7 @@ from qcompiler.pass_base import (
     CANONICAL,
     FISHER,
     FLOAT_ACTIVATIONS,
+    FLOAT_CACHE,
     FLOAT_WEIGHTS,
     Effect,
     Pass,
@@ -28,14 +29,14 @@ class Fisher(Pass):
     forward and a backward sweep of its own (`qcompiler.fisher`), whose memory does not grow with depth. Sites that stay
     in float are left out, where schemes are assigned already.
 
-    Whatever changes weights or activations behind it ends what it says: a pipeline in which one stands between it and a
-    pass that needs it is refused.
+    It stands ahead of what rounds activations or caches, through which no derivative passes. Whatever changes weights
+    behind it ends what it says: a pipeline in which one stands between it and a pass that needs it is refused.
 
     Source: arXiv 2306.07629, section 4.1.
     """
 
     effect: ClassVar[Effect] = Effect.ANALYSIS
-    requires: ClassVar[frozenset[str]] = frozenset({CANONICAL, FLOAT_WEIGHTS, FLOAT_ACTIVATIONS})
+    requires: ClassVar[frozenset[str]] = frozenset({CANONICAL, FLOAT_WEIGHTS, FLOAT_ACTIVATIONS, FLOAT_CACHE})
     establishes: ClassVar[frozenset[str]] = frozenset({FISHER})
 
     @property

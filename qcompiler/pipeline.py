@@ -25,7 +25,9 @@ _ENDS = {WEIGHTS_QUANTIZED: FLOAT_WEIGHTS, ACTIVATIONS_QUANTIZED: FLOAT_ACTIVATI
 """Facts that are no longer true where another is."""
 
 _MEASURED = frozenset({FISHER})
-"""Facts about the model as it was measured: any pass that may change it ends them."""
+"""Facts about the model as it was measured: any pass that may change its weights ends them."""
+_LEAVE_WEIGHTS = frozenset({ACTIVATIONS_QUANTIZED, CACHE_QUANTIZED})
+"""What passes establish that round values alone."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def _prove(passes: tuple[Pass, ...]) -> None:
         if WEIGHTS_QUANTIZED in item.establishes and WEIGHTS_QUANTIZED in facts:
             problems.append(f"{name} (position {position}) quantizes weights that are quantized already")
         lost = item.invalidates | {_ENDS[fact] for fact in item.establishes if fact in _ENDS}
-        lost |= frozenset() if item.effect is Effect.ANALYSIS else _MEASURED
+        if item.effect is not Effect.ANALYSIS and not item.establishes & _LEAVE_WEIGHTS:
+            lost |= _MEASURED
         ended.update(dict.fromkeys(facts & lost, f"{name} (position {position})"))
         facts = (facts - lost) | item.establishes
     if problems:

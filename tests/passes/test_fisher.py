@@ -8,6 +8,7 @@ from qcompiler.compiling import compile_graph
 from qcompiler.errors import CalibrationError, PipelineError
 from qcompiler.pass_base import FISHER, WEIGHTS_QUANTIZED, CalibrationRun, Effect, Pass, PassContext, PassResult
 from qcompiler.passes import RTN, Assign, Fisher, InsertQDQ, SmoothQuant, SqueezeLLM
+from qcompiler.passes.quantize_kv_cache import QuantizeKVCache
 from qcompiler.pipeline import Pipeline
 from qcompiler.report import CompileReport
 from tests.tiny_graphs import language_model, token_batches
@@ -50,13 +51,15 @@ def test_place_in_a_pipeline():
     assert Fisher().is_calibrated
     assert not Fisher().works_in_sweep
     assert Pipeline([Fisher(), Assign("w4a16"), RTN()]).is_calibrated
-    for ahead in (SmoothQuant(), InsertQDQ()):
-        with pytest.raises(PipelineError) as caught:
-            Pipeline([Assign("w8a8"), Fisher(), ahead, SqueezeLLM()])
-        assert "needs 'Fisher information" in str(caught.value)
-        assert type(ahead).__name__ in str(caught.value)
-    with pytest.raises(PipelineError):
-        Pipeline([Assign("w4a16"), RTN(), Fisher()])
+    with pytest.raises(PipelineError) as caught:
+        Pipeline([Assign("w8a8"), Fisher(), SmoothQuant(), SqueezeLLM()])
+    assert "needs 'Fisher information" in str(caught.value)
+    assert "SmoothQuant (position 2)" in str(caught.value)
+    for rounding in (RTN(), InsertQDQ(), QuantizeKVCache()):
+        with pytest.raises(PipelineError, match="cannot run in this order"):
+            Pipeline([Assign("w8a8"), rounding, Fisher()])
+    for leaves_weights in (InsertQDQ(), QuantizeKVCache()):
+        Pipeline([Assign("w8a8"), Fisher(), leaves_weights, SqueezeLLM()])
 
 
 @dataclasses.dataclass(frozen=True)
