@@ -309,7 +309,7 @@ def test_what_stands_behind_sees_rounded_values_and_an_unrounded_reference(tmp_p
         assert (seen.low, seen.high) == pytest.approx((float(x.min()), float(x.max())), rel=1e-5)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "fp8-dynamic", "fp8-e5m2"])
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "fp8-dynamic", "fp8-e5m2", "fp8-block", "nvfp4", "mxfp4"])
 def test_gptq_behind_it_beats_rounding_to_nearest(scheme, tmp_path):
     graph, reports = rounded_model(scheme, tmp_path, InsertQDQ(), GPTQ())
     assert len(pairs(graph)) == 8
