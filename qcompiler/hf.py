@@ -111,10 +111,13 @@ class HFArtifact:
 
 def _bytes_per_token(cache: Any) -> int | None:
     """What one token takes in a cache of transformers; None for a kind that is not of keys and values."""
-    kept = [getattr(layer, part, None) for layer in getattr(cache, "layers", None) or () for part in ("keys", "values")]
-    if not kept or not all(isinstance(tensor, Tensor) and tensor.dim() == 4 for tensor in kept):
-        return None
-    return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in kept)
+    layers = getattr(cache, "layers", None) or ()
+    total = 0
+    for tensor in (getattr(layer, part, None) for layer in layers for part in ("keys", "values")):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4:
+            return None
+        total += tensor.shape[1] * tensor.shape[3] * tensor.element_size()
+    return total or None
 
 
 def load_tokenizer(path: str | Path, *, vocab_size: int | None = None, trust_remote_code: bool = False) -> Any:

@@ -269,7 +269,7 @@ class HeadRange:
     def tokens(self) -> Tensor:
         """Some of the tokens, evenly spaced, float32 ``[1, H, kept, D]``."""
         rows = self._tokens.result()
-        return rows.unflatten(-1, (self._heads, -1)).transpose(0, 1)[None]
+        return rows.reshape(len(rows), self._heads, -1).transpose(0, 1)[None]
 
     def _take(self, low: Tensor, high: Tensor) -> None:
         self._low = low if self._low is None else torch.minimum(self._low, low)

@@ -11,6 +11,7 @@ from qcompiler.errors import TargetError
 from qcompiler.graph import is_op, is_quantized_weight, quantized_value, site_name, stored_names
 from qcompiler.hadamard import factors_of, hadamard_matrix
 from qcompiler.lowering.onnx.attention import attend
+from qcompiler.lowering.onnx.caches import dequantize_shared, is_of_blocks, is_shared, quantize_blocks, quantize_shared
 from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument, dtype_of, onnx_dtype, tensor_arguments
 
 __all__ = ["CANONICAL_BUILDERS", "code_dtype", "is_linear_weight", "layer_norm", "matmul_weight"]
@@ -160,6 +161,10 @@ def _quantize(e: Emitter, node: fx.Node) -> ir.Value:
     code = _NARROW.get((dtype, argument(node, 6, "bits"))) or onnx_dtype(dtype)  # type: ignore[arg-type]
     if _is_dynamic_uint8(x_node, scale, zero_point):
         return _dynamic_quantize(e, x)[0]
+    if is_of_blocks(scale):
+        return quantize_blocks(e, node, code)
+    if is_shared(scale):
+        return quantize_shared(e, x, scale, zero_point, code, argument(node, 6, "bits") or 8)
     zero = _zero_point(e, scale, zero_point, code)
     return e.op(
         "QuantizeLinear",
@@ -179,6 +184,8 @@ def _dequantize(e: Emitter, node: fx.Node) -> ir.Value:
         places = {"axis": axis, "block": block, "side": block}
         return _stored_dequantize(e, codes, scale, zero_point, **places, dtype=e.working, transpose=False)
     value = e.value(codes)
+    if is_shared(scale):
+        return dequantize_shared(e, value, scale, zero_point)
     zero = _zero_point(e, scale, zero_point, dtype_of(value))
     scales = e.value(scale, e.working)
     return e.op("DequantizeLinear", value, scales, zero, dtype=e.working, axis=axis, block_size=block or None)
@@ -316,12 +323,7 @@ def _rotary(e: Emitter, node: fx.Node) -> ir.Value:
     return e.op("Add", e.op("Mul", x, e.cast(cos, dtype_of(x))), e.op("Mul", swapped, signed))
 
 
-# --- cache and attention ---------------------------------------------------------------------------------------------
-
-
-def _kv_append(e: Emitter, node: fx.Node) -> ir.Value:
-    past = e.value(node.args[0])
-    return e.op("Concat", past, e.value(node.args[1], dtype_of(past)), axis=2)
+# --- attention -------------------------------------------------------------------------------------------------------
 
 
 def _attention(e: Emitter, node: fx.Node) -> ir.Value:
@@ -337,7 +339,6 @@ CANONICAL_BUILDERS: Builders = {
     _canonical.rms_norm.default: _rms_norm,
     _canonical.layer_norm.default: _layer_norm,
     _canonical.rotary.default: _rotary,
-    _canonical.kv_append.default: _kv_append,
     _canonical.attention.default: _attention,
     _canonical.hadamard.default: _hadamard,
     _canonical.quantize.default: _quantize,

@@ -155,7 +155,7 @@ class Emitter:
         dtype = onnx_dtype(getattr(torch, port.dtype))
         is_cache = port.role == "past"
         if is_cache and dtype == ir.DataType.FLOAT:
-            dtype = self.working
+            dtype = ir.DataType.FLOAT16 if port.dtype == "float16" else self.working
         value = ir.Value(name=port.name, type=ir.TensorType(dtype), shape=ir.Shape(port.shape))
         self.inputs.append(value)
         self.scope = port.name

@@ -60,6 +60,8 @@ def generation_config(
         "num_attention_heads": first("num_attention_heads", "n_head"),
     }
     missing = [name for name, value in facts.items() if value is None]
+    if signature.has_quantized_cache:
+        missing.append("how scales of a quantized cache are passed on")
     if any(port.shape != cache for port in past):
         missing.append("one cache shape for all layers")
     if missing:

@@ -20,7 +20,11 @@ _NUMPY = {
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
 }
+_FLOAT8 = {"tensor(float8e4m3fn)": 17, "tensor(float8e5m2)": 19}
+"""Their numbers in ONNX; NumPy has no such dtypes."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class OnnxArtifact:
     Attributes:
         path: the folder.
         has_cache: whether `prefill` and `step` work.
+        has_quantized_cache: whether keys or values are kept as codes.
+        cache_bytes_per_token: of all caches and their scales, for one sequence; None without a cache.
         vocab_size: width of the logits.
         max_positions: the longest sequence, if the file tells.
         provenance: what the file tells of its origin.
@@ -79,6 +85,7 @@ class OnnxArtifact:
                 "ONNX Runtime cannot load this model", where=file, got=str(error).strip().splitlines()[0]
             ) from error
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
+        self._new_value = onnxruntime.OrtValue.ortvalue_from_shape_and_type
         self._inputs = {port.name: port for port in self._session.get_inputs()}
         self._outputs = [port.name for port in self._session.get_outputs()]
         self._past = [name for name in self._inputs if name.startswith("past_key_values.")]
@@ -94,6 +101,11 @@ class OnnxArtifact:
                 expected="input_ids, attention_mask, position_ids, token_type_ids, past_key_values.N.* and present.N.*",
             )
         self.has_cache = bool(self._past)
+        kept = [self._inputs[name] for name in self._past]
+        self.has_quantized_cache = any(_item_bytes(port.type) == 1 for port in kept)
+        self.cache_bytes_per_token = (
+            sum(_item_bytes(port.type) * port.shape[1] * port.shape[3] for port in kept) if kept else None
+        )
         self._result = "logits" if "logits" in self._outputs else self._outputs[0]
         width = next(port.shape[-1] for port in self._session.get_outputs() if port.name == self._result)
         self.vocab_size = int(width)
@@ -165,7 +177,8 @@ class OnnxArtifact:
         for name in self._past:
             port = self._inputs[name]
             _, heads, _, width = port.shape
-            values[name] = self._value(np.zeros((batch, heads, 0, width), dtype=_NUMPY[port.type]))
+            dtype = _FLOAT8.get(port.type) or _NUMPY[port.type]
+            values[name] = self._new_value((batch, heads, 0, width), dtype)
         return _Cache(values, 0, batch)
 
     def _run(self, ids: Tensor, cache: _Cache, outputs: list[str]) -> tuple[Tensor, list[Any]]:
@@ -185,6 +198,11 @@ class OnnxArtifact:
             torch.utils.dlpack.from_dlpack(first) if hasattr(first, "__dlpack__") else torch.from_numpy(first.numpy())
         )
         return shared.float(), rest
+
+
+def _item_bytes(kind: str) -> int:
+    """Bytes of one element of an ONNX Runtime type."""
+    return 1 if kind in _FLOAT8 else np.dtype(_NUMPY[kind]).itemsize
 
 
 def _token_input(name: str, ids: Tensor, past: int, total: int) -> np.ndarray[Any, Any]:

@@ -14,6 +14,7 @@ from torch import fx
 
 from qcompiler.errors import InputError, TargetError, VerificationError
 from qcompiler.graph import Graph, ancestors, is_op, site_name
+from qcompiler.lowering.onnx.caches import CACHE_BUILDERS
 from qcompiler.lowering.onnx.canonical import CANONICAL_BUILDERS, code_dtype, is_linear_weight
 from qcompiler.lowering.onnx.codebooks import CODEBOOK_BUILDERS
 from qcompiler.lowering.onnx.elementwise import ELEMENTWISE_BUILDERS
@@ -34,6 +35,7 @@ METADATA_PREFIX = "qcompiler."
 
 BUILDERS = {
     **CANONICAL_BUILDERS,
+    **CACHE_BUILDERS,
     **CODEBOOK_BUILDERS,
     **EXPERT_BUILDERS,
     **ELEMENTWISE_BUILDERS,
