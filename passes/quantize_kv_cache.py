@@ -136,6 +136,11 @@ class QuantizeKVCache(Pass):
                     remedy="rotate=False",
                 )
 
+    def cache_formats(self) -> tuple[CacheFormat, ...]:
+        """Of keys and of values."""
+        found = (self._format_of(part, _NARROW_GROUP) for part in ("key", "value"))
+        return tuple(dict.fromkeys(spec for spec in found if spec is not None))
+
     def waves(self, segment: Segment, graph: Graph) -> list[Wave]:
         """The caches of a segment, together."""
         inside = set(segment.nodes())

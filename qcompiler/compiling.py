@@ -24,7 +24,7 @@ from qcompiler.pipeline import Pipeline
 from qcompiler.probe import run_by_segments
 from qcompiler.report import CompileReport, peak_rss_bytes, quantized_bits_per_weight
 from qcompiler.sweep import Batch, Progress, default_value_budget, sweep
-from qcompiler.target import TargetSpec, check_schemes
+from qcompiler.target import TargetSpec, check_caches, check_schemes
 from qcompiler.verify import check_declared, check_exact, state_of, verify_graph
 from qcompiler.weights import WeightStore
 
@@ -137,6 +137,7 @@ def compile_graph(
             _check_schemes(graph, targets)
             for item in stage.swept:
                 item.check(graph)
+                check_caches(item.cache_formats(), targets)
             is_checked = any(item.effect is Effect.EXACT for item in stage.swept)
             takes_tokens = graph.signature.input("ids") is not None
             wants_inputs = stage.is_calibrated or (is_checked and not takes_tokens and calibration is not None)

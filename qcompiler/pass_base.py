@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from qcompiler.errors import PipelineError
 from qcompiler.graph import Graph, Site
+from qcompiler.kv_cache import CacheFormat
 from qcompiler.observers import Statistic
 from qcompiler.segments import Segment
 
@@ -253,6 +254,10 @@ class Pass:
 
     def check(self, graph: Graph) -> None:
         """Refuses, before its stage computes anything, a graph that the pass cannot work on."""
+
+    def cache_formats(self) -> tuple[CacheFormat, ...]:
+        """The formats it gives key-value caches, for targets to be asked about."""
+        return ()
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         """Rewrites the whole graph, before the sweep of its stage."""

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from qcompiler.errors import TargetError
+from qcompiler.kv_cache import CacheFormat
 from qcompiler.spec import Scheme
 
-__all__ = ["Support", "SupportStatus", "TargetSpec", "check_schemes"]
+__all__ = ["Support", "SupportStatus", "TargetSpec", "check_caches", "check_schemes"]
 
 SupportStatus = Literal["fused", "runs", "writes-only", "refused"]
 
@@ -42,6 +43,10 @@ class TargetSpec(Protocol):
         """What becomes of a linear layer with ``width`` input channels under ``scheme``."""
         ...
 
+    def supports_cache(self, spec: CacheFormat) -> Support:
+        """What becomes of a key-value cache of this format."""
+        ...
+
 
 def check_schemes(
     schemes: Mapping[str, Scheme], widths: Mapping[str, int], targets: Sequence[TargetSpec]
@@ -71,5 +76,30 @@ def check_schemes(
                     got=scheme,
                     expected=support.reason,
                     remedy="choose another group size or bit width, or leave this target out",
+                )
+    return found
+
+
+def check_caches(formats: Sequence[CacheFormat], targets: Sequence[TargetSpec]) -> dict[str, dict[str, Support]]:
+    """Asks every target about every format that caches are given.
+
+    Returns:
+        Per target name, per format as text, what becomes of it.
+
+    Raises:
+        TargetError: if a target refuses one.
+    """
+    found: dict[str, dict[str, Support]] = {}
+    for target in targets:
+        answers = found.setdefault(target.name, {})
+        for spec in formats:
+            answers[str(spec)] = support = target.supports_cache(spec)
+            if support.status == "refused":
+                raise TargetError(
+                    "the target does not take a cache of this format",
+                    where=target.name,
+                    got=spec,
+                    expected=support.reason,
+                    remedy="choose another format of the cache, or leave this target out",
                 )
     return found

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qcompiler.errors import TargetError
+from qcompiler.kv_cache import CacheFormat
 from qcompiler.spec import QuantSpec, Scheme
 from qcompiler.target import Support
 
@@ -64,6 +65,15 @@ class OnnxTarget:
         if scheme.activation is not None:
             return self._supports_both(scheme.weight, scheme.activation, width)
         return Support("fused") if scheme.weight is None else self._supports_weight(scheme.weight, width)
+
+    def supports_cache(self, spec: CacheFormat) -> Support:
+        """What becomes of a key-value cache: right in every format, dequantized as a whole in every step."""
+        reason = f"cache of {spec}: dequantized ahead of attention"
+        if spec.is_float:
+            reason += ", and turned to float and back where it grows: there is no Concat of float8"
+        elif spec.is_packed:
+            reason += ", its bytes taken apart by bit operations"
+        return Support("runs", reason)
 
     def _supports_weight(self, spec: QuantSpec, width: int) -> Support:
         if spec.group_size == 1 < width:
