@@ -10,7 +10,7 @@ import torch
 
 from qcompiler.calibration import Calibration
 from qcompiler.compiling import choose_device, compile_graph
-from qcompiler.errors import InputError, RecipeError, VerificationError, WeightError
+from qcompiler.errors import CalibrationError, InputError, RecipeError, VerificationError, WeightError
 from qcompiler.graph import Graph
 from qcompiler.pass_base import Effect, Pass, PassContext, PassResult, SiteReport, Skip, Wave
 from qcompiler.passes import GPTQ, RTN, Assign
@@ -153,3 +153,32 @@ def test_passes_on_the_whole_graph_are_held_to_what_they_say(changes: bool) -> N
     assert run(language_model(), [_Claim(changes, changes)]).regions == [{"name": "a region"}]
     with pytest.raises(VerificationError, match="say truly"):
         run(language_model(), [_Claim(changes, not changes)])
+
+
+@dataclass(frozen=True)
+class _Half(Pass):
+    """Halves a weight of the whole graph; exact where ``other`` is doubled for it."""
+
+    first: str
+    other: str | None
+
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        graph.rewrite_float(self.first, graph.weights.read(self.first) / 2)
+        if self.other is not None:
+            graph.rewrite_float(self.other, graph.weights.read(self.other) * 2)
+        return PassResult(modified=True)
+
+
+def test_an_exact_pass_on_the_whole_graph_is_checked_on_a_modules_own_inputs() -> None:
+    inputs = [(torch.randn(3, 8),)]
+    up, down = "0.up.weight", "0.down.weight"
+    run(residual_mlp(), [_Half(up, down)], inputs)
+    with pytest.raises(VerificationError) as caught:
+        run(residual_mlp(), [_Half(up, None)], inputs)
+    assert caught.value.where == "_half"
+    with pytest.raises(CalibrationError):
+        run(residual_mlp(), [_Half(up, down)])
+    with pytest.raises(CalibrationError, match="checked on inputs"):
+        run(residual_mlp(), [_Half(up, down)], [])
