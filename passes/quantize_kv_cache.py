@@ -240,7 +240,7 @@ class QuantizeKVCache(Pass):
         group: int | None = None if self.group_size == -1 else self.group_size
         if self.group_size is None and name == "int4" and self.scales == "per_token":
             group = math.gcd(_NARROW_GROUP, width)
-        symmetric = name != "int4" if self.symmetric is None else self.symmetric or name == "fp8"
+        symmetric = name != "int4" if self.symmetric is None else self.symmetric
         return CacheFormat(_DTYPES[name], self.scales, group, symmetric)
 
 

@@ -1,0 +1,465 @@
+"""Keys and values kept as codes: what is in the cache, against loops written out, and what runs with it."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import qcompiler as qc
+from qcompiler.calibration import Calibration
+from qcompiler.errors import PipelineError, RecipeError, TargetError, UnsupportedModelError
+from qcompiler.feed import feed
+from qcompiler.graph import Graph, is_op
+from qcompiler.kv_cache import CacheFormat, cache_rounding, float_caches, kept_range
+from qcompiler.native import NativeArtifact, load_native, save_native
+from qcompiler.numerics import sqnr_db
+from qcompiler.observers import CrossGram
+from qcompiler.pass_base import Effect, Pass, PassContext, PassResult, Tap
+from qcompiler.passes import RTN, Assign, InsertQDQ, QuantizeKVCache, recipe
+from qcompiler.pipeline import Pipeline
+from qcompiler.sweep import sweep
+from qcompiler.target import Support
+from tests.models import canonical_graph, copy_graph
+from tests.tiny_graphs import interpret, language_model, residual_mlp, token_batches
+
+ops = torch.ops.qcompiler
+CPU = torch.device("cpu")
+FORMATS = {
+    "int8": QuantizeKVCache("int8"),
+    "int8-asym": QuantizeKVCache("int8", symmetric=False, group_size=4),
+    "fp8": QuantizeKVCache("fp8"),
+    "int4": QuantizeKVCache("int4"),
+    "int4-sym": QuantizeKVCache("int4", symmetric=True, group_size=-1),
+    "int4-rotated": QuantizeKVCache("int4", rotate=True, group_size=2),
+    "int8-static": QuantizeKVCache("int8", scales="static"),
+    "int4-static": QuantizeKVCache("int4", scales="static", rotate=True),
+    "fp8-static": QuantizeKVCache("fp8", scales="static"),
+    "mixed": QuantizeKVCache("int4", keys="int8"),
+    "values": QuantizeKVCache("fp8", keys="float"),
+}
+each_format = pytest.mark.parametrize("quantizer", FORMATS.values(), ids=FORMATS.keys())
+
+
+def quantized(graph: Graph, *passes: Pass, seed: int = 0) -> qc.CompileResult:
+    vocabulary = int(graph.signature.outputs[0].shape[-1])
+    ids = torch.randint(vocabulary, (24, 12), generator=torch.Generator().manual_seed(seed))
+    return qc.compile(graph, list(passes), Calibration.from_tokens(ids))
+
+
+def tokens(graph: Graph, *shape: int) -> Tensor:
+    vocabulary = int(graph.signature.outputs[0].shape[-1])
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(5))
+
+
+def cached(artifact: NativeArtifact, ids: Tensor) -> Tensor:
+    """Logits of a prefill of three tokens and of every further one."""
+    logits, cache = artifact.prefill(ids[:, :3])
+    pieces = [logits]
+    for place in range(3, ids.shape[1]):
+        logits, cache = artifact.step(ids[:, place : place + 1], cache)
+        pieces.append(logits)
+    return torch.cat(pieces, dim=1)
+
+
+# --- what the cache holds ---------------------------------------------------------------------------------------------
+
+
+def naive_codes(new: Tensor, dtype: str, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zero points of ``[B, H, S, D]``: one token, head and group at a time, in Python numbers."""
+    bits = 4 if dtype == "int4" else 8
+    codes, scales = torch.zeros(new.shape), torch.zeros(*new.shape[:3], new.shape[3] // group)
+    zeros = torch.zeros_like(scales)
+    for b in range(new.shape[0]):
+        for h in range(new.shape[1]):
+            for s in range(new.shape[2]):
+                for g in range(new.shape[3] // group):
+                    place = (b, h, s, slice(g * group, (g + 1) * group))
+                    values = new[place]
+                    largest = float(values.abs().max())
+                    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+                    span = largest / (448 if dtype == "fp8" else 2 ** (bits - 1) - 1)
+                    if not symmetric:
+                        span = (high - low) / (2**bits - 1)
+                    scale = torch.tensor(max(span, 2.0**-23)).half().float()
+                    scales[b, h, s, g] = scale
+                    if dtype == "fp8":
+                        codes[place] = (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+                        continue
+                    least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+                    if not symmetric:
+                        zeros[b, h, s, g] = min(max(round(-low / float(scale)), 0), most)
+                    for d in range(group):
+                        code = round(float(values[d] / scale)) + int(zeros[b, h, s, g])
+                        codes[b, h, s, g * group + d] = min(max(code, least), most)
+    return codes, scales, zeros
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "dtype", "group", "symmetric"),
+    [
+        (QuantizeKVCache("int8"), "int8", 4, True),
+        (QuantizeKVCache("fp8"), "fp8", 4, True),
+        (QuantizeKVCache("int4", group_size=2), "int4", 2, False),
+        (QuantizeKVCache("int4", symmetric=True), "int4", 4, True),
+        (QuantizeKVCache("int8", symmetric=False), "int8", 4, False),
+    ],
+)
+def test_the_cache_holds_what_a_loop_makes_of_keys_and_values(quantizer, dtype, group, symmetric):
+    graph = language_model()
+    ids = tokens(graph, 2, 5)
+    before = interpret(graph, feed(graph, ids))
+    new = [before[cache.new.name] for cache in float_caches(graph)][:2]  # of the first layer: nothing is rounded ahead
+    quantized(graph, quantizer)
+    after = interpret(graph, feed(graph, ids))
+    ports = dict(zip((port.name for port in graph.signature.outputs), graph.outputs, strict=True))
+    for part, values in zip(("key", "value"), new, strict=True):
+        codes, scales, zeros = naive_codes(values, dtype, group, symmetric)
+        kept = after[ports[f"present.0.{part}"].name]
+        if dtype == "int4":
+            assert kept.dtype == torch.uint8
+            shifted = (codes + (8 if symmetric else 0)).to(torch.uint8)
+            codes, kept = shifted[..., ::2] + 16 * shifted[..., 1::2], kept
+        assert torch.equal(kept.float(), codes.float())
+        assert torch.equal(after[ports[f"present.0.{part}_scale"].name].float(), scales)
+        if not symmetric:
+            assert torch.equal(after[ports[f"present.0.{part}_zero_point"].name].float(), zeros)
+        assert (f"present.0.{part}_zero_point" in ports) is not symmetric
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@each_format
+def test_decoding_is_the_whole_run(family, quantizer):
+    """Grouped heads, a window shorter than the text, a cache without rotary embeddings."""
+    graph = copy_graph(canonical_graph(family))
+    artifact = quantized(graph, quantizer).artifact()
+    ids = tokens(graph, 2, 9)
+    whole, exact = artifact.forward(ids), NativeArtifact(copy_graph(canonical_graph(family))).forward(ids)
+    # What is cached differs in the last bit between the two, which may tip a code: as far as rounding goes at most.
+    torch.testing.assert_close(cached(artifact, ids), whole, rtol=0, atol=2e-3 * float(whole.abs().max()))
+    assert 8 < sqnr_db(exact, whole) < 60
+
+
+@each_format
+def test_codes_in_the_cache_stay_as_they_are(quantizer):
+    """Quantizing what was dequantized gives the same codes, and a longer cache begins with the shorter one."""
+    graph = copy_graph(canonical_graph("llama"))
+    artifact = quantized(graph, quantizer).artifact()
+    ids = tokens(graph, 2, 6)
+    _, cache = artifact.prefill(ids[:, :5])
+    shorter = [value.clone() for value in cache.values]
+    _, cache = artifact.step(ids[:, 5:], cache)
+    assert len(cache.values) == len([port for port in graph.signature.inputs if port.role == "past"])
+    for before, after in zip(shorter, cache.values, strict=True):
+        assert after.dtype == before.dtype
+        assert torch.equal(after[:, :, :5].float(), before.float())
+
+
+@pytest.mark.parametrize("scale", [2.0**-23, 1e-4, 0.013, 1.0, 711.0, 65504.0])
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.int8, 8), (torch.uint8, 8), (torch.uint8, 4), (torch.int8, 4), (torch.float8_e4m3fn, 8)]
+)
+def test_quantize_undoes_dequantize_exactly(dtype, bits, scale):
+    """For every code and any scale that float16 has; so a runtime may go through floats to append."""
+    signed = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).to(torch.int8)
+    codes = torch.arange(2**bits).to(torch.uint8) if dtype == torch.uint8 else signed
+    if dtype == torch.float8_e4m3fn:
+        codes = torch.arange(256).to(torch.uint8).view(dtype)
+        codes = codes[codes.float().isfinite()]
+    scales = torch.tensor(scale).half().float().expand(1)
+    zero = torch.tensor([3], dtype=torch.uint8) if dtype == torch.uint8 else None
+    values = ops.dequantize(
+        codes[None], scales[None], None if zero is None else zero[None], -1, len(codes), torch.float32
+    )
+    again = ops.quantize(values, scales[None], None if zero is None else zero[None], -1, len(codes), dtype, bits)
+    assert torch.equal(again.float(), codes[None].float())
+
+
+def test_rotation_changes_no_product_and_helps_where_channels_differ():
+    graph = language_model(width=32, heads=2, kv_heads=1)
+    names = [name for name in graph.weight_names() if name.endswith("k.weight")]
+    for name in names:  # two channels of the keys much larger than the others
+        factor = torch.ones(16, 1)
+        factor[::9] = 12.0
+        graph.weights.set(name, graph.weights.read(name) * factor)
+    ids = tokens(graph, 2, 9)
+    exact = NativeArtifact(copy_graph(graph)).forward(ids)
+    errors = {}
+    for rotate in (False, True):
+        copy = copy_graph(graph)
+        quantized(copy, QuantizeKVCache("int4", values="float", group_size=-1, rotate=rotate))
+        assert sum(is_op(node, ops.hadamard.default) for node in copy.fx.nodes) == (4 if rotate else 0)
+        unrounded = NativeArtifact(copy, round_activations=False)
+        torch.testing.assert_close(unrounded.forward(ids), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+        torch.testing.assert_close(cached(unrounded, ids), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+        errors[rotate] = float((NativeArtifact(copy).forward(ids) - exact).square().sum())
+    assert errors[True] < 0.7 * errors[False]
+
+
+# --- ports, reports, storage ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "dtype", "width", "extra", "size"),
+    [
+        (QuantizeKVCache("int8"), "int8", 8, {"scale": ("float16", 1)}, 8 + 2),
+        (QuantizeKVCache("fp8", scales="static"), "float8_e4m3fn", 8, {}, 8),
+        (
+            QuantizeKVCache("int4", group_size=4),
+            "uint8",
+            4,
+            {"scale": ("float16", 2), "zero_point": ("uint8", 2)},
+            4 + 2 * 3,
+        ),
+    ],
+)
+def test_ports_become_small(quantizer, dtype, width, extra, size):
+    graph = copy_graph(canonical_graph("llama"))
+    assert graph.signature.cache_bytes_per_token == 2 * 2 * 2 * 8 * 4  # layers, parts, heads, channels, bytes
+    result = quantized(graph, quantizer)
+    ports = {port.name: port for port in (*graph.signature.inputs, *graph.signature.outputs)}
+    for name, total in (("past_key_values", "past_sequence"), ("present", "past_sequence + sequence")):
+        for layer in range(2):
+            for part in ("key", "value"):
+                port = ports[f"{name}.{layer}.{part}"]
+                assert (port.dtype, port.shape) == (dtype, ("batch", 2, total, width))
+                for kind, (kind_dtype, groups) in extra.items():
+                    port = ports[f"{name}.{layer}.{part}_{kind}"]
+                    assert (port.dtype, port.shape) == (kind_dtype, ("batch", 2, total, groups))
+    assert len(ports) == 4 + 2 * 4 * (1 + len(extra))
+    assert graph.signature.cache_bytes_per_token == 2 * 2 * 2 * size
+    assert result.report.cache_bytes_per_token == result.artifact().cache_bytes_per_token == 2 * 2 * 2 * size
+    assert sum(site.details["bytes_per_token"] for site in result.report.sites) == 2 * 2 * 2 * size
+
+
+def test_reports_name_form_and_error_of_every_cache():
+    graph = copy_graph(canonical_graph("llama"))
+    new = {cache.name: cache.new.name for cache in float_caches(graph)}
+    plain = copy_graph(graph)
+    report = quantized(graph, QuantizeKVCache("int8")).report
+    assert [site.site for site in report.sites] == list(new)
+    assert {site.method for site in report.sites} == {"quantize-kv-cache"}
+    assert report.sites[0].scheme == "cache int8 per token symmetric"
+    ids = torch.randint(61, (24, 12), generator=torch.Generator().manual_seed(0))
+    values = interpret(plain, feed(plain, ids))[new["cache.0.key"]]
+    scale, _ = ops.choose_block_qparams(values, torch.int8, 8)
+    codes = ops.quantize(values, scale, None, -1, 8, torch.int8)
+    rounded = ops.dequantize(codes, scale.float(), None, -1, 8, torch.float32)
+    assert report.sites[0].sqnr_db == pytest.approx(sqnr_db(values, rounded), abs=0.3)
+    assert report.sites[0].details["form"] == "per_token"
+    for site in report.sites:
+        assert site.sqnr_db == site.details["per_token_sqnr_db"] > 35
+        assert 25 < site.details["static_sqnr_db"] < 60
+
+
+@each_format
+def test_ranges_of_channels_are_kept_in_either_form(quantizer, tmp_path):
+    graph = copy_graph(canonical_graph("llama"))
+    plain = copy_graph(graph)
+    result = quantized(graph, quantizer)
+    result.save(tmp_path / "out")
+    ids = torch.randint(61, (24, 12), generator=torch.Generator().manual_seed(0))[:-2]
+    stored, _, _ = load_native(tmp_path / "out")
+    cache = next(cache for cache in float_caches(plain) if cache.name == "cache.0.value")
+    values = interpret(plain, feed(plain, ids))[cache.new.name]
+    low, high = kept_range(stored, 0, "value")
+    assert low.shape == high.shape == (2, 8)
+    torch.testing.assert_close(low, values.amin((0, 2)), rtol=0.3, atol=0.3)  # of almost the same rows
+    assert bool((low < high).all())
+    assert kept_range(plain, 0, "value") is None
+
+
+@each_format
+def test_round_trip(quantizer, tmp_path):
+    graph = copy_graph(canonical_graph("llama"))
+    result = quantized(graph, Assign("w8a16"), quantizer, RTN())
+    result.save(tmp_path / "out")
+    loaded = qc.load(tmp_path / "out")
+    ids = tokens(graph, 2, 6)
+    assert loaded.graph.signature == graph.signature
+    assert torch.equal(cached(loaded.artifact(), ids), cached(result.artifact(), ids))
+    assert loaded.report.cache_bytes_per_token == graph.signature.cache_bytes_per_token
+    assert loaded.artifact().has_quantized_cache
+
+
+def test_a_text_is_generated_with_the_cache():
+    from qcompiler.generate import stream_tokens
+
+    graph = copy_graph(canonical_graph("llama"))
+    artifact = quantized(graph, QuantizeKVCache("int8")).artifact()
+    ids = tokens(graph, 5)
+    found = list(stream_tokens(artifact, ids, max_new_tokens=4))
+    for token in found:
+        assert token == int(artifact.forward(ids[None])[0, -1].argmax())
+        ids = torch.cat((ids, torch.tensor([token])))
+
+
+# --- in the sweep -----------------------------------------------------------------------------------------------------
+
+
+class Watch(Pass):
+    """Keeps the moments between what each site reads and what the reference has there."""
+
+    effect = Effect.ANALYSIS
+    seen: dict[str, Tensor]
+
+    def waves(self, segment, graph):
+        return segment.waves()
+
+    def statistics(self, wave, graph):
+        return [Tap(value, CrossGram) for site in wave for value in site.inputs]
+
+    def rewrite(self, wave, statistics, context):
+        for site in wave:
+            self.seen[site.name] = statistics[Tap(site.inputs[0], CrossGram)].result()
+        return PassResult(modified=False)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["first", "behind another"])
+@each_format
+def test_what_follows_sees_rounded_keys_and_the_reference_does_not(quantizer, ahead, tmp_path):
+    """Also where a pass ahead has run the segment to its end, and has gathered what is no longer true."""
+    graph = language_model()
+    batches = token_batches(graph)
+    plain = copy_graph(graph)
+    before, watch = Watch(), Watch()
+    for item in (before, watch):
+        object.__setattr__(item, "seen", {})
+    sweep(
+        graph, [*([before] if ahead else []), quantizer, watch], batches, PassContext(graph, CPU, 0), work_dir=tmp_path
+    )
+    wanted = {site.name: torch.zeros_like(watch.seen[site.name]) for site in graph.sites()}
+    for batch in batches:
+        exact = interpret(plain, batch)
+        named = {node.name: value for node, value in batch.items()}
+        rounded = interpret(
+            graph, {**{n: named[n.name] for n in graph.inputs if n.name in named}, **_empty(graph, batch)}
+        )
+        for site, reference in zip(graph.sites(), plain.sites(), strict=True):
+            x, y = rounded[site.inputs[0].name], exact[reference.inputs[0].name]
+            wanted[site.name] += y.flatten(0, 1).T @ x.flatten(0, 1)
+    for name, moments in wanted.items():
+        torch.testing.assert_close(watch.seen[name], moments, rtol=1e-4, atol=1e-4 * float(moments.abs().max()))
+
+
+def _empty(graph, batch):
+    rows = next(iter(batch.values())).shape[0]
+    ids = torch.zeros(rows, 1, dtype=torch.int64)
+    given = {node.name for node in batch}
+    return {node: value for node, value in feed(graph, ids).items() if node.name not in given}
+
+
+def test_passing_through_leaves_the_float_model():
+    graph = language_model()
+    ids = tokens(graph, 2, 7)
+    exact = NativeArtifact(copy_graph(graph)).forward(ids)
+    for quantizer in FORMATS.values():
+        copy = copy_graph(graph)
+        quantized(copy, quantizer)
+        assert cache_rounding(copy.fx.nodes)
+        unrounded = NativeArtifact(copy, round_activations=False)
+        torch.testing.assert_close(unrounded.forward(ids), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+        assert not torch.allclose(NativeArtifact(copy).forward(ids), exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["w4a16-gptq+kv-int8", "w4a16-awq-gptq+kv-int4", "w8a8-smoothquant+kv-fp8", "kv-int8"])
+def test_recipes_compose(name):
+    graph = copy_graph(canonical_graph("llama"))
+    result = quantized(graph, *recipe(name))
+    assert graph.signature.has_quantized_cache
+    weights = [site for site in result.report.sites if site.method in ("gptq", "rtn")]
+    assert bool(weights) is (name != "kv-int8")
+    ids = tokens(graph, 2, 6)
+    artifact = result.artifact()
+    torch.testing.assert_close(cached(artifact, ids), artifact.forward(ids), rtol=0, atol=0.05)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "int3"}, "unknown format"),
+        ({"format": "float"}, "unknown format"),
+        ({"keys": "int5"}, "unknown format"),
+        ({"scales": "per_head"}, "unknown scales"),
+        ({"group_size": 0}, "out of range"),
+        ({"group_size": 8, "scales": "static"}, "scales per token"),
+        ({"keys": "float", "values": "float"}, "quantizes nothing"),
+        ({"keys": "float", "rotate": True}, "not rotated"),
+        ({"format": "fp8", "symmetric": False}, "no zero point"),
+    ],
+)
+def test_options_that_mean_nothing(options, message):
+    with pytest.raises(RecipeError, match=message):
+        QuantizeKVCache(**options)
+
+
+def test_models_it_does_not_fit():
+    with pytest.raises(UnsupportedModelError, match="no cache to quantize"):
+        qc.compile(residual_mlp(), [QuantizeKVCache()], [(torch.zeros(2, 8),)])
+    with pytest.raises(UnsupportedModelError, match="no cache to quantize"):
+        quantized(copy_graph(canonical_graph("bert")), QuantizeKVCache())
+    with pytest.raises(RecipeError, match="have to divide a head"):
+        quantized(language_model(), QuantizeKVCache(group_size=3))
+    with pytest.raises(RecipeError, match="share a byte"):
+        quantized(language_model(width=20), QuantizeKVCache("int4"))
+    with pytest.raises(RecipeError, match="no Hadamard matrix"):
+        quantized(language_model(width=24), QuantizeKVCache("int4", rotate=True))
+    with pytest.raises(PipelineError, match="a float cache"):
+        Pipeline([QuantizeKVCache(), QuantizeKVCache("fp8")])
+    graph = language_model()
+    quantized(graph, QuantizeKVCache())
+    with pytest.raises(UnsupportedModelError, match="no cache to quantize") as caught:
+        quantized(graph, QuantizeKVCache())
+    assert "a quantized cache" in str(caught.value)
+
+
+def test_refused_before_calibration(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("calibration began")
+
+    monkeypatch.setattr("qcompiler.compiling._batches", never)
+    with pytest.raises(RecipeError, match="have to divide a head"):
+        qc.compile(language_model(), [QuantizeKVCache(group_size=3)])
+
+    class Picky:
+        name = "picky"
+
+        def supports(self, scheme, width):
+            return Support("runs")
+
+        def supports_cache(self, spec):
+            return Support("refused", "no int4") if spec.bits == 4 else Support("runs")
+
+    with pytest.raises(TargetError, match="does not take a cache") as caught:
+        qc.compile(language_model(), [QuantizeKVCache("int8", values="int4")], targets=[Picky()])
+    assert "no int4" in str(caught.value)
+
+
+def test_a_cache_that_is_not_recognized_is_named():
+    graph = language_model()
+    first = float_caches(graph)[0]
+    with graph.fx.inserting_before(first.append):  # as if something else read the past keys
+        other = graph.fx.call_function(torch.ops.aten.neg.default, (first.past,))
+        other = graph.fx.call_function(torch.ops.aten.neg.default, (other,))
+    first.append.update_arg(0, other)
+    report = quantized(graph, QuantizeKVCache("int8")).report
+    assert [skip.site for skip in report.skipped if skip.site.startswith("cache")] == ["cache.0.key"]
+    assert len(report.sites) == 3
+
+
+def test_formats_as_text():
+    assert str(CacheFormat("int4", "per_token", 16, False)) == "int4 per token g16 asymmetric"
+    assert str(CacheFormat("float8_e4m3fn", "static")) == "float8_e4m3fn static per tensor"
+    assert math.isclose(CacheFormat("int4", "per_token", 16, False).bytes_per_token(2, 64), 2 * (32 + 4 * 3))
+
+
+def test_activations_and_the_cache_together(tmp_path):
+    graph = language_model(width=32)
+    result = quantized(graph, Assign("w8a8"), QuantizeKVCache("int8"), RTN(), InsertQDQ())
+    save_native(graph, tmp_path / "out", {}, result.report.to_dict())
+    loaded, _, _ = load_native(tmp_path / "out")
+    ids = tokens(graph, 1, 5)
+    assert torch.equal(NativeArtifact(loaded).forward(ids), result.artifact().forward(ids))
