@@ -86,7 +86,10 @@ def block_scale(largest: Tensor, factor: Tensor | None, *, floor: bool = False) 
         largest: float32, the largest magnitude of each block.
         factor: of the tensor: scales are E4M3, ``largest / 6 / factor`` rounded; None: scales are E8M0.
         floor: of E8M0: ``floor(log2(largest)) - 2``, the rule of the OCP specification, under which magnitudes above 6
-            times the scale are clamped; otherwise ``ceil(log2(largest / 6))``, under which none is.
+            times the scale are clamped; otherwise ``ceil(log2(largest / 6))``, under which none is. As KL divergence
+            from the original model (a Llama of 7 M parameters, GPTQ, two texts) the two hardly differ: weights alone
+            0.0071 and 0.0053 by the first rule, 0.0076 and 0.0053 by the second; activations as well 0.052 and 0.044,
+            0.054 and 0.044.
 
     Returns:
         float8_e4m3fn, or uint8 (127, that is 1, for a block of zeros).

@@ -59,8 +59,8 @@ class QuantSpec:
             ``float8_e8m0fnu`` (MXFP4).
         dynamic: for activations: the range is taken from the values themselves at run time; nothing is calibrated.
             (In NVFP4 the scales of groups always are, and the factor is calibrated: it is not dynamic.)
-        exponent: how E8M0 scales are chosen: ``ceil``, the smallest power of two at which nothing is clamped, or
-            ``floor``, the rule of the OCP specification (`fp4.block_scale`).
+        exponent: how E8M0 scales are chosen: ``floor``, the rule of the OCP specification, or ``ceil``, the smallest
+            power of two at which nothing is clamped (`fp4.block_scale`).
         clip: of a dynamic range: the share of it that codes cover, in (0, 1]; values beyond are clamped.
         codebook: codes are places in a table of ``2^b`` values that every output channel has of its own, instead of
             steps of a grid; two to four bits. The table, and values kept apart from it, are stored in ``scale_dtype``.
@@ -77,7 +77,7 @@ class QuantSpec:
     dynamic: bool = False
     codebook: bool = False
     clip: float = 1.0
-    exponent: Literal["ceil", "floor"] = "ceil"
+    exponent: Literal["floor", "ceil"] = "floor"
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -95,8 +95,8 @@ class QuantSpec:
             )
         if self.group_size is not None and self.group_size < 1:
             raise RecipeError("group_size must be positive", got=self.group_size, expected="16, 32, 64, 128, ...")
-        if self.exponent not in ("ceil", "floor"):
-            raise RecipeError("unknown rule for exponents", got=self.exponent, expected="ceil or floor")
+        if self.exponent not in ("floor", "ceil"):
+            raise RecipeError("unknown rule for exponents", got=self.exponent, expected="floor or ceil")
         if self.is_fp4:
             if self.granularity != "per_group" or self.scale_dtype not in _FP4_SCALE_DTYPES:
                 raise RecipeError(
@@ -293,7 +293,8 @@ class Scheme:
         blocks of 128 by 128.
 
         ``nvfp4`` and ``mxfp4`` are 4-bit floats for weight and activation, ``nvfp4a16`` and ``mxfp4a16`` for the weight
-        alone; groups and scales are those of the format. ``-floor`` and ``-ceil`` say how ``mxfp4`` takes exponents.
+        alone; groups and scales are those of the format. ``-floor`` (the default) and ``-ceil`` say how
+        ``mxfp4`` takes exponents.
 
         Args:
             name: the scheme.
@@ -380,7 +381,7 @@ class Scheme:
             dtype=_FP4,
             group_size=16 if is_nv else 32,
             scale_dtype="float8_e4m3fn" if is_nv else "float8_e8m0fnu",
-            exponent="floor" if match["exponent"] == "floor" else "ceil",
+            exponent="ceil" if match["exponent"] == "ceil" else "floor",
         )
         return cls(weight) if match["weight_only"] else cls(weight, replace(weight, dynamic=not is_nv))
 

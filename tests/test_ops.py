@@ -331,7 +331,7 @@ def test_nibbles_are_packed_low_first():
 
 
 @pytest.mark.parametrize("width", [64, 40])
-@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp4-floor"])
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp4-ceil"])
 def test_four_bit_floats_are_the_reference_arithmetic(scheme, width):
     spec = Scheme.parse(scheme).activation
     block = spec.group_of(width)

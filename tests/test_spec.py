@@ -233,8 +233,8 @@ def test_clipped_ranges():
 @pytest.mark.parametrize(
     ("name", "group", "scale_dtype", "exponent"),
     [
-        ("nvfp4", 16, "float8_e4m3fn", "ceil"),
-        ("mxfp4", 32, "float8_e8m0fnu", "ceil"),
+        ("nvfp4", 16, "float8_e4m3fn", "floor"),
+        ("mxfp4", 32, "float8_e8m0fnu", "floor"),
         ("mxfp4-floor", 32, "float8_e8m0fnu", "floor"),
         ("mxfp4-ceil", 32, "float8_e8m0fnu", "ceil"),
     ],

@@ -378,7 +378,7 @@ def test_what_is_exact(value):
 # --- 4-bit floats -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp4-floor"])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp4-ceil"])
 def test_legal_four_bit_floats(name):
     verify_graph(rounded(name))
     verify_graph(quantized(name.replace("fp4", "fp4a16")))
@@ -430,7 +430,7 @@ def test_other_blocks_than_the_scheme_s():
     [
         ("w8a8", "nvfp4", "4-bit floats where the scheme has other codes"),
         ("nvfp4", "w8a8", "or the other way round"),
-        ("mxfp4", "mxfp4-floor", "scales of something else"),
+        ("mxfp4", "mxfp4-ceil", "scales of something else"),
         ("nvfp4", "mxfp4", "or one where they are not"),
     ],
 )

@@ -399,7 +399,7 @@ def test_float_codes(dtype, granularity, device_loop, monkeypatch):
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16", "mxfp4a16-floor"])
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16", "mxfp4a16-ceil"])
 @pytest.mark.parametrize("device_loop", [False, True])
 def test_four_bit_floats(scheme, act_order, device_loop, monkeypatch):
     """Against the loop over columns that updates the inverse, with the scales of numerics; no refit moves them."""

@@ -367,7 +367,7 @@ def test_the_factor_of_four_bit_floats_is_that_of_all_that_was_seen(observer, tm
     assert all(node.args[1].target in graph.weights for node in nodes)
 
 
-@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp4-floor"])
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp4-ceil"])
 def test_what_runs_is_the_reference_arithmetic_of_four_bit_floats(scheme, tmp_path):
     graph, _ = rounded_model(scheme, tmp_path, RTN(), InsertQDQ())
     parsed = Scheme.parse(scheme)
