@@ -17,6 +17,8 @@ from qcompiler.passes.squeezellm import SqueezeLLM
 
 __all__ = ["CACHES", "RECIPES", "recipe"]
 
+_W4A4 = "w4a4-actasym-clip90"
+
 RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
     "w8a16": lambda: (Assign("w8a16"), RTN()),
     "w4a16-rtn": lambda: (Assign("w4a16"), RTN()),
@@ -30,8 +32,13 @@ RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
     "w8a8-rtn": lambda: (Assign("w8a8"), RTN(), InsertQDQ()),
     "w8a8-dynamic": lambda: (Assign("w8a8-dynamic"), RTN(), InsertQDQ(observer=None)),
     "w4a8": lambda: (Assign("w4a8-dynamic"), InsertQDQ(observer=None), GPTQ()),
-    "w4a4-gptq": lambda: (Assign("w4a4-clip85"), InsertQDQ(observer=None), GPTQ()),
-    "w4a4-rotated": lambda: (Assign("w4a4-clip85"), Rotate(online_heads=True), InsertQDQ(observer=None), GPTQ()),
+    "w4a4-gptq": lambda: (Assign(_W4A4), InsertQDQ(observer=None), GPTQ(correction=0.25)),
+    "w4a4-rotated": lambda: (
+        Assign(_W4A4),
+        Rotate(online_heads=True),
+        InsertQDQ(observer=None),
+        GPTQ(correction=0.25),
+    ),
     "fp8": lambda: (Assign("fp8"), InsertQDQ(observer="minmax"), GPTQ()),
     "fp8-dynamic": lambda: (Assign("fp8-dynamic"), RTN(search="mse"), InsertQDQ(observer=None)),
     "nvfp4": lambda: (Assign("nvfp4"), InsertQDQ(observer="minmax"), GPTQ()),
