@@ -180,8 +180,10 @@ def test_absent_values_are_null():
         "bytes",
         "bits_per_weight",
         "seconds",
+        "cache_bytes_per_token",
+        "cached",
     ]
-    assert [name for name, value in fields.items() if value is None] == list(fields)[1:4]
+    assert [name for name, value in fields.items() if value is None] == [*list(fields)[1:4], "cache_bytes_per_token"]
     assert json.loads(json.dumps(fields)) == fields
 
 
@@ -240,6 +242,24 @@ def test_logits_of_another_width_than_declared():
 def test_cached_needs_a_cache():
     with pytest.raises(InputError, match="no cache"):
         evaluate(Table(torch.randn(3, 3), has_cache=False), tokens=torch.randint(3, (16,)), cached=True)
+
+
+def test_a_quantized_cache_is_what_is_measured():
+    table = Table(torch.randn(5, 5))
+    table.has_quantized_cache, table.cache_bytes_per_token = True, 12
+    result = evaluate(table, tokens=torch.randint(5, (2, 8)))
+    assert table.calls == [("prefill", (2, 4)), *[("step", (2, 1))] * 3]
+    assert result.cached
+    assert result.to_dict()["cache_bytes_per_token"] == 12
+    with pytest.raises(InputError, match="decoding with it"):
+        evaluate(table, tokens=torch.randint(5, (2, 8)), cached=False)
+    plain = evaluate(Table(torch.randn(5, 5)), tokens=torch.randint(5, (2, 8)))
+    assert not plain.cached
+    assert plain.to_dict()["cache_bytes_per_token"] is None
+
+
+def test_the_cache_of_the_original_is_counted(artifact):
+    assert artifact.cache_bytes_per_token == 8 * 2 * 2 * 64 * 4  # layers, parts, heads, channels, bytes
 
 
 def test_text_or_tokens(artifact):

@@ -6,7 +6,8 @@ from torch import nn
 
 from qcompiler.capture import capture_module
 from qcompiler.errors import InputError
-from qcompiler.feed import feed, feed_tensors
+from qcompiler.feed import empty_cache, feed, feed_tensors
+from qcompiler.signature import Port
 from tests.models import POSITIONS, canonical_graph
 
 
@@ -56,3 +57,9 @@ def test_plain_inputs():
         feed_tensors(graph, [x, x])
     with pytest.raises(InputError, match="no token ids"):
         feed(graph, torch.tensor([[1]]))
+
+
+def test_an_empty_cache_has_the_dtype_of_its_port():
+    port = Port("past_key_values.0.key", "past", "float8_e4m3fn", ("batch", 2, "past_sequence", 8), 0, "key")
+    empty = empty_cache(port, 3, torch.device("cpu"))
+    assert (empty.shape, empty.dtype) == ((3, 2, 0, 8), torch.float8_e4m3fn)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qcompiler.errors import CalibrationError
-from qcompiler.observers import AbsMax, CrossGram, Gram, Histogram, MinMax, Rescalable, RowSample
+from qcompiler.observers import AbsMax, CrossGram, Gram, HeadRange, Histogram, MinMax, Rescalable, RowSample
 
 
 @pytest.mark.parametrize("width", [1, 5, 255, 256, 257, 600])
@@ -277,3 +277,31 @@ def test_what_cannot_be_rescaled(kind):
 def test_no_rows_were_sampled():
     with pytest.raises(ValueError, match="nothing was observed"):
         RowSample().result()
+
+
+def test_ranges_of_heads():
+    batches = [torch.randn(2, 3, 5, 4), torch.randn(1, 3, 300, 4)]
+    whole, parts = HeadRange(), [HeadRange(), HeadRange()]
+    for batch, part in zip(batches, parts, strict=True):
+        whole.update(batch)
+        part.update(batch)
+    flat = torch.cat([batch.transpose(1, 2).flatten(0, 1) for batch in batches])
+    for seen in (whole, parts[0]):
+        if seen is parts[0]:
+            seen.merge(parts[1])
+        assert seen.rows == 310
+        low, high = seen.result()
+        assert torch.equal(low, flat.amin(0))
+        assert torch.equal(high, flat.amax(0))
+    kept = whole.tokens()
+    assert kept.shape == (1, 3, 310, 4)
+    assert torch.equal(kept[0].transpose(0, 1), flat)
+
+
+def test_ranges_of_heads_refuse_what_is_not_finite():
+    seen = HeadRange()
+    seen.update(torch.zeros(2, 3, 0, 4))
+    with pytest.raises(ValueError, match="nothing"):
+        seen.result()
+    with pytest.raises(CalibrationError, match="not finite"):
+        seen.update(torch.full((1, 1, 1, 1), float("nan")))

@@ -36,3 +36,15 @@ def test_unknown_fields_are_refused():
     fields["inputs"][0]["value"] = 1
     with pytest.raises(TypeError):
         Signature.from_dict(fields)
+
+
+def test_bytes_of_a_token():
+    assert SIGNATURE.cache_bytes_per_token == 2 * 8 * 4
+    assert not SIGNATURE.has_quantized_cache
+    assert Signature((IDS,), (LOGITS,)).cache_bytes_per_token is None
+    codes = Port("past_key_values.0.key", "past", "float8_e4m3fn", (BATCH, 2, PAST, 8), 0, "key")
+    scale = Port("past_key_values.0.key_scale", "past", "float16", (BATCH, 2, PAST, 1), 0, "key_scale")
+    quantized = Signature((IDS, codes, scale), (PRESENT, LOGITS))
+    assert quantized.cache_bytes_per_token == 2 * 8 + 2 * 2
+    assert quantized.has_quantized_cache
+    assert Signature.from_dict(quantized.to_dict()) == quantized

@@ -3,8 +3,9 @@
 import pytest
 
 from qcompiler.errors import TargetError
+from qcompiler.kv_cache import CacheFormat
 from qcompiler.spec import Scheme
-from qcompiler.target import Support, check_schemes
+from qcompiler.target import Support, check_caches, check_schemes
 
 
 class Narrow:
@@ -18,12 +19,18 @@ class Narrow:
             return Support("refused", "groups of 32")
         return Support("fused" if width % 32 == 0 else "runs")
 
+    def supports_cache(self, spec: CacheFormat) -> Support:
+        return Support("refused", "8 bits") if spec.bits < 8 else Support("runs")
+
 
 class Wide:
     name = "wide"
 
     def supports(self, scheme: Scheme, width: int) -> Support:
         return Support("writes-only")
+
+    def supports_cache(self, spec: CacheFormat) -> Support:
+        return Support("fused")
 
 
 def test_every_target_answers_for_every_site():
@@ -44,3 +51,14 @@ def test_a_refusal_names_target_site_and_reason():
 def test_a_refusal_needs_a_reason():
     with pytest.raises(ValueError, match="reason"):
         Support("refused")
+
+
+def test_every_target_answers_for_every_format_of_a_cache():
+    int8, int4 = CacheFormat("int8"), CacheFormat("int4")
+    assert check_caches([int8], [Narrow(), Wide()]) == {
+        "narrow": {"int8 per token symmetric": Support("runs")},
+        "wide": {"int8 per token symmetric": Support("fused")},
+    }
+    with pytest.raises(TargetError, match="cache of this format") as caught:
+        check_caches([int8, int4], [Wide(), Narrow()])
+    assert (caught.value.where, caught.value.expected) == ("narrow", "8 bits")
