@@ -12,23 +12,22 @@ The walk proves the same for every family without knowing one: norm → q, k, v;
 up → down through the gate; and of fused projections just the rows for which it holds.
 """
 
-import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
+from qcompiler.channel_labels import PINNED, Channels, Labels, Stop, alike, fixed_shape, parts_of, regrouped, whole
 from qcompiler.graph import Graph, Site, is_op
-from qcompiler.signature import Dim
 
-__all__ = ["Consumer", "Producer", "Refusal", "Region", "Regions", "find_regions"]
+__all__ = ["ChannelWalk", "Consumer", "Producer", "Refusal", "Region", "Regions", "find_regions"]
 
 _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
 
-_PINNED = -1
 _COMMUTING = (_aten.relu.default, _aten.neg.default)
 """``f(s x) = s f(x)`` for ``s > 0``, element by element."""
 _MOVING = (
@@ -119,7 +118,7 @@ def find_regions(graph: Graph, nodes: Iterable[fx.Node] | None = None) -> Region
         nodes: producers and consumers must be among these; all by default. What lies behind them counts as a reader
             that pins.
     """
-    walk = _Walk(graph, None if nodes is None else set(nodes))
+    walk = ChannelWalk(graph, None if nodes is None else set(nodes))
     found, refused, taken = [], [], set[fx.Node]()
     for node in graph.fx.nodes:
         if (walk.inside is not None and node not in walk.inside) or node in taken or not _may_produce(node):
@@ -137,48 +136,14 @@ def _may_produce(node: fx.Node) -> bool:
     return is_op(node, _canonical.linear.default, _canonical.rms_norm.default, _canonical.layer_norm.default)
 
 
-@dataclass
-class _Channels:
-    """The labels given out in one walk: which must be equal, and which are pinned."""
+class ChannelWalk:
+    """Carries labels through a graph.
 
-    parent: list[int] = field(default_factory=list)
-    reasons: dict[int, str] = field(default_factory=dict)
+    Args:
+        graph: in canonical form.
+        inside: the nodes that may take part; None for all.
+    """
 
-    def give(self, count: int) -> Tensor:
-        start = len(self.parent)
-        self.parent += range(start, start + count)
-        return torch.arange(start, start + count)
-
-    def root(self, label: int) -> int:
-        while self.parent[label] != label:
-            self.parent[label] = label = self.parent[self.parent[label]]
-        return label
-
-    def join(self, first: Tensor, second: Tensor) -> None:
-        pairs = torch.stack([first.reshape(-1), second.reshape(-1)], 1).unique(dim=0)
-        for one, other in pairs.tolist():
-            self.parent[self.root(one)] = self.root(other)
-
-    def pin(self, labels: Tensor, reason: str) -> None:
-        for label in labels[labels >= 0].unique().tolist():
-            self.reasons.setdefault(label, reason)
-
-    def free(self) -> Tensor:
-        """int64 per label: the number of its free channel, or -1."""
-        roots = [self.root(label) for label in range(len(self.parent))]
-        pinned = {roots[label] for label in self.reasons}
-        numbers: dict[int, int] = {}
-        return torch.tensor([_PINNED if r in pinned else numbers.setdefault(r, len(numbers)) for r in roots])
-
-
-class _Stop(Exception):
-    """A reader that does not commute with a scale, for this reason."""
-
-
-Labels = Tensor | list[Tensor]
-
-
-class _Walk:
     def __init__(self, graph: Graph, inside: set[fx.Node] | None) -> None:
         self.graph, self.inside = graph, inside
         self._order = {node: index for index, node in enumerate(graph.fx.nodes)}
@@ -193,7 +158,7 @@ class _Walk:
         """The region of a producer, or why there is none; it grows until every sum has producers on both sides."""
         starts = [first]
         while True:
-            channels, labels = _Channels(), dict[fx.Node, Labels]()
+            channels, labels = Channels(), dict[fx.Node, Labels]()
             made: list[tuple[fx.Node, Tensor]] = []
             name = self._producer_name(first)
             for start in starts:
@@ -212,15 +177,15 @@ class _Walk:
     def _region(
         self,
         name: str,
-        channels: _Channels,
+        channels: Channels,
         made: list[tuple[fx.Node, Tensor]],
         consumers: dict[Site, Tensor],
     ) -> Region | Refusal:
         free = channels.free()
-        read = {int(n) for labels in consumers.values() for n in free[labels].unique().tolist()} - {_PINNED}
+        read = {int(n) for labels in consumers.values() for n in free[labels].unique().tolist()} - {PINNED}
         if not read:
             return Refusal(name, next(iter(channels.reasons.values()), "no linear layer reads it"))
-        number = torch.full((int(free.max()) + 1 + 1,), _PINNED)  # the last one is for -1
+        number = torch.full((int(free.max()) + 1 + 1,), PINNED)  # the last one is for -1
         number[sorted(read)] = torch.arange(len(read))
         producers = tuple(self._producer(node, number[free[given]]) for node, given in made)
         readers = tuple(Consumer(site, number[free[labels]]) for site, labels in consumers.items())
@@ -263,7 +228,7 @@ class _Walk:
         names = [str(tensor.target), *self.graph.weights.tied(str(tensor.target))]
         return sum(self._uses.get(name, 0) for name in names) == 1
 
-    def _follow(self, labels: dict[fx.Node, Labels], channels: _Channels) -> tuple[dict[Site, Tensor], list[fx.Node]]:
+    def _follow(self, labels: dict[fx.Node, Labels], channels: Channels) -> tuple[dict[Site, Tensor], list[fx.Node]]:
         """Carries labels through the graph: the layers that absorb them, and producers that have to join in, if any."""
         consumers: dict[Site, Tensor] = {}
         pending = {user for node in labels for user in node.users}
@@ -273,7 +238,7 @@ class _Walk:
             read = [source for source in node.all_input_nodes if source in labels]
             try:
                 if self.inside is not None and node.op != "output" and node not in self.inside:
-                    raise _Stop("it is read beyond the cut between two segments")
+                    raise Stop("it is read beyond the cut between two segments")
                 if node in self._sites:
                     self._absorb(node, labels, consumers)
                     continue
@@ -284,9 +249,9 @@ class _Walk:
                 pending.update(node.users)
             except _Partners as wanted:
                 return consumers, wanted.nodes
-            except _Stop as stop:
+            except Stop as stop:
                 for source in read:
-                    for part in _parts(labels[source]):
+                    for part in parts_of(labels[source]):
                         channels.pin(part, str(stop))
         return consumers, []
 
@@ -299,100 +264,100 @@ class _Walk:
             or not isinstance(weight, fx.Node)
             or any(bias in labels for bias in node.args[2:])
         ):
-            raise _Stop(f"{site.name} reads it as a weight or a bias")
+            raise Stop(f"{site.name} reads it as a weight or a bias")
         if weight.op != "get_attr":
-            raise _Stop(f"{site.name} is quantized already")
+            raise Stop(f"{site.name} is quantized already")
         if not self._owned(weight):
-            raise _Stop(f"the weight of {site.name} is shared with another use")
+            raise Stop(f"the weight of {site.name} is shared with another use")
         for axis in range(found.dim() - 1):
-            found = _alike(found, axis, f"{site.name} reads it along another axis")
+            found = alike(found, axis, f"{site.name} reads it along another axis")
         consumers[site] = found.reshape(-1).expand(site.in_features)
 
     def _return(self, read: Iterable[fx.Node]) -> None:
         """A cache may leave scaled, since it comes back scaled; nothing else may."""
         if not all(node in self._caches for node in read):
-            raise _Stop("the graph returns it")
+            raise Stop("the graph returns it")
 
-    def _pass_on(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+    def _pass_on(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
         rule = next((rule for targets, rule in _RULES if is_op(node, *targets)), None)
         if rule is not None and not node.kwargs:
             return rule(self, node, labels, channels)
         name = getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
         options = f" with {', '.join(node.kwargs)}" if rule is not None else ""
-        raise _Stop(f"{name}{options} does not commute with a scale")
+        raise Stop(f"{name}{options} does not commute with a scale")
 
-    # --- rules: labels of the result, or _Stop ------------------------------------------------------------------------
+    # --- rules: labels of the result, or Stop ------------------------------------------------------------------------
 
-    def _same(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
-        return _whole(labels, node.args[0])
+    def _same(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
+        return whole(labels, node.args[0])
 
-    def _cast(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+    def _cast(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
         """To a wide float alone: any other rounds, and what is rounded moves with the scale."""
         if node.meta["dtype"] not in (torch.float32, torch.float64):
-            raise _Stop(f"it is rounded to {str(node.meta['dtype']).removeprefix('torch.')}")
-        return _whole(labels, node.args[0])
+            raise Stop(f"it is rounded to {str(node.meta['dtype']).removeprefix('torch.')}")
+        return whole(labels, node.args[0])
 
-    def _moved(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
-        source = _whole(labels, node.args[0])
+    def _moved(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
+        source = whole(labels, node.args[0])
         result: Tensor = node.target(source, *node.args[1:])  # type: ignore[operator]
         return result if result.dim() == len(node.meta["shape"]) else source  # an axis that varies is not squeezed
 
-    def _reshaped(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+    def _reshaped(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
         source: Any = node.args[0]
-        return _regrouped(_whole(labels, source), source.meta["shape"], node.meta["shape"])
+        return regrouped(whole(labels, source), source.meta["shape"], node.meta["shape"])
 
-    def _sliced(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
-        source = _whole(labels, node.args[0])
+    def _sliced(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
+        source = whole(labels, node.args[0])
         axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
         if source.shape[axis] == 1:
             return source
         if any(isinstance(argument, fx.Node) for argument in node.args[2:]):
-            raise _Stop("a slice of channels whose bounds vary")
+            raise Stop("a slice of channels whose bounds vary")
         sliced: Tensor = _aten.slice.Tensor(source, *node.args[1:])
         return sliced
 
-    def _selected(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
-        source, axis, index = _whole(labels, node.args[0]), node.args[1], node.args[2]
+    def _selected(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
+        source, axis, index = whole(labels, node.args[0]), node.args[1], node.args[2]
         if source.shape[axis] == 1:  # type: ignore[index]
             return source.squeeze(axis)  # type: ignore[arg-type]
         if not isinstance(index, int):
-            raise _Stop("a selection of channels that varies")
+            raise Stop("a selection of channels that varies")
         return source.select(axis, index)  # type: ignore[arg-type]
 
-    def _split(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
-        source, axis = _whole(labels, node.args[0]), node.args[2] if len(node.args) > 2 else 0
+    def _split(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
+        source, axis = whole(labels, node.args[0]), node.args[2] if len(node.args) > 2 else 0
         if source.shape[axis] == 1 or len(node.all_input_nodes) > 1:  # type: ignore[index]
-            raise _Stop("a split along an axis that varies")
+            raise Stop("a split along an axis that varies")
         return list(node.target(source, *node.args[1:]))  # type: ignore[operator]
 
-    def _item(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+    def _item(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
         source = labels[node.args[0]]  # type: ignore[index]
         if not isinstance(source, list):
-            raise _Stop("an item of a single value")
+            raise Stop("an item of a single value")
         found: Tensor = source[int(node.args[1])]  # type: ignore[arg-type]
         return found
 
-    def _expanded(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
-        return _whole(labels, node.args[0]).expand(_fixed_shape(node))
+    def _expanded(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
+        return whole(labels, node.args[0]).expand(fixed_shape(node))
 
-    def _joined(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+    def _joined(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
         parts: Any = node.args[0]
         axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
         if not all(part in labels and isinstance(part.meta["shape"][axis], int) for part in parts):
-            raise _Stop("it is joined with other values")
-        return torch.cat([_whole(labels, part).expand(_fixed_shape(part)) for part in parts], axis)
+            raise Stop("it is joined with other values")
+        return torch.cat([whole(labels, part).expand(fixed_shape(part)) for part in parts], axis)
 
-    def _multiplied(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+    def _multiplied(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
         """``(s a) b = s (a b)``: one factor may be scaled; the scale follows it as the product broadcasts."""
         first, second = node.args[:2]
         scaled = [factor for factor in (first, second) if factor in labels]
         if len(scaled) > 1:
-            raise _Stop("both factors of a product depend on it")
+            raise Stop("both factors of a product depend on it")
         if scaled[0] is not first and is_op(node, _aten.div.Tensor):
-            raise _Stop("it is a divisor")
-        return _whole(labels, scaled[0]).expand(_fixed_shape(node))
+            raise Stop("it is a divisor")
+        return whole(labels, scaled[0]).expand(fixed_shape(node))
 
-    def _added(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+    def _added(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
         """``s a + s b = s (a + b)``: both terms must be scaled, and alike."""
         first, second = node.args
         for one, other in ((first, second), (second, first)):
@@ -400,57 +365,59 @@ class _Walk:
                 if self._may_join(one):
                     raise _Partners([one])  # type: ignore[list-item]
                 where = f" at {one.name}" if isinstance(one, fx.Node) else ""
-                raise _Stop(f"it is added to a value that does not take the scale{where}")
+                raise Stop(f"it is added to a value that does not take the scale{where}")
             assert other is not None
-        shape = _fixed_shape(node)
-        left, right = (_whole(labels, term).expand(shape) for term in (first, second))
+        shape = fixed_shape(node)
+        left, right = (whole(labels, term).expand(shape) for term in (first, second))
         channels.join(left, right)
         return left
 
-    def _attended(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+    def _attended(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
         """Attention is linear in its values; grouped query heads read the same head of values."""
         reason = "attention is not linear in its queries, keys and mask"
         for operand in (*node.args[:2], *node.args[3:4]):
-            for part in _parts(labels.get(operand, [])):  # type: ignore[arg-type]
+            for part in parts_of(labels.get(operand, [])):  # type: ignore[arg-type]
                 channels.pin(part, reason)
         if node.args[2] not in labels:
-            raise _Stop(reason)
-        values, heads = _alike(_whole(labels, node.args[2]), 2, "attention sums over it"), node.meta["shape"][1]
+            raise Stop(reason)
+        values, heads = alike(whole(labels, node.args[2]), 2, "attention sums over it"), node.meta["shape"][1]
         if not isinstance(heads, int) or heads % values.shape[1]:
-            raise _Stop("the number of heads varies")
+            raise Stop("the number of heads varies")
         return values.repeat_interleave(heads // values.shape[1], dim=1)
 
-    def _appended(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+    def _appended(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
         """A cache: what was appended in earlier calls came from the same producer, scaled alike."""
         if node not in self._caches:
-            raise _Stop("a cache that does not come back as it was returned")
-        return _alike(_whole(labels, node.args[1]), 2, "a cache grows along it")
+            raise Stop("a cache that does not come back as it was returned")
+        return alike(whole(labels, node.args[1]), 2, "a cache grows along it")
 
-    def _repeated(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
-        source, axis = _whole(labels, node.args[0]), node.args[2] if len(node.args) > 2 else None
+    def _repeated(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
+        source, axis = whole(labels, node.args[0]), node.args[2] if len(node.args) > 2 else None
         if not isinstance(axis, int):
-            raise _Stop("a repetition that flattens its value")
+            raise Stop("a repetition that flattens its value")
         if source.shape[axis] == 1:
             return source
         if not isinstance(node.args[1], int):
-            raise _Stop("a repetition of channels that varies")
+            raise Stop("a repetition of channels that varies")
         return source.repeat_interleave(node.args[1], dim=axis)
 
-    def _sent_to_expert(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+    def _sent_to_expert(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
         """Some of the rows."""
-        return _alike(_whole(labels, node.args[0]), 0, "rows that are scaled apart go to one expert")
+        return alike(whole(labels, node.args[0]), 0, "rows that are scaled apart go to one expert")
 
-    def _merged(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+    def _merged(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
         """Rows of all experts in one value: a channel has one scale in all of them."""
         parts: Any = node.args[0]
         lacking = [part for part in parts if part not in labels]
         if not all(self._may_join(part) for part in lacking):
-            raise _Stop("it is merged with rows that do not take the scale")
+            raise Stop("it is merged with rows that do not take the scale")
         if lacking:
             raise _Partners(lacking)
-        merged = _whole(labels, parts[0])
+        merged = whole(labels, parts[0])
         for part in parts[1:]:
-            channels.join(merged, _whole(labels, part))
+            if whole(labels, part).shape != merged.shape:
+                raise Stop("it is merged with rows of another form")
+            channels.join(merged, whole(labels, part))
         return merged
 
     def _may_join(self, node: object) -> bool:
@@ -463,55 +430,6 @@ class _Partners(Exception):
     def __init__(self, nodes: Sequence[fx.Node]) -> None:
         super().__init__(", ".join(node.name for node in nodes))
         self.nodes = list(nodes)
-
-
-def _parts(labels: Labels) -> list[Tensor]:
-    return labels if isinstance(labels, list) else [labels]
-
-
-def _whole(labels: Mapping[fx.Node, Labels], node: object) -> Tensor:
-    found = labels.get(node)  # type: ignore[call-overload]
-    if not isinstance(found, Tensor):
-        raise _Stop("it is read as a parameter of an operator")
-    return found
-
-
-def _alike(labels: Tensor, axis: int, reason: str) -> Tensor:
-    """The labels along one axis, of size 1 there; it stops where they differ."""
-    first = labels.narrow(axis, 0, 1)
-    if not bool((labels == first).all()):
-        raise _Stop(reason)
-    return first
-
-
-def _regrouped(labels: Tensor, old: Sequence[Dim], new: Sequence[Dim]) -> Tensor:
-    """The labels of a reshaped value: its axes are matched from the last, in groups of equal size.
-
-    Within a group of fixed sizes they move as the data does; what remains in front must not carry any.
-    """
-    full, result = list[int](), list[int]()
-    left, right = len(old), len(new)
-    while left or right:
-        end, stop = left, right
-        left, right = max(left - 1, 0), max(right - 1, 0)
-        while (sizes := (_size(old[left:end]), _size(new[right:stop])))[0] != sizes[1]:
-            is_short = sizes[0][0] < sizes[1][0]
-            if sizes[0][1] != sizes[1][1] or not (left if is_short else right):
-                left = right = 0  # not to be told: all the rest is one group
-                break
-            left, right = (left - 1, right) if is_short else (left, right - 1)
-        before, after = old[left:end], new[right:stop]
-        if all(size == 1 for size in labels.shape[left:end]):
-            before, after = [1] * len(before), [1] * len(after)
-        elif not all(isinstance(size, int) for size in (*before, *after)):
-            raise _Stop("a reshape mixes channels with an axis that varies")
-        full[:0], result[:0] = before, after  # type: ignore[assignment]
-    return labels.expand(full).reshape(result)
-
-
-def _size(sizes: Sequence[Dim]) -> tuple[int, list[str]]:
-    """The product of some sizes: of those that are numbers, and the others."""
-    return math.prod(size for size in sizes if isinstance(size, int)), sorted(s for s in sizes if isinstance(s, str))
 
 
 def _caches(graph: Graph) -> set[fx.Node]:
@@ -532,33 +450,22 @@ def _caches(graph: Graph) -> set[fx.Node]:
     return found
 
 
-def _fixed_shape(node: fx.Node) -> list[int]:
-    """The shape of a value, with 1 for sizes that vary."""
-    return [size if isinstance(size, int) else 1 for size in node.meta["shape"]]
-
-
-def _getitem() -> tuple[Any, ...]:
-    import operator
-
-    return (operator.getitem,)
-
-
 _RULES: tuple[tuple[tuple[Any, ...], Callable[..., Labels]], ...] = (
-    (_COMMUTING, _Walk._same),
-    ((_aten.to.dtype,), _Walk._cast),
-    (_MOVING, _Walk._moved),
-    ((_aten.reshape.default,), _Walk._reshaped),
-    ((_aten.slice.Tensor,), _Walk._sliced),
-    ((_aten.select.int,), _Walk._selected),
-    ((_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default, _aten.split.sizes), _Walk._split),
-    (_getitem(), _Walk._item),
-    ((_aten.expand.default,), _Walk._expanded),
-    ((_aten.cat.default,), _Walk._joined),
-    ((_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor), _Walk._multiplied),
-    ((_aten.add.Tensor,), _Walk._added),
-    ((_canonical.attention.default,), _Walk._attended),
-    ((_canonical.kv_append.default,), _Walk._appended),
-    ((_aten.repeat_interleave.self_int,), _Walk._repeated),
-    ((_canonical.take_expert.default,), _Walk._sent_to_expert),
-    ((_canonical.merge_experts.default,), _Walk._merged),
+    (_COMMUTING, ChannelWalk._same),
+    ((_aten.to.dtype,), ChannelWalk._cast),
+    (_MOVING, ChannelWalk._moved),
+    ((_aten.reshape.default,), ChannelWalk._reshaped),
+    ((_aten.slice.Tensor,), ChannelWalk._sliced),
+    ((_aten.select.int,), ChannelWalk._selected),
+    ((_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default, _aten.split.sizes), ChannelWalk._split),
+    ((operator.getitem,), ChannelWalk._item),
+    ((_aten.expand.default,), ChannelWalk._expanded),
+    ((_aten.cat.default,), ChannelWalk._joined),
+    ((_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor), ChannelWalk._multiplied),
+    ((_aten.add.Tensor,), ChannelWalk._added),
+    ((_canonical.attention.default,), ChannelWalk._attended),
+    ((_canonical.kv_append.default,), ChannelWalk._appended),
+    ((_aten.repeat_interleave.self_int,), ChannelWalk._repeated),
+    ((_canonical.take_expert.default,), ChannelWalk._sent_to_expert),
+    ((_canonical.merge_experts.default,), ChannelWalk._merged),
 )

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qcompiler.channel_labels import Channels, Labels, Stop
 from qcompiler.graph import Graph, Site, is_op
-from qcompiler.regions import Labels, _Channels, _Stop, _Walk
+from qcompiler.regions import ChannelWalk
 
 __all__ = ["Heads", "Reader", "Refused", "Stream", "Writer", "find_heads", "find_streams", "online_inputs"]
 
@@ -380,16 +381,16 @@ def _norm_name(norm: fx.Node) -> str:
 # --- heads of values --------------------------------------------------------------------------------------------------
 
 
-class _HeadWalk(_Walk):
+class _HeadWalk(ChannelWalk):
     """Follows channels through operators that move them about, and through attention."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph, None)
         self.heads: list[Tensor] = []
 
-    def _pass_on(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: _Channels) -> Labels:
+    def _pass_on(self, node: fx.Node, labels: Mapping[fx.Node, Labels], channels: Channels) -> Labels:
         if is_op(node, _aten.relu.default, *_SUMS) or (is_op(node, *_PRODUCTS) and not _is_row_factor(node.args[1])):
-            raise _Stop(f"{node.name} does not commute with a rotation")
+            raise Stop(f"{node.name} does not commute with a rotation")
         if is_op(node, _canonical.attention.default) and node.args[2] in labels:
             values = labels[node.args[2]]  # type: ignore[index]
             assert isinstance(values, Tensor)
@@ -398,7 +399,7 @@ class _HeadWalk(_Walk):
 
     def prove_heads(self, site: Site) -> Heads | Refused | None:
         """The heads a layer makes the values of; None for a layer whose output no attention reads as values."""
-        (node,), channels = site.nodes, _Channels()
+        (node,), channels = site.nodes, Channels()
         self.heads = []
         if not node.meta.get("shape"):
             return None

@@ -253,6 +253,24 @@ def test_regions_of_a_family(family: str) -> None:
     assert {name: reason for name, reason in refused.items() if counted(family, name)} == EXPECTED[family][1]
 
 
+def test_regions_of_experts() -> None:
+    """A channel has one scale in all experts; of the fused projection the rows behind the gate alone are free."""
+    found = {region.producers[0].name: region for region in find_regions(canonical_graph("mixtral")).found}
+    for layer in range(2):
+        mlp = f"model.layers.{layer}.mlp"
+        experts = range(4)
+        norm = found[f"model.layers.{layer}.post_attention_layernorm"]
+        readers = [f"{mlp}.gate", *(f"{mlp}.experts.gate_up_proj.{e}" for e in experts)]
+        assert [consumer.site.name for consumer in norm.consumers] == readers
+        inner = found[f"{mlp}.experts.gate_up_proj.0"]
+        assert [producer.name for producer in inner.producers] == readers[1:]
+        assert [consumer.site.name for consumer in inner.consumers] == [f"{mlp}.experts.down_proj.{e}" for e in experts]
+        assert inner.size == 48
+        for producer in inner.producers:
+            assert producer.channels.tolist() == [-1] * 48 + list(range(48))
+        assert all(consumer.channels.tolist() == list(range(48)) for consumer in inner.consumers)
+
+
 def scale_of(region: Region) -> Tensor:
     random = torch.Generator().manual_seed(region.size)
     return torch.exp2(4 * torch.rand(region.size, generator=random) - 2)
