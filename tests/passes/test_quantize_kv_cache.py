@@ -109,12 +109,16 @@ def test_the_cache_holds_what_a_loop_makes_of_keys_and_values(quantizer, dtype, 
     graph = language_model()
     ids = tokens(graph, 2, 5)
     before = interpret(graph, feed(graph, ids))
-    new = [before[cache.new.name] for cache in float_caches(graph)][:2]  # of the first layer: nothing is rounded ahead
+    caches = float_caches(graph)[:2]  # of the first layer: nothing is rounded ahead
+    new = [before[cache.new.name] for cache in caches]
     quantized(graph, quantizer)
     after = interpret(graph, feed(graph, ids))
     ports = dict(zip((port.name for port in graph.signature.outputs), graph.outputs, strict=True))
-    for part, values in zip(("key", "value"), new, strict=True):
+    for cache, values in zip(caches, new, strict=True):
+        part = cache.part
         codes, scales, zeros = naive_codes(values, dtype, group, symmetric)
+        spread = [tensor.repeat_interleave(group, dim=-1) for tensor in (scales, zeros)]
+        assert torch.equal(after[cache.append.name], (codes - spread[1]) * spread[0])  # what attention reads
         kept = after[ports[f"present.0.{part}"].name]
         if dtype == "int4":
             assert kept.dtype == torch.uint8
@@ -340,6 +344,35 @@ def test_what_follows_sees_rounded_keys_and_the_reference_does_not(quantizer, ah
             wanted[site.name] += y.flatten(0, 1).T @ x.flatten(0, 1)
     for name, moments in wanted.items():
         torch.testing.assert_close(watch.seen[name], moments, rtol=1e-4, atol=1e-4 * float(moments.abs().max()))
+
+
+class WatchOne(Watch):
+    """Stops where attention has been run."""
+
+    def waves(self, segment, graph):
+        return [[site for site in segment.sites if site.name.endswith(".o")]]
+
+
+def test_attention_is_run_anew_where_it_has_been_run(tmp_path):
+    """The values are at hand still, as something behind attention reads them, too."""
+    graph = language_model(layers=1, kv_heads=4)
+    _, values = float_caches(graph)
+    (output,) = (node for site in graph.sites() if site.name == "0.o" for node in site.nodes)
+    (residual,) = output.users
+    with graph.fx.inserting_after(residual):
+        joined = graph.fx.call_function(torch.ops.aten.add.Tensor, (residual, residual))
+    residual.replace_all_uses_with(joined, delete_user_cb=lambda user: user is not joined)
+    with graph.fx.inserting_before(joined):
+        flat = graph.fx.call_function(torch.ops.aten.transpose.int, (values.new, 1, 2))
+        flat = graph.fx.call_function(torch.ops.aten.flatten.using_ints, (flat, 2, 3))
+    joined.args = (residual, flat)
+    batches = token_batches(graph)
+    passes = [WatchOne(), QuantizeKVCache("int4", keys="float"), WatchOne()]
+    for item in (passes[0], passes[2]):
+        object.__setattr__(item, "seen", {})
+    sweep(graph, passes, batches, PassContext(graph, CPU, 0), work_dir=tmp_path)
+    plain, rounded = passes[0].seen["0.o"], passes[2].seen["0.o"]
+    assert 20 < -20 * math.log10(float((plain - rounded).norm() / plain.norm())) < 60
 
 
 def _empty(graph, batch):
