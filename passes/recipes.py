@@ -6,7 +6,6 @@ from qcompiler.errors import RecipeError
 from qcompiler.pass_base import ACTIVATIONS_QUANTIZED, WEIGHTS_QUANTIZED, Pass
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.awq import AWQ
-from qcompiler.passes.fisher import Fisher
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.quantize_kv_cache import QuantizeKVCache
@@ -26,8 +25,8 @@ RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
     "w3a16-gptq": lambda: (Assign("w3a16"), GPTQ()),
     "w4a16-awq": lambda: (Assign("w4a16"), AWQ(), RTN(search="gram")),
     "w4a16-awq-gptq": lambda: (Assign("w4a16"), AWQ(), GPTQ()),
-    "w3a16-squeezellm": lambda: (Assign("w3a16-lut"), Fisher(), SqueezeLLM()),
-    "w4a16-squeezellm": lambda: (Assign("w4a16-lut"), Fisher(), SqueezeLLM()),
+    "w3a16-squeezellm": lambda: (Assign("w3a16-lut"), SqueezeLLM()),
+    "w4a16-squeezellm": lambda: (Assign("w4a16-lut"), SqueezeLLM()),
     "w8a8-smoothquant": lambda: (Assign("w8a8"), SmoothQuant(), InsertQDQ(), GPTQ(correction=0)),
     "w8a8-rtn": lambda: (Assign("w8a8"), RTN(), InsertQDQ()),
     "w8a8-dynamic": lambda: (Assign("w8a8-dynamic"), RTN(), InsertQDQ(observer=None)),

@@ -58,6 +58,9 @@ class SqueezeLLM(Pass):
     | ``fisher`` | its diagonal entry of the Fisher information of the loss | `Fisher`, which is implied |
     | ``gram`` | ``sum x^2`` of the input it multiplies, the same for every row | the sweep |
 
+    On a Llama of 7 M parameters, three bits, ``gram`` came out ahead by 2 to 4 % of the KL divergence, and it needs no
+    backward sweep; without turns ``fisher`` was ahead on one text and behind on another.
+
     Sites are taken in true sequence where they are calibrated, as by `GPTQ`. Those whose scheme is a grid of even steps
     are rounded to nearest with the least squared error (``RTN(search="mse")``).
 
@@ -85,7 +88,7 @@ class SqueezeLLM(Pass):
 
     bits: int | None = None
     sparse_fraction: float = 0.0045
-    sensitivity: Sensitivity = "fisher"
+    sensitivity: Sensitivity = "gram"
     rounds: int = 4
     damping: float = 0.05
     correction: float = 0.5

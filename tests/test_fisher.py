@@ -85,7 +85,10 @@ def test_of_captured_models(tmp_path, family):
 def test_a_layer_used_twice_and_a_value_alive_across_cuts(tmp_path):
     graph = language_model(layers=3, tied=False)
     first, second = (site for site in graph.sites() if site.name in ("1.gate", "1.up"))
-    second.nodes[0].update_arg(1, first.nodes[0].args[1])  # gate and up are one layer
+    with graph.fx.inserting_before(second.nodes[0]):
+        again = graph.fx.create_node("get_attr", first.weight)
+    again.meta.update(first.nodes[0].args[1].meta)
+    second.nodes[0].update_arg(1, again)  # gate and up are one layer, and its weight enters twice
     skip, last = graph.sites()[0].inputs[0], graph.sites()[-1].nodes[0]
     with graph.fx.inserting_before(last):
         joined = graph.fx.call_function(torch.ops.aten.add.Tensor, (last.args[0], skip))

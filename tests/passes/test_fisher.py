@@ -52,14 +52,14 @@ def test_place_in_a_pipeline():
     assert not Fisher().works_in_sweep
     assert Pipeline([Fisher(), Assign("w4a16"), RTN()]).is_calibrated
     with pytest.raises(PipelineError) as caught:
-        Pipeline([Assign("w8a8"), Fisher(), SmoothQuant(), SqueezeLLM()])
+        Pipeline([Assign("w8a8"), Fisher(), SmoothQuant(), SqueezeLLM(sensitivity="fisher")])
     assert "needs 'Fisher information" in str(caught.value)
     assert "SmoothQuant (position 2)" in str(caught.value)
     for rounding in (RTN(), InsertQDQ(), QuantizeKVCache()):
         with pytest.raises(PipelineError, match="cannot run in this order"):
             Pipeline([Assign("w8a8"), rounding, Fisher()])
     for leaves_weights in (InsertQDQ(), QuantizeKVCache()):
-        Pipeline([Assign("w8a8"), Fisher(), leaves_weights, SqueezeLLM()])
+        Pipeline([Assign("w8a8"), Fisher(), leaves_weights, SqueezeLLM(sensitivity="fisher")])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import pytest
 
 from qcompiler.errors import RecipeError
-from qcompiler.passes import AWQ, GPTQ, RECIPES, RTN, Assign, Fisher, InsertQDQ, Rotate, SqueezeLLM, recipe
+from qcompiler.passes import AWQ, GPTQ, RECIPES, RTN, Assign, InsertQDQ, Rotate, SqueezeLLM, recipe
 from qcompiler.passes.quantize_kv_cache import QuantizeKVCache
 from qcompiler.passes.recipes import CACHES
 from qcompiler.pipeline import Pipeline
@@ -19,7 +19,7 @@ def test_contents():
     assert recipe("w4a16-gptq") == (Assign("w4a16"), GPTQ())
     assert recipe("nvfp4") == (Assign("nvfp4"), InsertQDQ(observer="minmax"), GPTQ())
     assert recipe("mxfp4") == (Assign("mxfp4"), InsertQDQ(observer=None), GPTQ())
-    assert recipe("w3a16-squeezellm") == (Assign("w3a16-lut"), Fisher(), SqueezeLLM())
+    assert recipe("w3a16-squeezellm") == (Assign("w3a16-lut"), SqueezeLLM())
     plain, rotated = recipe("w4a4-gptq"), recipe("w4a4-rotated")
     assert rotated == (*plain[:1], Rotate(online_heads=True), *plain[1:])  # so that they may be compared
     assert recipe("fp8") == (Assign("fp8"), InsertQDQ(observer="minmax"), GPTQ())

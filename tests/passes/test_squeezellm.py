@@ -179,24 +179,24 @@ def test_bad_options(options):
 
 
 def test_what_it_implies_and_needs():
-    passes = Pipeline([SqueezeLLM(bits=3)]).passes
-    assert passes == (Assign("w3a16-lut"), Fisher(), SqueezeLLM(bits=3))
+    passes = Pipeline([SqueezeLLM(bits=3, sensitivity="fisher")]).passes
+    assert passes == (Assign("w3a16-lut"), Fisher(), SqueezeLLM(bits=3, sensitivity="fisher"))
     assert Pipeline([SqueezeLLM(bits=4, sensitivity="gram")]).passes[0] == Assign("w4a16-lut")
     assert len(Pipeline([SqueezeLLM(bits=4, sensitivity="gram")]).passes) == 2
-    late = Pipeline([Assign("w3a16-lut"), SqueezeLLM()])
-    assert late.passes == (Assign("w3a16-lut"), Fisher(), SqueezeLLM())
+    late = Pipeline([Assign("w3a16-lut"), SqueezeLLM(sensitivity="fisher")])
+    assert late.passes == (Assign("w3a16-lut"), Fisher(), SqueezeLLM(sensitivity="fisher"))
     assert len(late.stages) == 1
 
 
 def test_rewriting_weights_behind_fisher_is_refused():
     with pytest.raises(PipelineError) as caught:
-        Pipeline([Assign("w3a16-lut"), Fisher(), AWQ(), SqueezeLLM()])
+        Pipeline([Assign("w3a16-lut"), Fisher(), AWQ(), SqueezeLLM(sensitivity="fisher")])
     assert "SqueezeLLM (position 3) needs 'Fisher information" in str(caught.value)
     assert "AWQ (position 2)" in str(caught.value)
-    ahead = Pipeline([Assign("w3a16-lut"), AWQ(), SqueezeLLM()]).passes  # measured where it is read
+    ahead = Pipeline([Assign("w3a16-lut"), AWQ(), SqueezeLLM(sensitivity="fisher")]).passes  # measured where it is read
     assert [item.name for item in ahead] == ["assign", "awq", "fisher", "squeeze-llm"]
     with pytest.raises(PipelineError, match="cannot run in this order"):
-        Pipeline([Assign("w3a16-lut"), SqueezeLLM(), GPTQ()])
+        Pipeline([Assign("w3a16-lut"), SqueezeLLM(sensitivity="fisher"), GPTQ()])
 
 
 @pytest.mark.parametrize("sensitivity", ["fisher", "gram"])
@@ -276,7 +276,7 @@ def test_a_layer_without_sensitivity_and_one_never_reached():
     Assign("w3a16-lut").run(graph, context)
     (site, *_) = graph.sites()
     graph.fisher = WeightStore.from_tensors({site.name: torch.zeros(8, 8)})
-    result = SqueezeLLM(rounds=0).rewrite([site], {}, context)
+    result = SqueezeLLM(sensitivity="fisher", rounds=0).rewrite([site], {}, context)
     assert "count alike" in result.sites[0].details["fallback"]
     (_, site, _) = graph.sites()
     with pytest.raises(ZeroCoverageError, match="never reached"):
@@ -290,7 +290,11 @@ def test_saved_and_loaded(tmp_path):
     ids = torch.cat([batch[graph.inputs[0]] for batch in token_batches(graph)])
     graph.provenance["parameters"] = 1000
     result = compile_graph(
-        graph, Pipeline([SqueezeLLM(bits=3)]), Calibration.from_tokens(ids), report=report, device=CPU
+        graph,
+        Pipeline([SqueezeLLM(bits=3, sensitivity="fisher")]),
+        Calibration.from_tokens(ids),
+        report=report,
+        device=CPU,
     )
     result.save(tmp_path / "out")
     loaded, _, _ = load_native(tmp_path / "out")
