@@ -18,6 +18,7 @@ COMPILE_KEYS = {
     "bytes_before",
     "bytes_after",
     "bits_per_weight",
+    "cache_bytes_per_token",
     "skipped",
     "sites",
     "notes",
@@ -30,6 +31,8 @@ EVALUATE_KEYS = {
     "tokens",
     "bytes",
     "bits_per_weight",
+    "cache_bytes_per_token",
+    "cached",
     "seconds",
 }
 SITES = 14  # 2 layers of q, k, v, o, gate, up, down
