@@ -1,0 +1,15 @@
+"""The ``kernels`` target: a quantized graph as a callable module whose layers are fused low-bit operators.
+
+Every operator is a ``torch.library`` operator of the namespace ``qcompiler_kernels`` with a shape function, a
+reference (the arithmetic of quantize and dequantize nodes, any device), a CPU implementation and a CUDA one in Triton.
+An operator lives in its own file, with its reference, its layout and its CPU implementation; the Triton kernel in
+``<operator>_triton.py`` beside it, with its search space, imported only where it is launched, so that nothing here
+needs Triton to be installed.
+
+| file | what |
+|---|---|
+| ``library.py`` | the namespace |
+| ``device.py`` | what an operator asks of the device it runs on, and which implementation it chose |
+| ``tuning.py`` | launch configurations: defaults, search, the cache on disk |
+| ``machine_code.py`` | kernels compiled ahead of time for a GPU that is not there, and what their instructions are |
+"""
