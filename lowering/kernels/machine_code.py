@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,11 @@ def compile_case(case: KernelCase, capability: int) -> MachineCode:
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constants), attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
     try:
-        compiled = triton.compile(source, target=target, options=dict(case.options))
+        with redirect_stdout(sys.stderr):  # Triton prints the assembly that ptxas refuses
+            compiled = triton.compile(source, target=target, options=dict(case.options))
     except Exception as error:
-        raise InputError("the kernel does not compile", where=f"{case.name} for sm_{capability}", got=error) from error
+        got = "\n".join(str(error).splitlines()[:8])
+        raise InputError("the kernel does not compile", where=f"{case.name} for sm_{capability}", got=got) from error
     ptx = compiled.asm["ptx"]
     architecture = re.search(r"\.target (\S+)", ptx)
     assert architecture is not None
@@ -197,13 +200,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--capability", nargs="+", type=int, default=[80, 90])
     parser.add_argument("--match", default="", help="only cases whose name holds this")
     given = parser.parse_args(arguments)
+    _triton()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default from 3.10 on; before it, Triton warns
     failed = False
     for module in given.modules:
         for case in importlib.import_module(module).ahead_of_time():
             for capability in given.capability:
                 if given.match in case.name and capability in case.mma:
-                    code = compile_case(case, capability)
+                    try:
+                        code = compile_case(case, capability)
+                    except InputError as error:
+                        code = MachineCode(case.name, capability, 0, 0, 0, {}, {}, None, [f"{error.what}: {error.got}"])
                     failed |= bool(code.failures)
                     print(json.dumps({"module": module, **asdict(code)}), flush=True)
     return int(failed)
