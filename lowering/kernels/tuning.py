@@ -1,21 +1,28 @@
 """Launch configurations: what a kernel starts with, what a search on the device found, and where that is kept.
 
-A search is run by whoever has the time for it (a benchmark, or `lower` when asked to tune); looking up costs a
-dictionary access. Results are kept per device and version of Triton in one JSON file,
-``$QCOMPILER_CACHE/tuning.json`` (default ``~/.cache/qcompiler``), rewritten whole and then renamed.
+A launcher asks `found`, which costs a dictionary access, and takes its own default where nothing was found. A search is
+run by whoever has the time for it (a benchmark, or `lower` when asked to tune): `search_launches` runs a function once
+to see which kernels it launches, then with every candidate of each. Results are kept per device and version of Triton
+in one JSON file, ``$QCOMPILER_CACHE/tuning.json`` (default ``~/.cache/qcompiler``), rewritten whole and then renamed.
 """
 
+import importlib.metadata
 import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["TuningCache", "cache_path", "row_bucket"]
+import torch
+
+__all__ = ["TuningCache", "cache_path", "device_name", "found", "row_bucket", "search_launches"]
 
 Config = TypeVar("Config")
+Key = tuple[object, ...]
 
 
 def cache_path() -> Path:
@@ -27,6 +34,16 @@ def cache_path() -> Path:
 def row_bucket(rows: int) -> int:
     """Row counts that share a configuration: 1, 2, 4, 8, ... rounded up, at most 4096."""
     return min(1 << max(0, rows - 1).bit_length(), 4096)
+
+
+def device_name(device: torch.device) -> str:
+    """What configurations are kept under: the name of a CUDA device, and the version of Triton."""
+    return _device_name(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _device_name(index: int) -> str:
+    return f"{torch.cuda.get_device_name(index)}, triton {importlib.metadata.version('triton')}"
 
 
 @dataclass
@@ -43,7 +60,7 @@ class TuningCache:
     def __post_init__(self) -> None:
         self._entries: dict[str, dict[str, Any]] | None = None
 
-    def get(self, device: str, kernel: str, key: tuple[object, ...], make: Callable[..., Config]) -> Config | None:
+    def get(self, device: str, kernel: str, key: Key, make: Callable[..., Config]) -> Config | None:
         """What was found for a kernel and key: ``make(**fields)``; None if nothing, or of fields it does not take."""
         fields = self._read().get(_name(device, kernel, key))
         try:
@@ -55,7 +72,7 @@ class TuningCache:
         self,
         device: str,
         kernel: str,
-        key: tuple[object, ...],
+        key: Key,
         candidates: Sequence[Config],
         measure: Callable[[Config], float],
     ) -> Config:
@@ -71,6 +88,7 @@ class TuningCache:
         best = min(candidates, key=measure)
         self._read()[_name(device, kernel, key)] = asdict(best)  # type: ignore[call-overload]
         self._write()
+        _kept.cache_clear()
         return best
 
     def _read(self) -> dict[str, dict[str, Any]]:
@@ -90,5 +108,94 @@ class TuningCache:
         os.replace(name, self.path)
 
 
-def _name(device: str, kernel: str, key: tuple[object, ...]) -> str:
+def _name(device: str, kernel: str, key: Key) -> str:
     return "|".join([device, kernel, *map(str, key)])
+
+
+@dataclass
+class _Search:
+    """Which kernels are launched while it is in force, and the one whose configuration is tried.
+
+    Attributes:
+        seen: candidates by kernel and key, of all that asked.
+        trial: kernel, key and configuration that are answered instead of what was found.
+    """
+
+    seen: dict[tuple[str, Key], Sequence[Any]] = field(default_factory=dict)
+    trial: tuple[str, Key, Any] | None = None
+
+
+_SEARCH: ContextVar[_Search | None] = ContextVar("search", default=None)
+
+
+def found(
+    device: torch.device,
+    kernel: str,
+    key: Key,
+    make: Callable[..., Config],
+    candidates: Callable[[], Sequence[Config]] = tuple,
+) -> Config | None:
+    """What a search on this device kept for a kernel; None where none was run, and on devices without CUDA.
+
+    Args:
+        device: the launch is for.
+        kernel: its name.
+        key: hashable; what the best configuration depends on: shape with rows as `row_bucket`, dtype, bits.
+        make: the dataclass of the kernel's configurations.
+        candidates: what a search would try, if one is under way; not called otherwise.
+    """
+    search = _SEARCH.get()
+    if search is not None:
+        if search.trial is not None and search.trial[:2] == (kernel, key):
+            config: Config = search.trial[2]
+            return config
+        if (kernel, key) not in search.seen:
+            search.seen[kernel, key] = candidates()
+    if device.type != "cuda":
+        return None
+    found: Config | None = _kept(cache_path(), device_name(device), kernel, key, make)
+    return found
+
+
+@cache
+def _kept(path: Path, device: str, kernel: str, key: Key, make: Callable[..., Any]) -> Any:
+    return _cache_at(path).get(device, kernel, key, make)
+
+
+@cache
+def _cache_at(path: Path) -> TuningCache:
+    return TuningCache(path)
+
+
+def search_launches(
+    run: Callable[[], object], measure: Callable[[Callable[[], object]], float], device: str
+) -> dict[str, Any]:
+    """Finds the fastest configuration of every kernel that a function launches, and keeps it.
+
+    Args:
+        run: launches kernels that ask `found`, the same ones at every call.
+        measure: seconds that a function takes, infinity if it does not run.
+        device: as `device_name` has it.
+
+    Returns:
+        The configurations, by kernel and key as text; kernels without candidates are left out.
+    """
+    search = _Search()
+    token = _SEARCH.set(search)
+    chosen: dict[str, Any] = {}
+    try:
+        run()
+        for (kernel, key), candidates in list(search.seen.items()):
+            if not candidates:
+                continue
+
+            def seconds(config: Any, kernel: str = kernel, key: Key = key) -> float:
+                search.trial = (kernel, key, config)
+                return measure(run)
+
+            best = _cache_at(cache_path()).search(device, kernel, key, candidates, seconds)
+            search.trial = None
+            chosen[_name("", kernel, key)[1:]] = best
+    finally:
+        _SEARCH.reset(token)
+    return chosen
