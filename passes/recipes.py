@@ -30,18 +30,18 @@ RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
     "w8a8-smoothquant": lambda: (Assign("w8a8"), SmoothQuant(), InsertQDQ(), GPTQ(correction=0)),
     "w8a8-rtn": lambda: (Assign("w8a8"), RTN(), InsertQDQ()),
     "w8a8-dynamic": lambda: (Assign("w8a8-dynamic"), RTN(), InsertQDQ(observer=None)),
-    "w4a8": lambda: (Assign("w4a8-dynamic"), InsertQDQ(observer=None), GPTQ()),
-    "w4a4-gptq": lambda: (Assign(_W4A4), InsertQDQ(observer=None), GPTQ(correction=0.25)),
+    "w4a8": lambda: (Assign("w4a8-dynamic"), InsertQDQ(), GPTQ()),
+    "w4a4-gptq": lambda: (Assign(_W4A4), InsertQDQ(), GPTQ(correction=0.25)),
     "w4a4-rotated": lambda: (
         Assign(_W4A4),
         Rotate(online_heads=True),
-        InsertQDQ(observer=None),
+        InsertQDQ(),
         GPTQ(correction=0.25),
     ),
     "fp8": lambda: (Assign("fp8"), InsertQDQ(observer="minmax"), GPTQ()),
     "fp8-dynamic": lambda: (Assign("fp8-dynamic"), RTN(search="mse"), InsertQDQ(observer=None)),
     "nvfp4": lambda: (Assign("nvfp4"), InsertQDQ(observer="minmax"), GPTQ()),
-    "mxfp4": lambda: (Assign("mxfp4"), InsertQDQ(observer=None), GPTQ()),
+    "mxfp4": lambda: (Assign("mxfp4"), InsertQDQ(), GPTQ()),
 }
 """Name → maker of the passes."""
 

@@ -101,7 +101,7 @@ def compile(
         "artifacts": {name: str(output / name) for name in ("native", *(name for name, _ in targets))},
         "seconds": time.perf_counter() - started,
         **{key: fields[key] for key in ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight")},
-        "cache_bytes_per_token": fields["cache_bytes_per_token"],
+        **{key: fields[key] for key in ("cache_bytes_per_token", "held_out")},
         **{key: fields[key] for key in ("skipped", "sites", "notes")},
     }
     if not as_json:
@@ -374,6 +374,7 @@ def _print_compiled(summary: dict[str, Any]) -> None:
             "sites left alone": len({skip["site"] for skip in summary["skipped"]}),
             "seconds": f"{summary['seconds']:.1f}",
             "peak memory": f"{summary['peak_rss_bytes'] / 2**20:,.0f} MiB",
+            **_held_out_row(summary["held_out"]),
             **{f"written: {name}": path for name, path in summary["artifacts"].items()},
         }
     )
@@ -381,6 +382,12 @@ def _print_compiled(summary: dict[str, Any]) -> None:
         print(f"left alone: {skip['site']}: {skip['reason']}")
     for note in summary["notes"]:
         print(f"note: {note}")
+
+
+def _held_out_row(found: dict[str, Any] | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    return {f"KL to original, {found['tokens']} held-out tokens": f"{found['kl_divergence']:.4f} nats per token"}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from qcompiler.calibration import Calibration, CalibrationTokens
 from qcompiler.errors import CalibrationError, InputError, RecipeError
 from qcompiler.feed import feed, feed_tensors
 from qcompiler.graph import Graph
+from qcompiler.held_out import HeldOutCheck, precision_note
 from qcompiler.native import NativeArtifact, save_native
 from qcompiler.pass_base import CalibrationRun, Effect, PassContext
 from qcompiler.pipeline import Pipeline
@@ -100,6 +101,16 @@ def compile_graph(
         undo.callback(shutil.rmtree, workspace, ignore_errors=True)
         batches: list[Batch] | None = None
         held_out: Tensor | None = None
+        check: HeldOutCheck | None = None
+
+        def gather() -> list[Batch]:
+            nonlocal batches, held_out, check
+            if batches is None:
+                with report.timed("calibration"):
+                    batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
+                    check = None if held_out is None else HeldOutCheck.of(graph, held_out, device)
+            return batches
+
         for stage in pipeline.stages:
             for item in stage.whole_graph:
                 before = state_of(graph, graph.fx.nodes)
@@ -108,21 +119,16 @@ def compile_graph(
                     if graph.signature.input("ids") is not None:
                         probe = _probe(graph, device)
                     else:
-                        if batches is None:
-                            batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
-                        if not batches:
+                        if not gather():
                             raise CalibrationError(
                                 "a pass that is declared exact is checked on inputs", where=item.name, got="no inputs"
                             )
-                        probe = batches[0]
+                        probe = gather()[0]
                     expected = run_by_segments(graph, probe, device)
                 if item.is_calibrated:
                     _check_schemes(graph, targets)  # nothing long runs for a target that refuses
-                    if batches is None:
-                        with report.timed("calibration"):
-                            batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
                     budget = memory_budget if memory_budget is not None else default_value_budget()
-                    run = CalibrationRun(batches, workspace / _MEASURED, budget, progress)
+                    run = CalibrationRun(gather(), workspace / _MEASURED, budget, progress)
                     with report.timed("sweep"):
                         result = item.run(graph, replace(context, calibration=run))
                     report.sweeps += 1
@@ -141,9 +147,8 @@ def compile_graph(
             is_checked = any(item.effect is Effect.EXACT for item in stage.swept)
             takes_tokens = graph.signature.input("ids") is not None
             wants_inputs = stage.is_calibrated or (is_checked and not takes_tokens and calibration is not None)
-            if wants_inputs and batches is None:
-                with report.timed("calibration"):
-                    batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
+            if wants_inputs:
+                gather()
             with report.timed("sweep"):
                 done = sweep(
                     graph,
@@ -166,6 +171,11 @@ def compile_graph(
         graph.round_rewritten()
         verify_graph(graph)
         _judge_coverage(graph, report, strict)
+        if check is not None:
+            with report.timed("held-out check"):
+                report.held_out = check.measure(graph, device)
+            if (note := precision_note(report.held_out, report.parameters)) is not None:
+                report.notes.append(note)
         report.cache_bytes_per_token = graph.signature.cache_bytes_per_token
         report.bytes_after = graph.weights.stored_bytes(graph.weight_names())
         undo.pop_all()

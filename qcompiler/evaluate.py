@@ -130,7 +130,7 @@ def evaluate(
             remedy="use the tokenizer the model was trained with",
         )
 
-    total = _Sums()
+    total = Scores()
     rows = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * artifact.vocab_size))
     done = 0
     with torch.inference_mode():
@@ -140,16 +140,16 @@ def evaluate(
             for logits in _decoded(artifact, batch) if cached else _whole(artifact, batch):
                 stop = position + logits.shape[1]
                 aligned = None if reference is None else reference[:, position:stop]
-                total.add(logits, aligned, batch[:, position + 1 : stop + 1], artifact)
+                total.add(logits, aligned, batch[:, position + 1 : stop + 1], where=artifact.path)
                 position = stop
             done += len(batch)
             if progress is not None:
                 progress(done, len(windows))
     return Evaluation(
-        perplexity=_exp(total.loss / total.tokens),
-        reference_perplexity=None if against is None else _exp(total.reference_loss / total.tokens),
-        kl_divergence=None if against is None else max(0.0, total.divergence / total.tokens),
-        top1_agreement=None if against is None else total.agreements / total.tokens,
+        perplexity=total.perplexity,
+        reference_perplexity=None if against is None else total.reference_perplexity,
+        kl_divergence=None if against is None else total.kl_divergence,
+        top1_agreement=None if against is None else total.top1_agreement,
         tokens=total.tokens,
         bytes=artifact.stored_bytes(),
         bits_per_weight=artifact.bits_per_weight(),
@@ -159,22 +159,47 @@ def evaluate(
     )
 
 
-class _Sums:
-    """Sums over scored positions, in float64."""
+class Scores:
+    """Sums over scored positions, in float64, and the means they give; see `Evaluation` for what those are."""
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.agreements = 0
-        self.loss = 0.0
-        self.reference_loss = 0.0
-        self.divergence = 0.0
+        self._agreements = 0
+        self._loss = 0.0
+        self._reference_loss = 0.0
+        self._divergence = 0.0
 
-    def add(self, logits: Tensor, reference: Tensor | None, targets: Tensor, artifact: Artifact) -> None:
-        """Adds the positions of ``[batch, n, vocab]`` logits that predict the targets ``[batch, n]``."""
+    @property
+    def perplexity(self) -> float:
+        """Of what is measured."""
+        return _exp(self._loss / self.tokens)
+
+    @property
+    def reference_perplexity(self) -> float:
+        """Of the original."""
+        return _exp(self._reference_loss / self.tokens)
+
+    @property
+    def kl_divergence(self) -> float:
+        """Of what is measured from the original, in nats per token."""
+        return max(0.0, self._divergence / self.tokens)
+
+    @property
+    def top1_agreement(self) -> float:
+        """The share of positions at which both find the same token most likely."""
+        return self._agreements / self.tokens
+
+    def add(self, logits: Tensor, reference: Tensor | None, targets: Tensor, *, where: Path | None) -> None:
+        """Adds the positions of ``[batch, n, vocab]`` logits that predict the targets ``[batch, n]``.
+
+        Raises:
+            InputError: if the original's logits have another shape.
+            ArtifactError: if the logits are not finite.
+        """
         if reference is not None and reference.shape != logits.shape:
             raise InputError(
                 "the original and the artifact give logits of different shapes",
-                where=artifact.path,
+                where=where,
                 got=list(logits.shape),
                 expected=list(reference.shape),
             )
@@ -186,18 +211,18 @@ class _Sums:
         for at in range(0, len(targets), size):
             piece = slice(at, at + size)
             log_q = logits[piece].float().log_softmax(-1)
-            self.loss -= _gathered(log_q, targets[piece])
+            self._loss -= _gathered(log_q, targets[piece])
             if reference is not None:
                 log_p = reference[piece].float().log_softmax(-1)
-                self.reference_loss -= _gathered(log_p, targets[piece])
-                self.agreements += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+                self._reference_loss -= _gathered(log_p, targets[piece])
+                self._agreements += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
                 p = log_p.exp()
-                self.divergence += float(log_p.sub_(log_q).mul_(p).sum(-1).double().sum())
+                self._divergence += float(log_p.sub_(log_q).mul_(p).sum(-1).double().sum())
         self.tokens += len(targets)
-        if not math.isfinite(self.loss) or not math.isfinite(self.divergence):
+        if not math.isfinite(self._loss) or not math.isfinite(self._divergence):
             raise ArtifactError(
                 "the logits are not finite",
-                where=artifact.path,
+                where=where,
                 got="NaN or infinity",
                 remedy="the weights are damaged, or the arithmetic overflows: check the model in float32",
             )

@@ -70,6 +70,7 @@ class CompileReport:
         parameters: elements of the original model.
         cache_bytes_per_token: bytes that one token of one sequence takes in the cache, scales included; None without.
         calibration: where the tokens came from; None without.
+        held_out: what was measured on tokens that calibration did not see (`HeldOutCheck.measure`); None without.
         bytes_spilled: calibration values that went to disk.
         targets: one entry per lowering.
         machine: processor, threads and versions it ran with.
@@ -90,6 +91,7 @@ class CompileReport:
     parameters: int = 0
     cache_bytes_per_token: int | None = None
     calibration: Mapping[str, Any] | None = None
+    held_out: dict[str, Any] | None = None
     bytes_spilled: int = 0
     targets: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=machine)

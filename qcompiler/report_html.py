@@ -149,6 +149,7 @@ def _summary(report: Mapping[str, Any], manifest: Mapping[str, Any], sites: list
         ("layers", f"{len({s.get('site') for s in sites})} rewritten, {len(report.get('skipped') or ())} left alone"),
         ("seconds", _number((report.get("seconds") or {}).get("total"), 1)),
         ("peak memory", _mebibytes(report.get("peak_rss_bytes"))),
+        _held_out(report.get("held_out")),
         ("sweeps", f"{report.get('sweeps')} over {report.get('segments')} segments"),
         ("calibration values on disk", _mebibytes(report.get("bytes_spilled"))),
         ("calibration", _pairs({k: v for k, v in (report.get("calibration") or {}).items() if k != "notes"}) or "none"),
@@ -161,6 +162,15 @@ def _summary(report: Mapping[str, Any], manifest: Mapping[str, Any], sites: list
         text = f"median {median(ratios):.3f}, worst {max(ratios):.3f}; {worse} of {len(ratios)} are worse"
         rows.append(("output error, ratio to RTN", text))
     return [row for row in rows if row is not None]
+
+
+def _held_out(found: Mapping[str, Any] | None) -> tuple[str, str] | None:
+    if not found:
+        return None
+    divergence, agreement = _number(found.get("kl_divergence"), 4), _number(found.get("top1_agreement"), 3)
+    perplexities = " → ".join(_number(found.get(key), 2) for key in ("reference_perplexity", "perplexity"))
+    text = f"KL {divergence} nats per token, perplexity {perplexities}, top-1 agreement {agreement}"
+    return f"{found.get('tokens')} held-out tokens", text
 
 
 def _target(fields: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -209,9 +209,81 @@ def test_sqnr_and_range_are_reported(tmp_path):
 def test_observers_differ(tmp_path):
     found = {}
     for number, options in enumerate(({"observer": "minmax"}, {"observer": "percentile", "percentile": 95.0}, {})):
-        graph, _ = rounded_model("w8a8", tmp_path / str(number), RTN(), InsertQDQ(**options))
+        item = InsertQDQ(**options, least_sqnr_db=-math.inf)
+        graph, _ = rounded_model("w8a8", tmp_path / str(number), RTN(), item)
         found[number] = float(graph.weights.read("0.down.input_scale"))
     assert found[1] < found[2] <= found[0]
+
+
+def with_outliers(factor: float) -> Graph:
+    """A model whose second layer has one loud channel behind each norm, quiet in the weights that read it."""
+    graph = language_model()
+    for norm, readers in (("1.norm_1", "qkv"), ("1.norm_2", ("gate", "up"))):
+        name = next(name for name in graph.weight_names() if name.startswith(norm))
+        weight = graph.weights.read(name).clone()
+        weight[3] *= factor
+        graph.weights.set(name, weight)
+        for reader in readers:
+            columns = graph.weights.read(f"1.{reader}.weight").clone()
+            columns[:, 3] /= factor
+            graph.weights.set(f"1.{reader}.weight", columns)
+    return graph
+
+
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_inputs_with_outliers_stay_in_float(weights_first, tmp_path):
+    graph = with_outliers(4096.0)
+    assign, quantizers = Assign("w8a8"), [RTN(), InsertQDQ()]
+    context = PassContext(graph, CPU, 0)
+    assign.run(graph, context)
+    done = sweep(
+        graph, quantizers if weights_first else quantizers[::-1], token_batches(graph), context, work_dir=tmp_path
+    )
+    skips = {skip.site: skip for skip in done.skips}
+    assert skips.keys() == {"1.q", "1.k", "1.v", "1.gate", "1.up"}
+    assert not any(skip.asked for skip in skips.values())
+    found = inputs_by_site(graph)
+    for name, node in found.items():
+        assert (quantized_value(node) is None) == (name in skips or name == "head")
+    for name in skips:
+        assert graph.schemes[name] == Scheme(Scheme.parse("w8a8").weight, None)
+    assert {report.site for report in done.sites if report.method == "rtn"} == {*found} - {"head"}
+    reason = skips["1.gate"].reason
+    decibels = float(reason.split("would keep ")[1].split(" dB")[0])
+    assert -20 < decibels < 20
+    assert "less than 20" in reason
+    assert float(reason.split("reaches ")[1].split(" times")[0]) > 1000
+
+
+def test_the_signal_over_noise_that_is_asked_for(tmp_path):
+    def left(number, **options):
+        graph = with_outliers(64.0)
+        context = PassContext(graph, CPU, 0)
+        Assign("w8a8").run(graph, context)
+        item = InsertQDQ(**options)
+        done = sweep(graph, [RTN(), item], token_batches(graph), context, work_dir=tmp_path / str(number))
+        kept = {report.site: report.details["output_sqnr_db"] for report in done.sites if report.method == item.name}
+        return {skip.site for skip in done.skips}, kept
+
+    none, everything = left(0, least_sqnr_db=-math.inf)
+    assert none == set()
+    quiet = min(everything, key=everything.get)
+    assert quiet[:2] == "1."
+    among, kept = left(1, least_sqnr_db=everything[quiet] + 0.01)
+    assert quiet in among
+    assert all(value > everything[quiet] + 0.01 for value in kept.values())
+    some, _ = left(2, least_sqnr_db=everything[quiet] - 0.01)
+    assert some == set()
+
+
+def test_dynamic_inputs_are_tried_where_they_are_calibrated(tmp_path):
+    graph = with_outliers(4096.0)
+    context = PassContext(graph, CPU, 0)
+    Assign("w4a4").run(graph, context)
+    done = sweep(graph, [InsertQDQ(), RTN()], token_batches(graph), context, work_dir=tmp_path)
+    assert {skip.site for skip in done.skips} >= {"1.q", "1.k", "1.v", "1.gate", "1.up"}
+    assert not any(skip.site.startswith("0.") for skip in done.skips)
+    assert "less than 12" in done.skips[0].reason
 
 
 def test_sites_keep_their_own_formats(tmp_path):

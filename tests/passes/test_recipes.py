@@ -18,7 +18,7 @@ def test_contents():
     assert recipe("w8a16") == (Assign("w8a16"), RTN())
     assert recipe("w4a16-gptq") == (Assign("w4a16"), GPTQ())
     assert recipe("nvfp4") == (Assign("nvfp4"), InsertQDQ(observer="minmax"), GPTQ())
-    assert recipe("mxfp4") == (Assign("mxfp4"), InsertQDQ(observer=None), GPTQ())
+    assert recipe("mxfp4") == (Assign("mxfp4"), InsertQDQ(), GPTQ())
     assert recipe("w3a16-squeezellm") == (Assign("w3a16-lut"), SqueezeLLM())
     plain, rotated = recipe("w4a4-gptq"), recipe("w4a4-rotated")
     assert rotated == (*plain[:1], Rotate(online_heads=True), *plain[1:])  # so that they may be compared
