@@ -3,7 +3,9 @@
 ``python -m benchmarks.quality MODEL --calib FILE --text FILE``. Every run is a process of its own, so that peak
 memory is its own. CPU seconds are those of the sweeps in `qc.compile` over all threads, without import, capture and
 tokenization. KL divergence is in thousandths of a nat per token; the ratio is to ``w4a16-rtn`` on the same model in the
-same command. Recipes that are calibrated are run once for each seed.
+same command. Recipes that are calibrated are run once for each seed. Bits per weight are those of the layers that are
+quantized; what is left in float, such as embeddings, counts in the size. A quantized cache is measured by decoding with
+it (``cached`` of `qc.evaluate`).
 
 ``--planted FACTOR`` measures every recipe a second time, on the same model with outlier channels
 (`benchmarks.plant`), in a table of its own. The models compute the same function, so their rows may be compared.
@@ -53,13 +55,13 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    from qcompiler.passes import RECIPES
+    from qcompiler.passes.recipes import CACHES, RECIPES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a Hugging Face directory")
     parser.add_argument("--calib", type=Path, required=True, help="text to calibrate on")
     parser.add_argument("--text", type=Path, action="append", required=True, help="held-out text; may be repeated")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="by default every named one")
+    parser.add_argument("--recipes", nargs="+", default=[*RECIPES, *CACHES], help="by default every named one")
     parser.add_argument("--planted", type=float, metavar="FACTOR", help="also the model with outliers, e.g. 64")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibrated recipes")
     parser.add_argument("--samples", type=int, default=64)
@@ -95,7 +97,7 @@ def run_apart(model: Path, recipe: str, seed: int, threads: int) -> dict[str, An
 def measure(options: argparse.Namespace, model: Path, recipe: str, seed: int) -> dict[str, Any]:
     """Compiles once, then evaluates on every text."""
     import qcompiler as qc
-    from qcompiler.report import machine
+    from qcompiler.report import machine, quantized_bits_per_weight
 
     graph = qc.capture(model)
     calibration = qc.Calibration.from_text(options.calib, samples=options.samples, length=options.length, seed=seed)
@@ -106,7 +108,10 @@ def measure(options: argparse.Namespace, model: Path, recipe: str, seed: int) ->
         "cpu_seconds": report.cpu_seconds["sweep"],
         "seconds": report.seconds["sweep"],
         "peak_mb": peak_mb(),
-        "bits_per_weight": report.bits_per_weight,
+        "mebibytes": report.bytes_after / 2**20,
+        "bits_per_weight": quantized_bits_per_weight(result.graph),
+        "cache_bytes_per_token": report.cache_bytes_per_token,
+        "inputs_left_in_float": sum(skip.method == "insert-qdq" for skip in report.skipped),
         "texts": {},
     }
     artifact, original = result.artifact(), qc.open_artifact(model)
@@ -143,10 +148,10 @@ def render(runs: list[dict[str, Any]], options: argparse.Namespace) -> str:
 def _table(runs: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
     texts = [text.stem for text in options.text]
     lines = [
-        "| recipe | seeds | bits/weight | "
+        "| recipe | seeds | bits/weight | MiB | cache bytes/token | "
         + " | ".join(f"{text}: perplexity | KL×1000 | ratio to RTN" for text in texts)
-        + " | CPU s | peak MB |",
-        "|---" * (5 + 3 * len(texts)) + "|",
+        + " | inputs left in float | CPU s | peak MB |",
+        "|---" * (8 + 3 * len(texts)) + "|",
     ]
     done: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -157,16 +162,23 @@ def _table(runs: list[dict[str, Any]], options: argparse.Namespace) -> list[str]
         return statistics.fmean(run["texts"][text][key] for run in done[recipe])
 
     for recipe, of_recipe in done.items():
-        cells = [recipe, str(len(of_recipe)), f"{of_recipe[0]['bits_per_weight']:.2f}"]
+        first = of_recipe[0]
+        cells = [recipe, str(len(of_recipe)), _or_dash(first["bits_per_weight"], ".2f"), f"{first['mebibytes']:.1f}"]
+        cells.append(_or_dash(first["cache_bytes_per_token"], "d"))
         for text in texts:
             divergence = mean(recipe, text, "kl_divergence")
             cells += [f"{mean(recipe, text, 'perplexity'):.2f}", f"{1000 * divergence:.3f}"]
             cells.append(f"{divergence / mean(BASELINE, text, 'kl_divergence'):.3f}" if BASELINE in done else "–")
+        cells.append(f"{statistics.fmean(run['inputs_left_in_float'] for run in of_recipe):.0f}")
         cells.append(f"{statistics.fmean(run['cpu_seconds'] for run in of_recipe):.1f}")
         cells.append(f"{statistics.fmean(run['peak_mb'] for run in of_recipe):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     failed = [run for run in runs if "error" in run]
     return lines + [f"\n{run['recipe']} seed {run['seed']} failed: {run['error']}" for run in failed]
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qcompiler as qc
-from benchmarks import peers, quality, runs
+from benchmarks import peers, plot, quality, runs
 from tests.tiny_checkpoint import POSITIONS, save_checkpoint, write_text
 
 
@@ -70,7 +70,17 @@ def test_a_result_comes_back(protocol, request_):
 def run(model, divergence, **fields):
     costs = {"cpu_seconds": 2.0, "wall_seconds": 3.0, "peak_rss_mb": 400.0, "grown_mb": 50.0, "peak_mb": 500.0}
     texts = {"novel": {"kl_divergence": divergence, "perplexity": 50.0}}
-    return {"model": model, "seed": 0, "texts": texts, "bits_per_weight": 5.83, **costs, **fields}
+    return {
+        "model": model,
+        "seed": 0,
+        "texts": texts,
+        "bits_per_weight": 5.83,
+        "mebibytes": 4.0,
+        "cache_bytes_per_token": None,
+        "inputs_left_in_float": 3,
+        **costs,
+        **fields,
+    }
 
 
 OPTIONS = Namespace(samples=64, length=512, seeds=[0, 1], max_tokens=40_000, threads=1, text=[Path("novel.txt")])
@@ -114,9 +124,39 @@ def test_recipes_are_compared_with_rounding_on_the_same_model():
         OPTIONS,
     )
     first, second = table.split("`m, planted`")
-    assert "| fp8 | 2 | 5.83 | 50.00 | 5.000 | 0.500 | 2.0 | 500 |" in first
+    assert "| fp8 | 2 | 5.83 | 4.0 | – | 50.00 | 5.000 | 0.500 | 3 | 2.0 | 500 |" in first
     assert "w8a16 seed 0 failed: exit 1: no" in first
-    assert "| w8a16 | 1 | 5.83 | 50.00 | 50.000 | – |" in second
+    assert "| w8a16 | 1 | 5.83 | 4.0 | – | 50.00 | 50.000 | – |" in second
+
+
+def test_a_cache_has_bytes_and_no_bits_of_weights():
+    cache = run("m", 0.001, recipe="kv-int8") | {"bits_per_weight": None, "cache_bytes_per_token": 2112}
+    assert "| kv-int8 | 1 | – | 4.0 | 2112 | 50.00 | 1.000 |" in quality.render([cache], OPTIONS)
+
+
+def test_points_of_a_plot_are_means_and_caches_have_none(tmp_path):
+    several = [
+        run("m", 0.010, recipe="w4a16-rtn"),
+        run("m", 0.004, recipe="w8a8-rtn"),
+        run("m", 0.006, recipe="w8a8-rtn"),
+        run("m", 0.002, recipe="w4a4-rotated"),
+        run("m", 0.001, recipe="kv-int8") | {"bits_per_weight": None},
+        run("other", 0.100, recipe="w8a16"),
+        {"model": "m", "recipe": "w8a16", "seed": 0, "error": "exit 1: no"},
+    ]
+    found = plot.points(several, "m")
+    assert [(point.recipe, point.activations) for point in found] == [
+        ("w4a4-rotated", "4 bits"),
+        ("w8a8-rtn", "8 bits"),
+        ("w4a16-rtn", "float"),
+    ]
+    assert found[1].divergence == pytest.approx(0.005)
+    pytest.importorskip("matplotlib")
+    for name in ("first.svg", "second.svg"):
+        plot.draw(found, tmp_path / name, "m")
+    picture = (tmp_path / "first.svg").read_text()
+    assert picture == (tmp_path / "second.svg").read_text()
+    assert all(f"<!-- {point.recipe} -->" in picture for point in found)
 
 
 def test_calibrated_recipes_are_run_for_every_seed():
