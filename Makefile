@@ -1,9 +1,10 @@
 # Every target sets itself up: a bare checkout and Python 3.11 or newer with pip are enough.
 #   make demo    compile the shipped model and generate text with it      make check   ruff and mypy
 #   make test    the tests that run on any machine                        make bench   the benchmark tables
+#   make gpu     kernels on a GPU: checks and times, in under eight minutes; sets nothing up
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-slow test-gpu demo check format bench matrix clean
+.PHONY: help setup test test-slow test-gpu demo check format bench gpu matrix clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 help:
-	@sed -n '2,3s/^# *//p' Makefile
+	@sed -n '2,4s/^# *//p' Makefile
 
 setup: $(STAMP)
 
@@ -49,6 +50,18 @@ MODEL ?= examples/booklm
 bench: setup
 	$(BIN)/python -m benchmarks.quality $(MODEL) --calib $(CALIB) --text $(TEXT)
 	$(BIN)/python -m benchmarks.memory
+
+# Kernels on a GPU: checks, times, benchmarks/results/gpu.md. Takes the first Python that has what it needs, and installs
+# nothing: the machine may have no network. GPU="--quick --only linear" passes options on.
+gpu:
+	@for python in $(PYTHON) $(BIN)/python python3 python; do \
+	  if "$$python" -c 'import sys; from importlib.util import find_spec; sys.exit(sys.version_info < (3, 11) or None \
+	    in map(find_spec, ("numpy", "safetensors", "torch", "transformers", "triton")))' 2>/dev/null; then \
+	    exec "$$python" -m benchmarks.kernels $(GPU); \
+	  fi; \
+	done; \
+	echo "make gpu: no Python 3.11 or newer here has numpy, safetensors, torch, transformers and triton." \
+	  "Name one: make gpu PYTHON=/path/to/python" >&2; exit 2
 
 # The table of recipes and targets in README.md; a test fails when it is stale.
 matrix: setup

@@ -1,0 +1,118 @@
+"""Every kernel compiled ahead of time, in all its configurations, and its machine code held against what it must be.
+
+Needs no GPU. One process per module, several at a time, at low priority: other sections run beside it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.kernels.records import LeftOut, Record, Verdict
+from benchmarks.kernels.sections import Bench, Case
+
+__all__ = ["cases", "modules"]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_RESERVE = 8.0
+_COMPILER = "qcompiler.lowering.kernels.machine_code"
+
+
+def modules() -> list[str]:
+    """All modules with kernels that can be compiled ahead of time."""
+    folder = _ROOT / "lowering" / "kernels"
+    found = [path for path in sorted(folder.glob("*_triton.py")) if "def ahead_of_time(" in path.read_text("utf-8")]
+    return [f"qcompiler.lowering.kernels.{path.stem}" for path in found]
+
+
+def cases(bench: Bench) -> Iterator[Case]:
+    """One per module."""
+    names = modules()
+    for name in names:
+        yield Case(name.rpartition(".")[2], _case(name, names))
+
+
+def _case(name: str, names: Sequence[str]) -> Callable[[Bench], Iterator[Record]]:
+    def run(bench: Bench) -> Iterator[Record]:
+        started = bench.keep("processes", "all", lambda: _Processes(names, bench.device.type == "cuda"))
+        yield from started.results(name, bench)
+
+    return run
+
+
+class _Processes:
+    """The compilers of all modules, a few at a time."""
+
+    def __init__(self, names: Sequence[str], beside_a_gpu: bool) -> None:
+        self._waiting = list(names)
+        self._running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]] = {}
+        cores = os.cpu_count() or 1
+        self._most = max(1, cores // 3 if beside_a_gpu else cores // 2)
+
+    def _start(self) -> None:
+        while self._waiting and sum(p.poll() is None for p, _, _ in self._running.values()) < self._most:
+            name = self._waiting.pop(0)
+            output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+            environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+            command = ["nice", "-n", "10", sys.executable, "-m", _COMPILER, name]
+            process = subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=output, stderr=errors)
+            self._running[name] = (process, output, errors)
+
+    def results(self, name: str, bench: Bench) -> Iterator[Record]:
+        """What the compiler of one module says; waits for it, as long as there is time."""
+        self._start()
+        while (name not in self._running or self._running[name][0].poll() is None) and _has_time(bench):
+            time.sleep(0.2)
+            self._start()
+        if name not in self._running:
+            yield LeftOut(bench.section.name, name, "out of time")
+            return
+        process, output, errors = self._running[name]
+        is_done = process.poll() is not None
+        if not is_done:
+            process.kill()
+            process.wait()
+        output.seek(0)
+        errors.seek(0)
+        short = name.rpartition(".")[2]
+        found = list(_verdicts(bench.section.name, short, output.read().decode(errors="replace").splitlines()))
+        yield from found
+        if not is_done:
+            yield LeftOut(bench.section.name, f"{short} after {len(found)} cases", "out of time")
+        elif not found or (process.returncode != 0 and all(verdict.passed for verdict in found)):
+            tail = errors.read().decode(errors="replace").strip()[-800:]
+            detail = f"exit code {process.returncode}, {len(found)} cases: {tail}"
+            yield Verdict(bench.section.name, f"{short}: compiler", False, detail)
+
+
+def _has_time(bench: Bench) -> bool:
+    return time.monotonic() < bench.deadline - _RESERVE
+
+
+def _verdicts(section: str, module: str, lines: Sequence[str]) -> Iterator[Verdict]:
+    for line in lines:
+        code = _parsed(line)
+        if code is None:
+            continue
+        label = f"{module} sm_{code['capability']}: {code['name']}"
+        if code["failures"]:
+            yield Verdict(section, label, False, "; ".join(code["failures"]))
+            continue
+        detail = f"{code['registers']} registers, {code['shared_bytes']} bytes shared"
+        if code["instructions_per_weight"] is not None:
+            detail += f", {code['instructions_per_weight']:.2f} instructions per weight"
+        yield Verdict(section, label, True, detail)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """One line of the compiler; None for one cut short when it was stopped."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "failures" in found else None
