@@ -67,7 +67,7 @@ class MachineCode:
         name: of the case.
         capability: it was compiled for.
         registers: per thread.
-        spilled_bytes: stored to and loaded from local memory, per thread.
+        spilled_bytes: of local memory, per thread: room for registers that did not fit, or were indexed.
         shared_bytes: per block.
         opcodes: how often each opcode, without its modifiers, occurs.
         loop: the same of the hot loop: the innermost one with the most tensor-core instructions, or the longest.
@@ -94,7 +94,6 @@ def compile_case(case: KernelCase, capability: int) -> MachineCode:
     """
     triton = _triton()
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     names = case.kernel.arg_names
@@ -112,21 +111,15 @@ def compile_case(case: KernelCase, capability: int) -> MachineCode:
     except Exception as error:
         got = "\n".join(str(error).splitlines()[:8])
         raise InputError("the kernel does not compile", where=f"{case.name} for sm_{capability}", got=got) from error
-    ptx = compiled.asm["ptx"]
-    architecture = re.search(r"\.target (\S+)", ptx)
-    assert architecture is not None
+    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "kernel.ptx").write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture[1].strip(',')}", "kernel.ptx"]
-        log = subprocess.run(
-            [*command, "-o", "kernel.cubin"], capture_output=True, text=True, cwd=folder, check=True
-        ).stderr
-        dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        sass = subprocess.run(
-            [dump, "-sass", "kernel.cubin"], capture_output=True, text=True, cwd=folder, check=True
-        ).stdout
-    registers = re.search(r"Used (\d+) registers", log)
-    spills = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage, sass = (
+            subprocess.run([dump, option, cubin], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     instructions = _instructions(sass)
     loop = _hot_loop(instructions)
     threads = 32 * int(case.options.get("num_warps", 4))
@@ -134,8 +127,8 @@ def compile_case(case: KernelCase, capability: int) -> MachineCode:
     code = MachineCode(
         case.name,
         capability,
-        int(registers[1]) if registers else 0,
-        sum(spills),
+        used["REG"],
+        used["STACK"] + used["LOCAL"],
         int(compiled.metadata.shared),
         dict(Counter(opcode for _, opcode, _ in instructions)),
         dict(Counter(opcode for _, opcode, _ in loop)),
