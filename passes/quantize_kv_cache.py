@@ -30,6 +30,7 @@ from qcompiler.pass_base import (
     Wave,
 )
 from qcompiler.segments import Segment
+from qcompiler.static_cache import static_qparams
 
 __all__ = ["QuantizeKVCache"]
 
@@ -40,9 +41,6 @@ _DTYPES: dict[str, Literal["int8", "int4", "float8_e4m3fn"]] = {
     "int4": "int4",
 }
 _NARROW_GROUP = 16
-_SMALLEST_SCALE = 2.0**-23
-_LARGEST_FLOAT = 448.0
-_HEADROOM = 2.0  # of static ranges of floats: room for values beyond those seen, which costs them no precision
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,8 @@ class QuantizeKVCache(Pass):
     Scales per token are computed when the token comes, ``amax / 127``, ``amax / 448`` or, for ``int4``, from the range
     of every 16 channels, widened to hold zero, with a zero point; they are rounded to float16 first. Static ranges come
     from calibration: per channel of every head for integers, per tensor for floats, those with twice the room of what
-    was seen. The static range of every channel is calibrated in either case and stored, see `kept_range`, because some
-    targets have no other form.
+    was seen. The static range of every channel is calibrated in either case and stored, because some targets have no
+    other form; `static_caches` makes it, and the report says what it costs beside what the scales per token do.
 
     With ``rotate``, queries and keys are turned by a Hadamard matrix (arXiv 2404.00456, section 4), which changes no
     product of theirs and spreads the few large channels that keys have over all. Values have none and stay as they are.
@@ -213,7 +211,7 @@ class QuantizeKVCache(Pass):
         low, high = (end.cpu() for end in seen.result())
         tokens = seen.tokens().cpu()
         static = CacheFormat(spec.dtype, "static", symmetric=spec.symmetric)
-        scale, zero = _static_qparams(static, low, high)
+        scale, zero = static_qparams(static, low, high)
         names: tuple[str | None, str | None] = (None, None)
         if spec.scales == "static":
             names = f"{cache.name}_scale", None if zero is None else f"{cache.name}_zero_point"
@@ -272,20 +270,6 @@ class _CacheWave(Sequence[Site]):
 
     def __iter__(self) -> Iterator[Site]:
         return iter(())
-
-
-def _static_qparams(spec: CacheFormat, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point for ranges ``[H, D]``: 0-D for floats, else ``[1, H, 1, D]``."""
-    largest = torch.maximum(-low, high)
-    if spec.is_float:
-        return (_HEADROOM * largest.amax() / _LARGEST_FLOAT).clamp(min=_SMALLEST_SCALE), None
-    if spec.symmetric:
-        scale = largest / ((1 << (spec.bits - 1)) - 1)
-        return scale.clamp(min=_SMALLEST_SCALE)[None, :, None], None
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    most = (1 << spec.bits) - 1
-    scale = ((high - low) / most).clamp(min=_SMALLEST_SCALE)
-    return scale[None, :, None], torch.round(-low / scale).clamp(0, most).to(torch.uint8)[None, :, None]
 
 
 def _per_token(tokens: Tensor, spec: CacheFormat) -> Tensor:

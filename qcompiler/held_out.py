@@ -10,6 +10,7 @@ from qcompiler.evaluate import Scores
 from qcompiler.feed import feed
 from qcompiler.graph import Graph
 from qcompiler.probe import run_by_segments
+from qcompiler.static_cache import static_caches
 
 __all__ = ["HeldOutCheck", "precision_note"]
 
@@ -45,20 +46,30 @@ class HeldOutCheck:
         return None if ids.shape[1] < 2 else cls(ids, _logits(graph, ids, device))
 
     def measure(self, graph: Graph, device: torch.device) -> dict[str, Any]:
-        """``tokens``, ``perplexity``, ``reference_perplexity``, ``kl_divergence`` (nats per token), ``top1_agreement``.
+        """What the compiled graph gives, as plain JSON values.
+
+        Returns:
+            ``tokens``, ``perplexity``, ``reference_perplexity``, ``kl_divergence`` (nats per token),
+            ``top1_agreement``; and ``static_cache_kl_divergence``, that of the same graph with static scales in the
+            place of those per token in its cache (`static_caches`), None where there are none.
 
         Raises:
             ArtifactError: if what was compiled gives logits that are not finite.
         """
-        scores = Scores()
-        scores.add(_logits(graph, self.ids, device)[:, :-1], self.logits[:, :-1], self.ids[:, 1:], where=None)
+        scores, static = self._scores(graph, device), static_caches(graph)
         return {
             "tokens": scores.tokens,
             "perplexity": scores.perplexity,
             "reference_perplexity": scores.reference_perplexity,
             "kl_divergence": scores.kl_divergence,
             "top1_agreement": scores.top1_agreement,
+            "static_cache_kl_divergence": None if static is None else self._scores(static, device).kl_divergence,
         }
+
+    def _scores(self, graph: Graph, device: torch.device) -> Scores:
+        scores = Scores()
+        scores.add(_logits(graph, self.ids, device)[:, :-1], self.logits[:, :-1], self.ids[:, 1:], where=None)
+        return scores
 
 
 def _logits(graph: Graph, ids: Tensor, device: torch.device) -> Tensor:

@@ -170,6 +170,8 @@ def _held_out(found: Mapping[str, Any] | None) -> tuple[str, str] | None:
     divergence, agreement = _number(found.get("kl_divergence"), 4), _number(found.get("top1_agreement"), 3)
     perplexities = " → ".join(_number(found.get(key), 2) for key in ("reference_perplexity", "perplexity"))
     text = f"KL {divergence} nats per token, perplexity {perplexities}, top-1 agreement {agreement}"
+    if found.get("static_cache_kl_divergence") is not None:
+        text += f"; with static scales in the cache, KL {_number(found['static_cache_kl_divergence'], 4)}"
     return f"{found.get('tokens')} held-out tokens", text
 
 
