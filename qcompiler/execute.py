@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Stretch"]
+__all__ = ["Stretch", "makes_a_tensor"]
 
 Fetch = Callable[[str], Tensor]
 
@@ -122,12 +122,12 @@ class Stretch:
 
 def _call(node: fx.Node, env: Mapping[fx.Node, Any], device: torch.device) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-    if _makes_a_tensor(node):
+    if makes_a_tensor(node):
         kwargs = {**kwargs, "device": device}
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _makes_a_tensor(node: fx.Node) -> bool:
+def makes_a_tensor(node: fx.Node) -> bool:
     """Whether a call makes a tensor out of numbers alone, and so must be told where."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False

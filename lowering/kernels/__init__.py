@@ -1,13 +1,18 @@
 """The ``kernels`` target: a quantized graph as a callable module whose layers are fused low-bit operators.
 
-Every operator is a ``torch.library`` operator of the namespace ``qcompiler_kernels`` with a shape function, a
-reference (the arithmetic of quantize and dequantize nodes, any device), a CPU implementation and a CUDA one in Triton.
+`model.lower` makes a `KernelModel` of a graph; `KernelsTarget` says what becomes of a scheme. Every operator is a
+``torch.library`` operator of the namespace ``qcompiler_kernels`` with a shape function, a reference (the arithmetic of
+quantize and dequantize nodes, any device), a CPU implementation and a CUDA one in Triton.
 An operator lives in its own file, with its reference, its layout and its CPU implementation; the Triton kernel in
 ``<operator>_triton.py`` beside it, with its search space, imported only where it is launched, so that nothing here
 needs Triton to be installed.
 
 | file | what |
 |---|---|
+| ``forms.py`` | what of a graph has a kernel, proved on its nodes |
+| ``rewrite.py``, ``precision.py`` | the module that is made of it, and which dtype its operators run in |
+| ``model.py`` | `KernelModel`: that module with its caches, an artifact |
+| ``target.py`` | `KernelsTarget` |
 | ``library.py`` | the namespace |
 | ``device.py`` | what an operator asks of the device it runs on, and which implementation it chose |
 | ``tuning.py`` | launch configurations: defaults, search, the cache on disk |

@@ -1,0 +1,562 @@
+"""Makes a module of a quantized graph: what has a kernel becomes a call of it, everything else stays as it is.
+
+| in the graph | in the module |
+|---|---|
+| ``linear(x, dequantize(codes, ...))`` | a `WeightOnlyLinear` |
+| the same, ``x`` being ``dequantize(quantize(...))`` | one quantizer for all readers, a `ScaledLinear` for each |
+| ``rms_norm`` that such a quantizer alone reads | one operator for both |
+| ``linear(x, sparse_add(codebook_dequantize(...)))`` | a `CodebookLinear` |
+| ``kv_append`` of a cache, quantized ahead of it or not | written into a buffer in place |
+| ``attention`` over such caches | a `CachedAttention` |
+| weights in another form | dequantized once |
+| masks that hide only padding | left out: no token is padding |
+
+The module takes ``(ids, start, past, *caches)`` and gives ``(logits, *loose)``: ``start`` int32 ``[1]`` on the device
+and ``past`` say how many tokens the caches hold, which `Slot` describes, in the order of the graph's ports.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Node
+
+import qcompiler.lowering.kernels.quantize_rows  # noqa: F401  (defines operators)
+from qcompiler.execute import Stretch, makes_a_tensor
+from qcompiler.graph import Graph, ancestors, is_op, site_name
+from qcompiler.kv_cache import CacheFormat
+from qcompiler.lowering.kernels import cache_append
+from qcompiler.lowering.kernels.cached_attention import CachedAttention
+from qcompiler.lowering.kernels.codebook_linear import CodebookLinear
+from qcompiler.lowering.kernels.device import Choice, Device
+from qcompiler.lowering.kernels.forms import (
+    AppendedCache,
+    Rounding,
+    appended_caches,
+    input_rounding,
+    reads,
+    sees_all,
+    stored_weight,
+)
+from qcompiler.lowering.kernels.precision import precision_of
+from qcompiler.lowering.kernels.scaled_linear import ScaledLinear
+from qcompiler.lowering.kernels.scaled_linear import choose as choose_scaled
+from qcompiler.lowering.kernels.weight_only import WeightOnlyLinear
+from qcompiler.lowering.kernels.weight_only import choose as choose_weight_only
+from qcompiler.qtensor import Affine, Codebook
+from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL
+from qcompiler.spec import QuantSpec
+
+__all__ = ["Rewritten", "Slot", "rewrite"]
+
+_aten, _canonical, _kernels = torch.ops.aten, torch.ops.qcompiler, torch.ops.qcompiler_kernels
+_WIDE = torch.float32
+_SYMBOLS = {BATCH, SEQUENCE, PAST, TOTAL}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A cache that the module takes: ``[batch, heads, capacity, width]``.
+
+    Attributes:
+        dtype: of its elements.
+        heads, width: as above.
+        is_buffer: written in place, of any capacity that suffices; otherwise it holds exactly the tokens so far, and
+            the module gives back the longer one.
+    """
+
+    dtype: torch.dtype
+    heads: int
+    width: int
+    is_buffer: bool
+
+
+@dataclass
+class Rewritten:
+    """What `rewrite` makes.
+
+    Attributes:
+        module: see above.
+        slots: the caches that it takes.
+        sites: for every linear layer, how it is computed.
+        caches: for every pair of caches, how it is appended to and read.
+        fused_norms: norms that quantize their result themselves.
+        roundings: how many roundings to the module's dtype lie one behind the other, at most.
+    """
+
+    module: fx.GraphModule
+    slots: tuple[Slot, ...]
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    caches: list[dict[str, Any]] = field(default_factory=list)
+    fused_norms: int = 0
+    roundings: int = 0
+
+
+def rewrite(graph: Graph, device: torch.device, dtype: torch.dtype) -> Rewritten:
+    """A module on a device that computes the logits of a graph, which is not changed.
+
+    Args:
+        graph: with ``ids`` and ``logits``.
+        device: where it will run; weights are moved there one at a time.
+        dtype: of activations.
+    """
+    return _Rewriter(graph, device, dtype).run()
+
+
+class _Rewriter:
+    def __init__(self, graph: Graph, device: torch.device, dtype: torch.dtype) -> None:
+        self._graph, self._device, self._dtype = graph, device, dtype
+        self._capabilities = Device.of(device)
+        self._fx = fx.Graph()
+        self._members: dict[str, nn.Module | Tensor] = {}
+        self._values: dict[Node, Any] = {}  # of the graph's nodes, in the new one
+        self._floats: dict[Node, torch.dtype | None] = {}  # of new nodes; None: not floating point
+        self._depth: dict[Node, int] = {}  # roundings behind a new node
+        self._casts: dict[tuple[Node, torch.dtype], Node] = {}
+        self._stored: dict[tuple[Node, torch.dtype], Node] = {}
+        self._sizes: dict[str, Any] = {}
+        self._ports = dict(zip(graph.inputs, graph.signature.inputs, strict=True))
+        self._constant = self._constants()
+        self._caches = appended_caches(graph)
+        self._appends = {append: cache for cache in self._caches for append in cache.appends}
+        self._reads = {node: cache for cache in self._caches for node in reads(cache)}
+        self._buffers: dict[Node, Node] = {}  # by placeholder
+        padding = next((node for node, port in self._ports.items() if port.role == "mask"), None)
+        self._unmasked = {
+            node
+            for node in graph.fx.nodes
+            if is_op(node, _canonical.attention.default) and sees_all(node.args[3], padding)
+        }
+        self._layers: dict[tuple[Node, QuantSpec | None], nn.Module | None] = {}  # by weight and format of the input
+        self._layer_of: dict[Node, nn.Module | None] = {}  # by linear node
+        self._roundings: dict[Node, Rounding] = {}  # by their ``quantize``, for layers that take codes
+        self._taken: dict[Node, Rounding] = {}  # by linear layer
+        self._owned: dict[Node, Node] = {}  # scales and zero points → the ``quantize`` that gives them
+        self.result = Rewritten(cast(fx.GraphModule, None), ())
+
+    # --- what is there ------------------------------------------------------------------------------------------------
+
+    def _constants(self) -> set[Node]:
+        """Stored tensors, and what is computed from them alone."""
+        found: set[Node] = set()
+        for node in self._graph.fx.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "get_attr" or (node.op == "call_function" and inputs and found.issuperset(inputs)):
+                found.add(node)
+        return found
+
+    def _make_layers(self, needed: set[Node]) -> None:
+        """A module for every quantized weight that has one."""
+        names = {node: site.name for site in self._graph.sites() for node in site.nodes}
+        for node in self._graph.fx.nodes:
+            if node not in needed or not is_op(node, _canonical.linear.default):
+                continue
+            weight, bias = cast(Node, node.args[1]), node.args[2] if len(node.args) > 2 else None
+            rounding = input_rounding(node.args[0], node.meta["weight_shape"][1])
+            key = weight, None if rounding is None else rounding.spec
+            if key not in self._layers:
+                name = names.get(node, site_name(weight.name))
+                self._layers[key] = self._layer(name, weight, cast(Node | None, bias), rounding)
+            self._layer_of[node] = self._layers[key]
+            if rounding is not None and isinstance(self._layers[key], ScaledLinear):
+                self._taken[node] = rounding
+                self._roundings[rounding.codes] = rounding
+                if rounding.choose is not None and rounding.spec.granularity == "per_token":
+                    self._owned |= dict.fromkeys((rounding.choose, *rounding.choose.users), rounding.codes)
+                    self._owned.pop(rounding.codes, None)
+
+    def _layer(self, name: str, weight: Node, bias: Node | None, rounding: Rounding | None) -> nn.Module | None:
+        """The module of a site, noted in the report; None where it is computed in float."""
+        form = stored_weight(self._graph, weight) if weight in self._constant else None
+        offset = None if bias is None else self._evaluated(bias)
+        place: dict[str, Any] = {"device": self._device, "dtype": self._dtype}
+        found: dict[str, Any] = {"site": name, "weight": None, "activation": None}
+        found["activation"] = None if rounding is None else str(rounding.spec)
+        layer: WeightOnlyLinear | ScaledLinear | CodebookLinear | None = None
+        if isinstance(form, Codebook):
+            layer = CodebookLinear.from_weight(form, offset, **place)
+            choice = layer.choice
+        elif isinstance(form, Affine):
+            shape = (*form.codes.shape, self._capabilities, self._dtype)
+            choice = Choice("reference", "activations in float")
+            if rounding is not None and self._has_product(
+                form, rounding, choice := choose_scaled(form.spec, rounding.spec, *shape)
+            ):
+                layer = ScaledLinear.from_weight(form, offset, activation=rounding.spec, **place)
+            elif (weights := choose_weight_only(form.spec, *shape)).is_fused:
+                layer = WeightOnlyLinear.from_weight(form, offset, **place)
+                reason = f"rounded activations in {_name(self._dtype)}: {choice.reason}" if rounding else weights.reason
+                choice = Choice(weights.implementation, reason)
+            elif rounding is None:
+                choice = weights
+        elif weight.op == "get_attr":
+            choice = Choice("library" if self._device.type == "cuda" else "cpu", "not quantized")
+        else:
+            choice = Choice("reference", "no kernel for weights of this form: dequantized once")
+        found |= {"implementation": choice.implementation, "reason": choice.reason}
+        found["weight"] = None if weight.op == "get_attr" else str(form.spec if form else weight.target)
+        self.result.sites.append(found)
+        return layer
+
+    def _has_product(self, weight: Affine, rounding: Rounding, choice: Choice) -> bool:
+        """Whether codes of activations are what a layer should take; on a CPU, 8-bit floats are multiplied exactly."""
+        if choice.is_fused:
+            return True
+        floats = weight.spec.is_float and not weight.spec.is_fp4 and rounding.spec.is_float
+        return self._device.type == "cpu" and floats
+
+    def _needs(self, node: Node) -> list[Node]:
+        """What a node is computed from, once rewritten."""
+        if node in self._constant or node.op == "placeholder" or node in self._appends:
+            return []
+        if node in self._owned:
+            return [self._owned[node]]
+        if self._symbol(node) is not None:
+            return []
+        if node in self._taken:
+            return [self._taken[node].codes]
+        if node in self._roundings:
+            rounding = self._roundings[node]
+            source = rounding.norm.args[0] if rounding.norm is not None else rounding.value
+            scales = [n for n in (rounding.scale, rounding.zero_point) if n is not None and n not in self._owned]
+            return [cast(Node, source), *scales]
+        if self._fused_caches(node) is not None:
+            return [cast(Node, node.args[0])]
+        if is_op(node, _canonical.attention.default) and node in self._unmasked:
+            return [cast(Node, argument) for argument in node.args[:3]]
+        return node.all_input_nodes
+
+    def _required(self) -> set[Node]:
+        roots = [cache.value for cache in self._caches]
+        for node, port in zip(self._graph.outputs, self._graph.signature.outputs, strict=True):
+            if port.role == "logits" or (port.role == "present" and node not in self._appends):
+                roots.append(node)
+        needed: set[Node] = set()
+        while roots:
+            node = roots.pop()
+            if node not in needed:
+                needed.add(node)
+                roots.extend(self._needs(node))
+        return needed
+
+    def _fused_caches(self, node: Node) -> tuple[AppendedCache, AppendedCache] | None:
+        """The keys and values that attention reads, where the fused operator computes what it says."""
+        if node not in self._unmasked or not node.args[5]:
+            return None
+        keys, values = (self._reads.get(cast(Node, argument)) for argument in node.args[1:3])
+        return None if keys is None or values is None else (keys, values)
+
+    # --- the new graph ------------------------------------------------------------------------------------------------
+
+    def run(self) -> Rewritten:
+        """Builds the module."""
+        nodes = list(self._graph.fx.nodes)
+        self._make_layers(self._required())
+        needed = self._required()
+        self._make_inputs()
+        for node in nodes:
+            if node in self._appends and node is self._appends[node].appends[0]:
+                self._append(self._appends[node])
+            if node in needed and node not in self._constant and node not in self._owned and node.op == "call_function":
+                self._emit(node)
+        outputs = list(zip(self._graph.outputs, self._graph.signature.outputs, strict=True))
+        logits = next(node for node, port in outputs if port.role == "logits")
+        loose = [n for n, port in outputs if port.role == "present" and n not in self._appends]
+        kept = [self._cast(self._value(logits), _WIDE), *(self._value(node) for node in loose)]
+        self._fx.output(tuple(kept))
+        self.result.roundings = self._depth[kept[0]]
+        self.result.module = fx.GraphModule(self._members, self._fx, "LoweredModel")
+        self.result.module.graph.eliminate_dead_code()
+        self.result.module.graph.lint()
+        self.result.module.recompile()
+        return self.result
+
+    def _make_inputs(self) -> None:
+        ids, start, past = (self._fx.placeholder(name) for name in ("ids", "start", "past"))
+        slots = []
+        for node, port in self._ports.items():
+            if port.role != "past":
+                continue
+            is_buffer = any(node in cache.past for cache in self._caches)
+            dtype: torch.dtype = getattr(torch, port.dtype)
+            is_float = is_buffer and dtype == _WIDE
+            slots.append(Slot(self._dtype if is_float else dtype, int(port.shape[1]), int(port.shape[3]), is_buffer))
+            self._buffers[node] = self._values[node] = self._fx.placeholder(port.name.replace(".", "_"))
+            self._floats[self._buffers[node]] = slots[-1].dtype if slots[-1].dtype.is_floating_point else None
+        self.result.slots = tuple(slots)
+        size = self._fx.call_function
+        self._sizes = {PAST: past}
+        self._sizes |= {name: size(_aten.sym_size.int, (ids, i)) for i, name in enumerate((BATCH, SEQUENCE))}
+        self._sizes[TOTAL] = size(operator.add, (past, self._sizes[SEQUENCE]))
+        self._length = size(_aten.add.Tensor, (start, self._sizes[SEQUENCE]))
+        self._start = start
+        device = {"device": self._device}
+        for node, port in self._ports.items():
+            if port.role == "ids":
+                self._values[node] = ids
+            elif port.role == "mask":
+                shape = [self._sizes[BATCH], self._sizes[TOTAL]]
+                self._values[node] = size(_aten.ones.default, (shape,), {"dtype": torch.int64, **device})
+            elif port.role == "positions":
+                row = size(_aten.arange.default, (self._sizes[SEQUENCE],), {"dtype": torch.int64, **device})
+                shape = [self._sizes[BATCH], self._sizes[SEQUENCE]]
+                self._values[node] = size(_aten.expand.default, (size(_aten.add.Tensor, (row, start)), shape))
+            elif port.role == "other":
+                self._values[node] = size(_aten.zeros_like.default, (ids,))
+
+    def _emit(self, node: Node) -> None:
+        if (symbol := self._symbol(node)) is not None:
+            self._values[node] = self._sizes.get(symbol, symbol)
+        elif node in self._appends:
+            self._values[node] = self._present(node)
+        elif node in self._roundings:
+            self._emit_rounding(self._roundings[node])
+        elif is_op(node, _canonical.linear.default):
+            self._values[node] = self._linear(node)
+        elif (caches := self._fused_caches(node)) is not None:
+            self._values[node] = self._attention(node, *caches)
+        else:
+            self._values[node] = self._call(node)
+
+    def _symbol(self, node: Node) -> str | None:
+        """Which size of the signature a node is."""
+        if not is_op(node, _aten.sym_size.int):
+            return None
+        source, axis = cast(tuple[Node, int], node.args)
+        shape = self._ports[source].shape if source in self._ports else source.meta.get("shape", ())
+        found = shape[axis] if axis < len(shape) else None
+        return found if found in _SYMBOLS else None
+
+    def _linear(self, node: Node) -> Node:
+        x, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
+        layer = self._layer_of[node]
+        if layer is None:
+            bias = [self._constant_value(n, self._dtype) for n in node.args[2:3] if isinstance(n, Node)]
+            given = (self._narrow(x), self._narrow(weight), *bias)
+            return self._made(self._fx.call_function(_canonical.linear.default, given), self._dtype, *given)
+        name = self._member(weight.name, layer)
+        if node in self._taken:
+            rounding = self._taken[node]
+            parts = [self._value(rounding.codes), self._value(rounding.scale)]
+            if rounding.zero_point is not None:
+                parts.append(self._value(rounding.zero_point))
+            return self._made(self._fx.call_module(name, tuple(parts)), self._dtype, *parts)
+        given = (self._narrow(x),)
+        return self._made(self._fx.call_module(name, given), self._dtype, *given)
+
+    def _emit_rounding(self, rounding: Rounding) -> None:
+        """One operator for all that read the codes; what it gives besides is found under the graph's own nodes."""
+        spec, norm = rounding.spec, rounding.norm
+        before = "" if norm is None else "rms_norm_"
+        source = cast(Node, rounding.value if norm is None else norm.args[0])
+        x: list[Any] = [self._value(source)]
+        if norm is not None:
+            x += [self._constant_value(cast(Node, norm.args[1]), _WIDE), norm.args[2]]
+            self.result.fused_norms += 1
+        per_token = spec.granularity == "per_token"
+        zero = rounding.zero_point
+        if not per_token:
+            scale = self._value(rounding.scale)
+            given = (*x, scale, spec.code_dtype, None if zero is None else self._value(zero), spec.bits)
+            target = getattr(_kernels, f"{before}quantize_static").default
+            self._values[rounding.codes] = self._made(self._fx.call_function(target, given), None, *x[:1])
+            return
+        if zero is None:
+            target = getattr(_kernels, f"{before}quantize_rows").default
+            made = self._fx.call_function(target, (*x, spec.code_dtype, spec.clip, spec.bits))
+        else:
+            made = self._fx.call_function(_kernels.quantize_rows_affine.default, (*x, spec.clip, spec.bits))
+        self._made(made, None, *x[:1])
+        for index, place in enumerate((rounding.codes, rounding.scale, zero)):
+            if place is not None:
+                part = self._fx.call_function(operator.getitem, (made, index))
+                self._values[place] = self._made(part, _WIDE if index == 1 else None, made)
+
+    def _append(self, cache: AppendedCache) -> None:
+        buffers = [self._buffers[node] for node in cache.past]
+        value = self._value(cache.value)
+        if cache.spec is None or cache.spec.scales == "static":
+            scales = [None if n is None else self._value(n) for n in (cache.scale, cache.zero_point)]
+            name = _name(self._dtype) if cache.spec is None else cache.spec.dtype
+            given = (value, buffers[0], *scales, self._start, name)
+            self._fx.call_function(_kernels.append_static.default, given)
+            return
+        spec = cache.spec
+        scale, zero = buffers[1], buffers[2] if len(buffers) > 2 else None
+        options = (spec.dtype, spec.block(cache.width), spec.symmetric)
+        given = (value, buffers[0], scale, zero, self._start, *options)
+        self._fx.call_function(_kernels.append_quantized.default, given)
+
+    def _present(self, append: Node) -> Node:
+        """All of a cache that is in use, for what does not read buffers."""
+        buffer = self._buffers[cast(Node, append.args[0])]
+        used = self._fx.call_function(_aten.narrow.default, (buffer, 2, 0, self._sizes[TOTAL]))
+        return self._made(used, self._floats[buffer])
+
+    def _attention(self, node: Node, keys: AppendedCache, values: AppendedCache) -> Node:
+        scale, _, *rest = node.args[4:]
+        window, softcap = (*rest, None, None)[:2]
+        layer = CachedAttention(
+            keys.spec,
+            values.spec,
+            (keys.width, values.width),
+            scale=cast(float, scale),
+            window=cast(int | None, window),
+            softcap=cast(float | None, softcap),
+            device=self._device,
+            dtype=self._dtype,
+        )
+        q = self._narrow(cast(Node, node.args[0]))
+        sides = [part for cache in (keys, values) for part in self._side(cache)]
+        self._note(keys, values, layer.choice)
+        given = (q, self._length, self._sizes[TOTAL], *sides)
+        return self._made(self._fx.call_module(self._member(node.name, layer), given), self._dtype, q)
+
+    def _side(self, cache: AppendedCache) -> list[Any]:
+        buffers: list[Any] = [self._buffers[node] for node in cache.past]
+        if cache.spec is not None and cache.spec.scales == "static":
+            buffers += [None if n is None else self._value(n) for n in (cache.scale, cache.zero_point)]
+        return [*buffers, None, None][:3]
+
+    def _note(self, keys: AppendedCache, values: AppendedCache, choice: Choice) -> None:
+        appends = [cache_append.choose(c.spec, c.width, self._capabilities) for c in (keys, values)]
+        self.result.caches.append(
+            {
+                "layer": keys.port.layer,
+                "keys": _format(keys.spec, self._dtype),
+                "values": _format(values.spec, self._dtype),
+                "append": " and ".join(dict.fromkeys(choice.implementation for choice in appends)),
+                "attention": choice.implementation,
+                "reason": "; ".join(dict.fromkeys(c.reason for c in (*appends, choice) if c.reason)),
+            }
+        )
+
+    # --- calls that stay what they are --------------------------------------------------------------------------------
+
+    def _call(self, node: Node) -> Node:
+        kind = precision_of(node.target)
+        given = self._given(node)
+        floats = [dtype for n in given if (dtype := self._float_of(n)) is not None]
+        is_narrow = kind == "narrow" or (
+            kind in ("follow", "mixed") and self._dtype in floats[: 1 if kind == "mixed" else None]
+        )
+        target_dtype = self._dtype if is_narrow and kind != "mixed" else _WIDE
+        first = given[0] if given else None
+
+        def place(argument: Node) -> Any:
+            if kind == "mixed" and argument is first:
+                return self._value(argument)
+            return self._as(argument, target_dtype)
+
+        args, kwargs = fx.node.map_arg((self._arguments(node), node.kwargs), place)
+        if makes_a_tensor(node):
+            kwargs = {**kwargs, "device": self._device}
+        made = self._fx.call_function(cast(Callable[..., Any], node.target), args, kwargs)
+        result: torch.dtype | None = self._dtype if is_narrow else _WIDE
+        if node.target is _canonical.rotary.default:
+            result = _WIDE  # the product with wide cosines
+        described = node.meta.get("dtype")
+        if described is not None and not described.is_floating_point:
+            result = None
+        if node.target is operator.getitem and result is not None and described is None:
+            result = self._floats.get(self._value(given[0]))
+        return self._made(made, result, *(self._value(n) for n in given if n not in self._constant))
+
+    def _given(self, node: Node) -> list[Node]:
+        found: list[Node] = []
+        fx.node.map_arg((self._arguments(node), node.kwargs), found.append)
+        return found
+
+    def _arguments(self, node: Node) -> tuple[Any, ...]:
+        """A node's arguments, without a mask that hides nothing."""
+        return (*node.args[:3], None, *node.args[4:]) if node in self._unmasked else node.args
+
+    def _float_of(self, node: Node) -> torch.dtype | None:
+        """What a stored tensor is makes nobody narrow."""
+        return None if node in self._constant else self._floats.get(self._value(node))
+
+    def _value(self, node: Node) -> Any:
+        return self._constant_value(node, _WIDE) if node in self._constant else self._values[node]
+
+    def _narrow(self, node: Node) -> Any:
+        return self._as(node, self._dtype)
+
+    def _as(self, node: Node, dtype: torch.dtype) -> Any:
+        """A value in a dtype, if it is floating point."""
+        if node in self._constant:
+            return self._constant_value(node, dtype)
+        value = self._values[node]
+        return self._cast(value, dtype) if isinstance(value, Node) else value
+
+    def _cast(self, value: Node, dtype: torch.dtype) -> Node:
+        if self._floats.get(value) in (None, dtype):
+            return value
+        if (value, dtype) not in self._casts:
+            made = self._fx.call_function(_aten.to.dtype, (value, dtype))
+            self._casts[value, dtype] = self._made(made, dtype, value)
+        return self._casts[value, dtype]
+
+    def _constant_value(self, node: Node, dtype: torch.dtype) -> Node:
+        """A stored tensor, or what is computed from some, as a buffer; floating point in the given dtype."""
+        if (node, dtype) not in self._stored:
+            value = self._evaluated(node)
+            is_float = value.is_floating_point() and value.dtype.itemsize > 1
+            if is_float and dtype != value.dtype:
+                value = value.to(dtype)
+            name = self._member(f"{node.name}_{_name(dtype)}" if is_float else node.name, value.contiguous())
+            made = self._fx.create_node("get_attr", name)
+            self._floats[made] = value.dtype if is_float else None
+            self._stored[node, dtype] = self._stored[node, value.dtype] = made
+        return self._stored[node, dtype]
+
+    def _evaluated(self, node: Node) -> Tensor:
+        """Computed in float32, on the device."""
+        before = ancestors([node])
+        stretch = Stretch([n for n in self._graph.fx.nodes if n in before], [node])
+        value: Tensor = stretch.load(self._graph.weights.read, self._device)[node]
+        return value
+
+    def _member(self, name: str, member: nn.Module | Tensor) -> str:
+        if self._members.setdefault(name, member) is not member:
+            name = f"{name}_{len(self._members)}"
+            self._members[name] = member
+        return name
+
+    def _made(self, node: Node, dtype: torch.dtype | None, *sources: Any) -> Node:
+        """Notes what a new node is, and how many roundings lie behind it."""
+        self._floats[node] = dtype
+        rounds = dtype == self._dtype and node.target not in (operator.getitem, *_MOVING)
+        before = max((self._depth.get(source, 0) for source in sources if isinstance(source, Node)), default=0)
+        self._depth[node] = before + (1 if rounds else 0)
+        return node
+
+
+_MOVING = (
+    _aten.view.default,
+    _aten.reshape.default,
+    _aten.transpose.int,
+    _aten.permute.default,
+    _aten.unsqueeze.default,
+    _aten.squeeze.dim,
+    _aten.expand.default,
+    _aten.slice.Tensor,
+    _aten.select.int,
+    _aten.narrow.default,
+    _aten.flatten.using_ints,
+    _aten.unflatten.int,
+    _aten.cat.default,
+    _aten.contiguous.default,
+    _aten.clone.default,
+)
+"""Operators that move values and round none."""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _format(spec: CacheFormat | None, dtype: torch.dtype) -> str:
+    return _name(dtype) if spec is None else str(spec)
