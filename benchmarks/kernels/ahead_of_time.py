@@ -45,6 +45,10 @@ def _case(name: str, names: Sequence[str]) -> Callable[[Bench], Iterator[Record]
     return run
 
 
+def _command(name: str) -> list[str]:
+    return ["nice", "-n", "10", sys.executable, "-m", _COMPILER, name]
+
+
 class _Processes:
     """The compilers of all modules, a few at a time."""
 
@@ -59,8 +63,7 @@ class _Processes:
             name = self._waiting.pop(0)
             output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
             environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-            command = ["nice", "-n", "10", sys.executable, "-m", _COMPILER, name]
-            process = subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=output, stderr=errors)
+            process = subprocess.Popen(_command(name), cwd=_ROOT, env=environment, stdout=output, stderr=errors)
             self._running[name] = (process, output, errors)
 
     def results(self, name: str, bench: Bench) -> Iterator[Record]:
@@ -79,14 +82,16 @@ class _Processes:
             process.wait()
         output.seek(0)
         errors.seek(0)
+        said, complained = (stream.read().decode(errors="replace") for stream in (output, errors))
+        output.close()
+        errors.close()
         short = name.rpartition(".")[2]
-        found = list(_verdicts(bench.section.name, short, output.read().decode(errors="replace").splitlines()))
+        found = list(_verdicts(bench.section.name, short, said.splitlines()))
         yield from found
         if not is_done:
             yield LeftOut(bench.section.name, f"{short} after {len(found)} cases", "out of time")
         elif not found or (process.returncode != 0 and all(verdict.passed for verdict in found)):
-            tail = errors.read().decode(errors="replace").strip()[-800:]
-            detail = f"exit code {process.returncode}, {len(found)} cases: {tail}"
+            detail = f"exit code {process.returncode}, {len(found)} cases: {complained.strip()[-800:]}"
             yield Verdict(bench.section.name, f"{short}: compiler", False, detail)
 
 

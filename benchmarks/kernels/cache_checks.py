@@ -22,8 +22,7 @@ _HEADS = ((32, 8, 128), (4, 4, 64), (8, 1, 128), (6, 2, 96), (16, 8, 256), (2, 2
 
 def cases(bench: Bench) -> Iterator[Case]:
     """Attention and appending, one case per format and dtype."""
-    dtypes = [torch.float16, torch.bfloat16] if bench.device.type == "cuda" else [torch.bfloat16, torch.float32]
-    for dtype in dtypes:
+    for dtype in bench.dtypes:
         short = str(dtype).removeprefix("torch.")
         for name in (short, *_PER_TOKEN, *_STATIC):
             label = f"attention over {name}" + ("" if name == short else f", {short}")

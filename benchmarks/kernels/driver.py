@@ -137,7 +137,8 @@ class _Process:
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
         assert self.process.stdout is not None
-        threading.Thread(target=_pump, args=(self.process.stdout, self.lines), daemon=True).start()
+        self._pump = threading.Thread(target=_pump, args=(self.process.stdout, self.lines), daemon=True)
+        self._pump.start()
 
     def follow(self, found: list[Record], limit: float, grace: float) -> bool:
         """Takes records until the process ends; whether the section is done, as opposed to one case of it."""
@@ -183,6 +184,9 @@ class _Process:
         """Ends it, and lets go of what it held."""
         self.end()
         self.process.wait()
+        self._pump.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         self.errors.close()
 
 

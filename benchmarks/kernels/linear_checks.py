@@ -35,9 +35,8 @@ _ROWS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 200
 
 def cases(bench: Bench) -> Iterator[Case]:
     """One case per format and dtype: those that matter most first."""
-    dtypes = (torch.float16, torch.bfloat16) if bench.device.type == "cuda" else (torch.bfloat16, torch.float32)
-    for dtype in dtypes:
-        for kind, names in _FORMATS:
+    for dtype in bench.dtypes:
+        for kind, names in _FORMATS[:3] if bench.quick else _FORMATS:
             for name in names:
                 label = f"{kind} {name} {_short(dtype)}"
                 yield Case(label, _case(label, kind, name, dtype))

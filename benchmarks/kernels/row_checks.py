@@ -23,8 +23,7 @@ _FP8 = torch.float8_e4m3fn
 
 def cases(bench: Bench) -> Iterator[Case]:
     """One per operator and dtype of the input."""
-    dtypes = [torch.float16, torch.bfloat16] if bench.device.type == "cuda" else [torch.bfloat16, torch.float32]
-    for dtype in dtypes:
+    for dtype in bench.dtypes:
         for operator, check in _CHECKS.items():
             name = f"{operator} {str(dtype).removeprefix('torch.')}"
             yield Case(name, _case(name, check, dtype))

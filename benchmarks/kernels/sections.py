@@ -100,6 +100,12 @@ class Bench:
         return self.quick or self.device.type != "cuda"
 
     @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of activations that are checked: those of kernels, which on a CPU take bfloat16, and of the reference."""
+        found = (torch.float16, torch.bfloat16) if self.device.type == "cuda" else (torch.bfloat16, torch.float32)
+        return found[:1] if self.quick else found
+
+    @property
     def l2_bytes(self) -> int:
         """Of the device; 0 on a CPU."""
         if self.device.type != "cuda":
