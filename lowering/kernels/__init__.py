@@ -10,7 +10,9 @@ needs Triton to be installed.
 | file | what |
 |---|---|
 | ``forms.py`` | what of a graph has a kernel, proved on its nodes |
-| ``rewrite.py``, ``precision.py`` | the module that is made of it, and which dtype its operators run in |
+| ``plan.py``, ``layers.py`` | what becomes of every node, and the module of every linear layer |
+| ``rewrite.py``, ``precision.py`` | the module that is made of it all, and which dtype its operators run in |
+| ``cached_attention.py`` | attention over caches, for few and for many new tokens |
 | ``model.py`` | `KernelModel`: that module with its caches, an artifact |
 | ``target.py`` | `KernelsTarget` |
 | ``library.py`` | the namespace |

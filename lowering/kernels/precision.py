@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["Precision", "precision_of"]
+__all__ = ["Precision", "is_moving", "precision_of"]
 
 _aten, _canonical = torch.ops.aten, torch.ops.qcompiler
 
@@ -19,19 +19,8 @@ Precision = Literal["narrow", "follow", "mixed", "wide"]
 
 _NARROW = (_canonical.linear.default, _canonical.attention.default, _aten.embedding.default)
 _MIXED = (_canonical.rms_norm.default, _canonical.rotary.default)
-_FOLLOW = (
+_MOVING = (
     operator.getitem,
-    _aten.add.Tensor,
-    _aten.add.Scalar,
-    _aten.sub.Tensor,
-    _aten.mul.Tensor,
-    _aten.mul.Scalar,
-    _aten.neg.default,
-    _aten.relu.default,
-    _aten.silu.default,
-    _aten.gelu.default,
-    _aten.tanh.default,
-    _aten.sigmoid.default,
     _aten.cat.default,
     _aten.stack.default,
     _aten.view.default,
@@ -53,10 +42,22 @@ _FOLLOW = (
     _aten.index_select.default,
     _aten.contiguous.default,
     _aten.clone.default,
-    _aten.dropout.default,
+    _aten.neg.default,
+    _aten.relu.default,
     _canonical.kv_append.default,
     _canonical.take_expert.default,
     _canonical.merge_experts.default,
+)
+_ROUNDING = (
+    _aten.add.Tensor,
+    _aten.add.Scalar,
+    _aten.sub.Tensor,
+    _aten.mul.Tensor,
+    _aten.mul.Scalar,
+    _aten.silu.default,
+    _aten.gelu.default,
+    _aten.tanh.default,
+    _aten.sigmoid.default,
 )
 
 
@@ -71,4 +72,9 @@ def precision_of(target: Any) -> Precision:
         return "narrow"
     if target in _MIXED:
         return "mixed"
-    return "follow" if target in _FOLLOW else "wide"
+    return "follow" if target in _MOVING or target in _ROUNDING else "wide"
+
+
+def is_moving(target: Any) -> bool:
+    """Whether an operator moves values and rounds none."""
+    return target in _MOVING

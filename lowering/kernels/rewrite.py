@@ -17,7 +17,7 @@ and ``past`` say how many tokens the caches hold, which `Slot` describes, in the
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -26,35 +26,21 @@ from torch.fx import Node
 
 import qcompiler.lowering.kernels.quantize_rows  # noqa: F401  (defines operators)
 from qcompiler.execute import Stretch, makes_a_tensor
-from qcompiler.graph import Graph, ancestors, is_op, site_name
+from qcompiler.graph import Graph, ancestors, is_op
 from qcompiler.kv_cache import CacheFormat
 from qcompiler.lowering.kernels import cache_append
 from qcompiler.lowering.kernels.cached_attention import CachedAttention
-from qcompiler.lowering.kernels.codebook_linear import CodebookLinear
 from qcompiler.lowering.kernels.device import Choice, Device
-from qcompiler.lowering.kernels.forms import (
-    AppendedCache,
-    Rounding,
-    appended_caches,
-    input_rounding,
-    reads,
-    sees_all,
-    stored_weight,
-)
-from qcompiler.lowering.kernels.precision import precision_of
-from qcompiler.lowering.kernels.scaled_linear import ScaledLinear
-from qcompiler.lowering.kernels.scaled_linear import choose as choose_scaled
-from qcompiler.lowering.kernels.weight_only import WeightOnlyLinear
-from qcompiler.lowering.kernels.weight_only import choose as choose_weight_only
-from qcompiler.qtensor import Affine, Codebook
+from qcompiler.lowering.kernels.forms import AppendedCache, Rounding
+from qcompiler.lowering.kernels.layers import SiteLayer, make_layer
+from qcompiler.lowering.kernels.plan import Plan
+from qcompiler.lowering.kernels.precision import is_moving, precision_of
 from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL
-from qcompiler.spec import QuantSpec
 
 __all__ = ["Rewritten", "Slot", "rewrite"]
 
 _aten, _canonical, _kernels = torch.ops.aten, torch.ops.qcompiler, torch.ops.qcompiler_kernels
 _WIDE = torch.float32
-_SYMBOLS = {BATCH, SEQUENCE, PAST, TOTAL}
 
 
 @dataclass(frozen=True)
@@ -89,10 +75,10 @@ class Rewritten:
 
     module: fx.GraphModule
     slots: tuple[Slot, ...]
-    sites: list[dict[str, Any]] = field(default_factory=list)
-    caches: list[dict[str, Any]] = field(default_factory=list)
-    fused_norms: int = 0
-    roundings: int = 0
+    sites: list[dict[str, Any]]
+    caches: list[dict[str, Any]]
+    fused_norms: int
+    roundings: int
 
 
 def rewrite(graph: Graph, device: torch.device, dtype: torch.dtype) -> Rewritten:
@@ -109,7 +95,7 @@ def rewrite(graph: Graph, device: torch.device, dtype: torch.dtype) -> Rewritten
 class _Rewriter:
     def __init__(self, graph: Graph, device: torch.device, dtype: torch.dtype) -> None:
         self._graph, self._device, self._dtype = graph, device, dtype
-        self._capabilities = Device.of(device)
+        self._plan = Plan(graph)
         self._fx = fx.Graph()
         self._members: dict[str, nn.Module | Tensor] = {}
         self._values: dict[Node, Any] = {}  # of the graph's nodes, in the new one
@@ -118,175 +104,55 @@ class _Rewriter:
         self._casts: dict[tuple[Node, torch.dtype], Node] = {}
         self._stored: dict[tuple[Node, torch.dtype], Node] = {}
         self._sizes: dict[str, Any] = {}
-        self._ports = dict(zip(graph.inputs, graph.signature.inputs, strict=True))
-        self._constant = self._constants()
-        self._caches = appended_caches(graph)
-        self._appends = {append: cache for cache in self._caches for append in cache.appends}
-        self._reads = {node: cache for cache in self._caches for node in reads(cache)}
         self._buffers: dict[Node, Node] = {}  # by placeholder
-        padding = next((node for node, port in self._ports.items() if port.role == "mask"), None)
-        self._unmasked = {
-            node
-            for node in graph.fx.nodes
-            if is_op(node, _canonical.attention.default) and sees_all(node.args[3], padding)
-        }
-        self._layers: dict[tuple[Node, QuantSpec | None], nn.Module | None] = {}  # by weight and format of the input
-        self._layer_of: dict[Node, nn.Module | None] = {}  # by linear node
-        self._roundings: dict[Node, Rounding] = {}  # by their ``quantize``, for layers that take codes
-        self._taken: dict[Node, Rounding] = {}  # by linear layer
-        self._owned: dict[Node, Node] = {}  # scales and zero points → the ``quantize`` that gives them
-        self.result = Rewritten(cast(fx.GraphModule, None), ())
-
-    # --- what is there ------------------------------------------------------------------------------------------------
-
-    def _constants(self) -> set[Node]:
-        """Stored tensors, and what is computed from them alone."""
-        found: set[Node] = set()
-        for node in self._graph.fx.nodes:
-            inputs = node.all_input_nodes
-            if node.op == "get_attr" or (node.op == "call_function" and inputs and found.issuperset(inputs)):
-                found.add(node)
-        return found
-
-    def _make_layers(self, needed: set[Node]) -> None:
-        """A module for every quantized weight that has one."""
-        names = {node: site.name for site in self._graph.sites() for node in site.nodes}
-        for node in self._graph.fx.nodes:
-            if node not in needed or not is_op(node, _canonical.linear.default):
-                continue
-            weight, bias = cast(Node, node.args[1]), node.args[2] if len(node.args) > 2 else None
-            rounding = input_rounding(node.args[0], node.meta["weight_shape"][1])
-            key = weight, None if rounding is None else rounding.spec
-            if key not in self._layers:
-                name = names.get(node, site_name(weight.name))
-                self._layers[key] = self._layer(name, weight, cast(Node | None, bias), rounding)
-            self._layer_of[node] = self._layers[key]
-            if rounding is not None and isinstance(self._layers[key], ScaledLinear):
-                self._taken[node] = rounding
-                self._roundings[rounding.codes] = rounding
-                if rounding.choose is not None and rounding.spec.granularity == "per_token":
-                    self._owned |= dict.fromkeys((rounding.choose, *rounding.choose.users), rounding.codes)
-                    self._owned.pop(rounding.codes, None)
-
-    def _layer(self, name: str, weight: Node, bias: Node | None, rounding: Rounding | None) -> nn.Module | None:
-        """The module of a site, noted in the report; None where it is computed in float."""
-        form = stored_weight(self._graph, weight) if weight in self._constant else None
-        offset = None if bias is None else self._evaluated(bias)
-        place: dict[str, Any] = {"device": self._device, "dtype": self._dtype}
-        found: dict[str, Any] = {"site": name, "weight": None, "activation": None}
-        found["activation"] = None if rounding is None else str(rounding.spec)
-        layer: WeightOnlyLinear | ScaledLinear | CodebookLinear | None = None
-        if isinstance(form, Codebook):
-            layer = CodebookLinear.from_weight(form, offset, **place)
-            choice = layer.choice
-        elif isinstance(form, Affine):
-            shape = (*form.codes.shape, self._capabilities, self._dtype)
-            choice = Choice("reference", "activations in float")
-            if rounding is not None and self._has_product(
-                form, rounding, choice := choose_scaled(form.spec, rounding.spec, *shape)
-            ):
-                layer = ScaledLinear.from_weight(form, offset, activation=rounding.spec, **place)
-            elif (weights := choose_weight_only(form.spec, *shape)).is_fused:
-                layer = WeightOnlyLinear.from_weight(form, offset, **place)
-                reason = f"rounded activations in {_name(self._dtype)}: {choice.reason}" if rounding else weights.reason
-                choice = Choice(weights.implementation, reason)
-            elif rounding is None:
-                choice = weights
-        elif weight.op == "get_attr":
-            choice = Choice("library" if self._device.type == "cuda" else "cpu", "not quantized")
-        else:
-            choice = Choice("reference", "no kernel for weights of this form: dequantized once")
-        found |= {"implementation": choice.implementation, "reason": choice.reason}
-        found["weight"] = None if weight.op == "get_attr" else str(form.spec if form else weight.target)
-        self.result.sites.append(found)
-        return layer
-
-    def _has_product(self, weight: Affine, rounding: Rounding, choice: Choice) -> bool:
-        """Whether codes of activations are what a layer should take; on a CPU, 8-bit floats are multiplied exactly."""
-        if choice.is_fused:
-            return True
-        floats = weight.spec.is_float and not weight.spec.is_fp4 and rounding.spec.is_float
-        return self._device.type == "cpu" and floats
-
-    def _needs(self, node: Node) -> list[Node]:
-        """What a node is computed from, once rewritten."""
-        if node in self._constant or node.op == "placeholder" or node in self._appends:
-            return []
-        if node in self._owned:
-            return [self._owned[node]]
-        if self._symbol(node) is not None:
-            return []
-        if node in self._taken:
-            return [self._taken[node].codes]
-        if node in self._roundings:
-            rounding = self._roundings[node]
-            source = rounding.norm.args[0] if rounding.norm is not None else rounding.value
-            scales = [n for n in (rounding.scale, rounding.zero_point) if n is not None and n not in self._owned]
-            return [cast(Node, source), *scales]
-        if self._fused_caches(node) is not None:
-            return [cast(Node, node.args[0])]
-        if is_op(node, _canonical.attention.default) and node in self._unmasked:
-            return [cast(Node, argument) for argument in node.args[:3]]
-        return node.all_input_nodes
-
-    def _required(self) -> set[Node]:
-        roots = [cache.value for cache in self._caches]
-        for node, port in zip(self._graph.outputs, self._graph.signature.outputs, strict=True):
-            if port.role == "logits" or (port.role == "present" and node not in self._appends):
-                roots.append(node)
-        needed: set[Node] = set()
-        while roots:
-            node = roots.pop()
-            if node not in needed:
-                needed.add(node)
-                roots.extend(self._needs(node))
-        return needed
-
-    def _fused_caches(self, node: Node) -> tuple[AppendedCache, AppendedCache] | None:
-        """The keys and values that attention reads, where the fused operator computes what it says."""
-        if node not in self._unmasked or not node.args[5]:
-            return None
-        keys, values = (self._reads.get(cast(Node, argument)) for argument in node.args[1:3])
-        return None if keys is None or values is None else (keys, values)
-
-    # --- the new graph ------------------------------------------------------------------------------------------------
+        self._slots: list[Slot] = []
+        self._notes: list[dict[str, Any]] = []
+        self._fused_norms = 0
 
     def run(self) -> Rewritten:
         """Builds the module."""
-        nodes = list(self._graph.fx.nodes)
-        self._make_layers(self._required())
-        needed = self._required()
+        plan = self._plan
+        plan.make_layers(self._make_layer)
+        needed = plan.required()
         self._make_inputs()
-        for node in nodes:
-            if node in self._appends and node is self._appends[node].appends[0]:
-                self._append(self._appends[node])
-            if node in needed and node not in self._constant and node not in self._owned and node.op == "call_function":
+        for node in self._graph.fx.nodes:
+            if node in plan.appends and node is plan.appends[node].appends[0]:
+                self._append(plan.appends[node])
+            if node in needed and node.op == "call_function" and node not in plan.constant and node not in plan.owned:
                 self._emit(node)
         outputs = list(zip(self._graph.outputs, self._graph.signature.outputs, strict=True))
         logits = next(node for node, port in outputs if port.role == "logits")
-        loose = [n for n, port in outputs if port.role == "present" and n not in self._appends]
+        loose = [n for n, port in outputs if port.role == "present" and n not in plan.appends]
         kept = [self._cast(self._value(logits), _WIDE), *(self._value(node) for node in loose)]
         self._fx.output(tuple(kept))
-        self.result.roundings = self._depth[kept[0]]
-        self.result.module = fx.GraphModule(self._members, self._fx, "LoweredModel")
-        self.result.module.graph.eliminate_dead_code()
-        self.result.module.graph.lint()
-        self.result.module.recompile()
-        return self.result
+        module = fx.GraphModule(self._members, self._fx, "LoweredModel")
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.recompile()
+        slots = tuple(self._slots)
+        return Rewritten(module, slots, plan.sites, self._notes, self._fused_norms, self._depth[kept[0]])
+
+    def _make_layer(self, weight: Any, bias: Node | None, rounding: Rounding | None) -> SiteLayer:
+        offset = None if bias is None else self._evaluated(bias)
+        return make_layer(weight, offset, rounding, device=self._device, dtype=self._dtype)
+
+    # --- inputs -------------------------------------------------------------------------------------------------------
 
     def _make_inputs(self) -> None:
         ids, start, past = (self._fx.placeholder(name) for name in ("ids", "start", "past"))
-        slots = []
-        for node, port in self._ports.items():
+        for node, port in self._plan.ports.items():
             if port.role != "past":
                 continue
-            is_buffer = any(node in cache.past for cache in self._caches)
+            is_buffer = any(node in cache.past for cache in self._plan.caches)
             dtype: torch.dtype = getattr(torch, port.dtype)
             is_float = is_buffer and dtype == _WIDE
-            slots.append(Slot(self._dtype if is_float else dtype, int(port.shape[1]), int(port.shape[3]), is_buffer))
+            self._slots.append(
+                Slot(self._dtype if is_float else dtype, int(port.shape[1]), int(port.shape[3]), is_buffer)
+            )
             self._buffers[node] = self._values[node] = self._fx.placeholder(port.name.replace(".", "_"))
-            self._floats[self._buffers[node]] = slots[-1].dtype if slots[-1].dtype.is_floating_point else None
-        self.result.slots = tuple(slots)
+            self._floats[self._buffers[node]] = (
+                self._slots[-1].dtype if self._slots[-1].dtype.is_floating_point else None
+            )
         size = self._fx.call_function
         self._sizes = {PAST: past}
         self._sizes |= {name: size(_aten.sym_size.int, (ids, i)) for i, name in enumerate((BATCH, SEQUENCE))}
@@ -294,7 +160,7 @@ class _Rewriter:
         self._length = size(_aten.add.Tensor, (start, self._sizes[SEQUENCE]))
         self._start = start
         device = {"device": self._device}
-        for node, port in self._ports.items():
+        for node, port in self._plan.ports.items():
             if port.role == "ids":
                 self._values[node] = ids
             elif port.role == "mask":
@@ -308,38 +174,29 @@ class _Rewriter:
                 self._values[node] = size(_aten.zeros_like.default, (ids,))
 
     def _emit(self, node: Node) -> None:
-        if (symbol := self._symbol(node)) is not None:
+        if (symbol := self._plan.symbol(node)) is not None:
             self._values[node] = self._sizes.get(symbol, symbol)
-        elif node in self._appends:
+        elif node in self._plan.appends:
             self._values[node] = self._present(node)
-        elif node in self._roundings:
-            self._emit_rounding(self._roundings[node])
+        elif node in self._plan.roundings:
+            self._emit_rounding(self._plan.roundings[node])
         elif is_op(node, _canonical.linear.default):
             self._values[node] = self._linear(node)
-        elif (caches := self._fused_caches(node)) is not None:
+        elif (caches := self._plan.fused_caches(node)) is not None:
             self._values[node] = self._attention(node, *caches)
         else:
             self._values[node] = self._call(node)
 
-    def _symbol(self, node: Node) -> str | None:
-        """Which size of the signature a node is."""
-        if not is_op(node, _aten.sym_size.int):
-            return None
-        source, axis = cast(tuple[Node, int], node.args)
-        shape = self._ports[source].shape if source in self._ports else source.meta.get("shape", ())
-        found = shape[axis] if axis < len(shape) else None
-        return found if found in _SYMBOLS else None
-
     def _linear(self, node: Node) -> Node:
         x, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
-        layer = self._layer_of[node]
+        layer = self._plan.layers[node].module
         if layer is None:
             bias = [self._constant_value(n, self._dtype) for n in node.args[2:3] if isinstance(n, Node)]
             given = (self._narrow(x), self._narrow(weight), *bias)
             return self._made(self._fx.call_function(_canonical.linear.default, given), self._dtype, *given)
         name = self._member(weight.name, layer)
-        if node in self._taken:
-            rounding = self._taken[node]
+        if node in self._plan.taken:
+            rounding = self._plan.taken[node]
             parts = [self._value(rounding.codes), self._value(rounding.scale)]
             if rounding.zero_point is not None:
                 parts.append(self._value(rounding.zero_point))
@@ -355,7 +212,7 @@ class _Rewriter:
         x: list[Any] = [self._value(source)]
         if norm is not None:
             x += [self._constant_value(cast(Node, norm.args[1]), _WIDE), norm.args[2]]
-            self.result.fused_norms += 1
+            self._fused_norms += 1
         per_token = spec.granularity == "per_token"
         zero = rounding.zero_point
         if not per_token:
@@ -422,8 +279,8 @@ class _Rewriter:
         return [*buffers, None, None][:3]
 
     def _note(self, keys: AppendedCache, values: AppendedCache, choice: Choice) -> None:
-        appends = [cache_append.choose(c.spec, c.width, self._capabilities) for c in (keys, values)]
-        self.result.caches.append(
+        appends = [cache_append.choose(c.spec, c.width, Device.of(self._device)) for c in (keys, values)]
+        self._notes.append(
             {
                 "layer": keys.port.layer,
                 "keys": _format(keys.spec, self._dtype),
@@ -463,7 +320,7 @@ class _Rewriter:
             result = None
         if node.target is operator.getitem and result is not None and described is None:
             result = self._floats.get(self._value(given[0]))
-        return self._made(made, result, *(self._value(n) for n in given if n not in self._constant))
+        return self._made(made, result, *(self._value(n) for n in given if n not in self._plan.constant))
 
     def _given(self, node: Node) -> list[Node]:
         found: list[Node] = []
@@ -472,21 +329,21 @@ class _Rewriter:
 
     def _arguments(self, node: Node) -> tuple[Any, ...]:
         """A node's arguments, without a mask that hides nothing."""
-        return (*node.args[:3], None, *node.args[4:]) if node in self._unmasked else node.args
+        return (*node.args[:3], None, *node.args[4:]) if node in self._plan.unmasked else node.args
 
     def _float_of(self, node: Node) -> torch.dtype | None:
         """What a stored tensor is makes nobody narrow."""
-        return None if node in self._constant else self._floats.get(self._value(node))
+        return None if node in self._plan.constant else self._floats.get(self._value(node))
 
     def _value(self, node: Node) -> Any:
-        return self._constant_value(node, _WIDE) if node in self._constant else self._values[node]
+        return self._constant_value(node, _WIDE) if node in self._plan.constant else self._values[node]
 
     def _narrow(self, node: Node) -> Any:
         return self._as(node, self._dtype)
 
     def _as(self, node: Node, dtype: torch.dtype) -> Any:
         """A value in a dtype, if it is floating point."""
-        if node in self._constant:
+        if node in self._plan.constant:
             return self._constant_value(node, dtype)
         value = self._values[node]
         return self._cast(value, dtype) if isinstance(value, Node) else value
@@ -528,30 +385,10 @@ class _Rewriter:
     def _made(self, node: Node, dtype: torch.dtype | None, *sources: Any) -> Node:
         """Notes what a new node is, and how many roundings lie behind it."""
         self._floats[node] = dtype
-        rounds = dtype == self._dtype and node.target not in (operator.getitem, *_MOVING)
+        rounds = dtype == self._dtype and not is_moving(node.target)
         before = max((self._depth.get(source, 0) for source in sources if isinstance(source, Node)), default=0)
         self._depth[node] = before + (1 if rounds else 0)
         return node
-
-
-_MOVING = (
-    _aten.view.default,
-    _aten.reshape.default,
-    _aten.transpose.int,
-    _aten.permute.default,
-    _aten.unsqueeze.default,
-    _aten.squeeze.dim,
-    _aten.expand.default,
-    _aten.slice.Tensor,
-    _aten.select.int,
-    _aten.narrow.default,
-    _aten.flatten.using_ints,
-    _aten.unflatten.int,
-    _aten.cat.default,
-    _aten.contiguous.default,
-    _aten.clone.default,
-)
-"""Operators that move values and round none."""
 
 
 def _name(dtype: torch.dtype) -> str:
