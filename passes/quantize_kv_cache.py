@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, overload
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from qcompiler.errors import RecipeError, UnsupportedModelError, ZeroCoverageError
-from qcompiler.graph import Graph, Site
+from qcompiler.graph import Graph, Site, descendants
 from qcompiler.hadamard import factors_of
 from qcompiler.kv_cache import FLOAT_CACHES, Cache, CacheFormat, float_caches, keep_range, quantize_cache
 from qcompiler.numerics import sqnr_db
@@ -170,7 +170,7 @@ class QuantizeKVCache(Pass):
             rotated = self._rotates(cache)
             if self.rotate and cache.part == "key" and not rotated:
                 skips.append(Skip(cache.name, self.name, "not rotated: something else than attention reads its keys"))
-            changed.update({Tap(node, Gram): DROP for node in _behind(cache.append)})
+            changed.update({Tap(node, Gram): DROP for node in descendants(cache.append.users)})
             details = self._quantize(cache, spec, seen, context.graph, rotated=rotated)
             reports.append(
                 SiteReport(
@@ -285,15 +285,3 @@ def _rounded(tokens: Tensor, spec: CacheFormat, scale: Tensor, zero: Tensor | No
     codes = _canonical.quantize(tokens, scale, zero, axis, block, spec.code_dtype, spec.bits)
     rounded: Tensor = _canonical.dequantize(codes, scale, zero, axis, block, torch.float32)
     return rounded
-
-
-def _behind(node: fx.Node) -> set[fx.Node]:
-    """What is computed from a value."""
-    seen: set[fx.Node] = set()
-    stack = list(node.users)
-    while stack:
-        user = stack.pop()
-        if user not in seen:
-            seen.add(user)
-            stack.extend(user.users)
-    return seen

@@ -23,6 +23,7 @@ __all__ = [
     "Site",
     "activation_rounding",
     "ancestors",
+    "descendants",
     "is_op",
     "is_quantized_weight",
     "quantized_value",
@@ -460,4 +461,16 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
         if node not in seen:
             seen.add(node)
             stack.extend(node.all_input_nodes)
+    return seen
+
+
+def descendants(nodes: Iterable[Node]) -> set[Node]:
+    """The given nodes and everything that is computed from them."""
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.users)
     return seen

@@ -24,8 +24,7 @@ from torch import Tensor, fx
 from qcompiler.errors import CalibrationError, PipelineError, ResourceError
 from qcompiler.execute import Stretch
 from qcompiler.feed import empty_cache
-from qcompiler.graph import Graph, Site, activation_rounding
-from qcompiler.kv_cache import cache_rounding
+from qcompiler.graph import Graph, descendants
 from qcompiler.memory import Trimmer
 from qcompiler.observers import Rescalable, Statistic
 from qcompiler.pass_base import (
@@ -41,15 +40,13 @@ from qcompiler.pass_base import (
     Tap,
     Wave,
 )
+from qcompiler.position import Batch, Position, Run, original_name
 from qcompiler.segments import Segment, SegmentedGraph, segment_graph
 from qcompiler.spec import Scheme
 from qcompiler.values import Parked, ValuePark
 from qcompiler.verify import check_declared, check_exact, state_of
 
 __all__ = ["Batch", "Progress", "SweepReport", "default_value_budget", "sweep"]
-
-Batch = Mapping[fx.Node, Tensor]
-"""One value per placeholder of the graph."""
 
 Progress = Callable[[int, int, str], None]
 """Called with segments done, segments in all, and a description."""
@@ -180,6 +177,9 @@ class _Runner:
         self.frontier: list[Parked] = [park.put({}) for _ in self.batches]
         self.reference = self.frontier
         """The same values in the model without approximations; the same list until there is one."""
+        self._run = Run(
+            graph, context.device, park, self.batches, self.probes, self.has_reference, self._outside_values
+        )
         self._skip_outside(cut)
 
     def _taps(self, item: Pass, segment: Segment) -> list[Tap]:
@@ -197,7 +197,7 @@ class _Runner:
 
     def process(self, segment: Segment) -> bool:
         """Applies every pass to a segment; tells whether one of them changed it."""
-        position = _Position(self, segment)
+        position = Position(self._run, segment, self.frontier, self.reference)
         is_modified = False
         kept: dict[Tap, Statistic] = {}
         for index, item in enumerate(self._passes):
@@ -223,12 +223,12 @@ class _Runner:
                     position.rewind_behind(wave, upstream=item.rewrites_upstream)
         self.frontier, self.reference = position.finish() if segment.index < self._last_run else position.abandon()
         for site in segment.sites:
-            if _original(site) in self.graph.weights:
-                self.graph.weights.remove(_original(site))
+            if original_name(site) in self.graph.weights:
+                self.graph.weights.remove(original_name(site))
         self._memory.trim()
         return is_modified
 
-    def _rewrite(self, item: Pass, wave: Wave, statistics: Mapping[Tap, Any], position: "_Position") -> PassResult:
+    def _rewrite(self, item: Pass, wave: Wave, statistics: Mapping[Tap, Any], position: Position) -> PassResult:
         """Lets a pass rewrite a wave, and holds it to what it declares."""
         if self.has_reference and item.effect is Effect.APPROXIMATE:
             self._remember_originals(wave)
@@ -249,10 +249,10 @@ class _Runner:
     def _remember_originals(self, wave: Wave) -> None:
         """Keeps float weights within reach, under another name, for the reference; nothing is copied."""
         for site in wave:
-            if site.weight in self.graph.weights and _original(site) not in self.graph.weights:
-                self.graph.weights.alias(_original(site), site.weight)
+            if site.weight in self.graph.weights and original_name(site) not in self.graph.weights:
+                self.graph.weights.alias(original_name(site), site.weight)
 
-    def outside_values(self, batch: Batch) -> dict[fx.Node, Any]:
+    def _outside_values(self, batch: Batch) -> dict[fx.Node, Any]:
         """Graph inputs, and what does not depend on the tokens (computed once per shape, mask and positions)."""
         key: list[object] = []
         for node, value in batch.items():
@@ -279,7 +279,7 @@ def _carried_over(
     """The statistics that are wanted later and still true after a rewrite."""
     if not result.modified:
         return {tap: statistic for tap, statistic in kept.items() if tap in wanted}
-    changed = _descendants([node for site in wave for node in site.nodes])
+    changed = descendants([node for site in wave for node in site.nodes])
     of_value = {tap.value: change for tap, change in result.statistics.items()}
     found: dict[Tap, Statistic] = {}
     for tap in wanted.intersection(kept):
@@ -292,182 +292,3 @@ def _carried_over(
             statistic.rescale(change.factor)
         found[tap] = statistic
     return found
-
-
-def _descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """The given nodes and everything that is computed from them."""
-    seen: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.users)
-    return seen
-
-
-def _original(site: Site) -> str:
-    """Where the float weight of a site stays readable while its segment is worked on."""
-    return f"{site.weight}_original"
-
-
-class _Position:
-    """How far the batches have run inside one segment, and where they can be taken back to."""
-
-    def __init__(self, runner: _Runner, segment: Segment) -> None:
-        self.keep_start = False
-        self._runner, self.segment, self._park = runner, segment, runner.park
-        self._start = self._values = _Lanes(runner.frontier, runner.reference)
-        self._start_run: set[fx.Node] = set()
-        self._run: set[fx.Node] = set()
-
-    def gather(self, taps: Sequence[Tap], later: Sequence[Tap], pending: Sequence[Wave]) -> dict[Tap, Statistic]:
-        """Runs the batches up to the taps and returns the statistics gathered there.
-
-        Args:
-            taps: what is wanted now.
-            later: what the same pass will want in this segment.
-            pending: the waves that are yet to be rewritten, this one included.
-        """
-        gathered = {tap: tap.kind() for tap in dict.fromkeys(taps)}
-        if any(tap.value in self._run and tap.value not in self._held() for tap in gathered):
-            self._rewind()
-
-        def observe(values: Mapping[fx.Node, Any], reference: Mapping[fx.Node, Any]) -> None:
-            for tap, statistic in gathered.items():
-                statistic.update(values[tap.value], reference[tap.value] if tap.kind.needs_reference else None)
-
-        may_be_rewritten = {node for wave in pending for site in wave for node in site.nodes}
-        self._advance([tap.value for tap in gathered], observe, [tap.value for tap in later], may_be_rewritten)
-        return gathered
-
-    def probe(self) -> list[Tensor]:
-        """What the segment gives, as it stands now, for the first batch."""
-        runner = self._runner
-        nodes = [node for node in self.segment.nodes() if node not in self._start_run]
-        stretch = Stretch(nodes, self.segment.outputs)
-        loaded = stretch.load(runner.graph.weights.read, runner.device)
-        held = self._park.get(self._start.values[0])
-        values = stretch.run({**runner.outside_values(runner.batches[0]), **held}, loaded, runner.device)
-        return [values[node] for node in self.segment.outputs]
-
-    def rewind_behind(self, wave: Wave, *, upstream: bool) -> None:
-        """Takes the batches back if something rewritten has been run already."""
-        if upstream or any(node in self._run for site in wave for node in site.nodes):
-            self._rewind()
-
-    def finish(self) -> tuple[list[Parked], list[Parked]]:
-        """Runs to the end of the segment and returns what later ones read, and the reference for it."""
-        self.keep_start = False
-        self._advance(self.segment.outputs, None, (), set())
-        if self._start is not self._values:
-            self._drop(self._start)
-        return self._values.values, self._values.reference
-
-    def abandon(self) -> tuple[list[Parked], list[Parked]]:
-        """Frees what is held."""
-        self._drop(self._start)
-        if self._values is not self._start:
-            self._drop(self._values)
-        return [], []
-
-    def _advance(
-        self,
-        targets: Sequence[fx.Node],
-        observe: Callable[[Mapping[fx.Node, Any], Mapping[fx.Node, Any]], None] | None,
-        wanted_later: Sequence[fx.Node],
-        may_be_rewritten: set[fx.Node],
-    ) -> None:
-        runner, held = self._runner, self._held()
-        remaining = [node for node in self.segment.nodes() if node not in self._run]
-        done = self._run.union(Stretch(remaining, targets).nodes)
-        ahead = Stretch([node for node in remaining if node not in done], self.segment.outputs)
-        wanted = dict.fromkeys([*ahead.inputs, *self.segment.outputs, *wanted_later])
-        kept = [node for node in wanted if node in done or node in held]
-        stretch = Stretch(remaining, [*targets, *kept])
-        routing = _routing(stretch.nodes) if runner.has_reference else []
-        if routing:
-            stretch = Stretch(remaining, [*targets, *kept, *routing])
-        loaded = stretch.load(runner.graph.weights.read, runner.device)
-        originals = self._originals(loaded) if runner.has_reference else loaded
-        leaves_start = self._values is self._start and (self.keep_start or bool(may_be_rewritten & done))
-        rounding = activation_rounding(stretch.nodes) | cache_rounding(stretch.nodes) if runner.has_reference else set()
-        is_forked = runner.has_reference and (originals is not loaded or bool(rounding) or self._values.is_forked)
-        advanced: list[Parked] = []
-        reference: list[Parked] = [] if is_forked else advanced
-        for index, (batch, parked, parked_reference) in enumerate(zip(runner.batches, *self._values.both, strict=True)):
-            outside = runner.outside_values(batch)
-            values = stretch.run({**outside, **self._park.get(parked)}, loaded, runner.device)
-            expected = values
-            if is_forked:
-                before = {**outside, **self._park.get(parked_reference)}
-                alike = {node: values[node] for node in routing}
-                expected = stretch.run({**before, **alike}, originals, runner.device, rounding, alike)
-            if not leaves_start:
-                self._values.drop_one(self._park, parked, parked_reference)
-            if observe is not None and index >= runner.probes:
-                observe(values, expected)
-            advanced.append(self._park.put({node: values[node] for node in kept}))
-            if is_forked:
-                reference.append(self._park.put({node: expected[node] for node in kept}))
-        ahead_now = _Lanes(advanced, reference)
-        if self._values is self._start and not leaves_start:
-            self._start, self._start_run = ahead_now, done
-        self._values, self._run = ahead_now, done
-
-    def _originals(self, loaded: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
-        """What the stretch computes with, float weights in the place of those quantized in this segment."""
-        store = self._runner.graph.weights
-        replaced = {}
-        for site in self.segment.sites:
-            weight = site.nodes[0].args[1]
-            if (
-                isinstance(weight, fx.Node)
-                and weight.op != "get_attr"
-                and weight in loaded
-                and _original(site) in store
-            ):
-                replaced[weight] = store.read(_original(site)).to(self._runner.device, torch.float32)
-        return {**loaded, **replaced} if replaced else loaded
-
-    def _rewind(self) -> None:
-        if self._values is not self._start:
-            self._drop(self._values)
-        self._values, self._run = self._start, self._start_run
-
-    def _held(self) -> set[fx.Node]:
-        return set(self._values.values[0].entries) if self._values.values else set()
-
-    def _drop(self, lanes: "_Lanes") -> None:
-        for parked, reference in zip(*lanes.both, strict=True):
-            lanes.drop_one(self._park, parked, reference)
-
-
-def _routing(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The values that say which expert each row goes to: the reference sends rows the same way, or none would match."""
-    take = torch.ops.qcompiler.take_expert.default
-    return list(dict.fromkeys(node.args[1] for node in nodes if node.target is take))  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class _Lanes:
-    """Values of all batches at one place: as the rewritten model has them, and as the reference has them.
-
-    Both are the same list as long as nothing approximate lies behind them.
-    """
-
-    values: list[Parked]
-    reference: list[Parked]
-
-    @property
-    def is_forked(self) -> bool:
-        return self.reference is not self.values
-
-    @property
-    def both(self) -> tuple[list[Parked], list[Parked]]:
-        return self.values, self.reference
-
-    def drop_one(self, park: ValuePark, parked: Parked, reference: Parked) -> None:
-        park.drop(parked)
-        if reference is not parked:
-            park.drop(reference)
