@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,6 +46,7 @@ class KernelCase:
             nothing is counted.
         budget: instructions per such element and lane, at most.
         unaligned: pointer or integer arguments not known to be multiples of 16.
+        flaw: says what is wrong with the PTX, in words; empty for nothing.
     """
 
     name: str
@@ -57,6 +58,7 @@ class KernelCase:
     weights_per_iteration: int = 0
     budget: float = 0.0
     unaligned: frozenset[str] = frozenset()
+    flaw: Callable[[str], str] | None = None
 
 
 @dataclass
@@ -135,6 +137,8 @@ def compile_case(case: KernelCase, capability: int) -> MachineCode:
         per_weight,
     )
     code.failures = list(_failures(case, code))
+    if case.flaw is not None and (flaw := case.flaw(compiled.asm["ptx"])):
+        code.failures.append(flaw)
     return code
 
 
