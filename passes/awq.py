@@ -13,6 +13,7 @@ from qcompiler.graph import Graph, Site
 from qcompiler.observers import Gram, Statistic
 from qcompiler.pass_base import PassContext
 from qcompiler.passes._scale_regions import Choice, Observed, ScaleRegions, clamped
+from qcompiler.passes.rtn import refuse_codebooks
 from qcompiler.regions import Consumer, Region
 
 __all__ = ["AWQ"]
@@ -60,6 +61,10 @@ class AWQ(ScaleRegions):
         """Layers whose weight will be quantized."""
         scheme = graph.schemes.get(site.name)
         return scheme is not None and scheme.weight is not None
+
+    def check(self, graph: Graph) -> None:
+        """Refuses schemes with a codebook."""
+        refuse_codebooks(graph, self)
 
     def choose(
         self, region: Region, readers: list[Consumer], observed: Mapping[str, Observed], context: PassContext

@@ -23,7 +23,7 @@ from qcompiler.pass_base import (
     Wave,
 )
 from qcompiler.passes._gptq_solver import solve_gptq
-from qcompiler.passes.rtn import RTN, gathered_gram, implied_assign, unreached
+from qcompiler.passes.rtn import RTN, gathered_gram, implied_assign, refuse_codebooks, unreached
 from qcompiler.segments import Segment
 
 __all__ = ["GPTQ"]
@@ -76,6 +76,10 @@ class GPTQ(Pass):
         """Sites with a scheme, in true sequence."""
         waves = [[site for site in wave if graph.schemes[site.name].weight is not None] for wave in segment.waves()]
         return [wave for wave in waves if wave]
+
+    def check(self, graph: Graph) -> None:
+        """Refuses schemes with a codebook."""
+        refuse_codebooks(graph, self)
 
     def statistics(self, wave: Wave, graph: Graph) -> list[Tap]:
         """The Gram matrix of every distinct input and, with correction, the cross moment with its original value."""

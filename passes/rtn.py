@@ -29,7 +29,7 @@ from qcompiler.passes.assign import Assign
 from qcompiler.qtensor import Affine
 from qcompiler.spec import QuantSpec
 
-__all__ = ["RTN", "ScaleSearch", "gathered_gram", "implied_assign", "round_to_nearest", "unreached"]
+__all__ = ["RTN", "ScaleSearch", "gathered_gram", "implied_assign", "refuse_codebooks", "round_to_nearest", "unreached"]
 
 ScaleSearch = Literal["minmax", "mse", "gram"]
 
@@ -78,6 +78,10 @@ class RTN(Pass):
     def is_calibrated(self) -> bool:
         """Whether scales are chosen by the error in the output."""
         return self.search == "gram"
+
+    def check(self, graph: Graph) -> None:
+        """Refuses schemes with a codebook."""
+        refuse_codebooks(graph, self)
 
     def statistics(self, wave: Wave, graph: Graph) -> list[Tap]:
         """The Gram matrix of every input, where the search wants it."""
@@ -156,6 +160,23 @@ def unreached(sites: Sequence[Site]) -> dict[str, Any]:
 def _error(difference: Tensor, gram: Tensor) -> float:
     """``tr(D G Dᵀ)``."""
     return float((torch.mm(difference, gram) * difference).sum(dtype=torch.float64))
+
+
+def refuse_codebooks(graph: Graph, quantizer: Pass) -> None:
+    """Refuses a graph some of whose weights are to have codebooks, for a pass that rounds to even steps.
+
+    Raises:
+        RecipeError: if so.
+    """
+    for site, scheme in graph.schemes.items():
+        if scheme.weight is not None and scheme.weight.codebook:
+            raise RecipeError(
+                f"{quantizer.name} rounds to a grid of even steps, and this layer is to have a codebook",
+                where=site,
+                got=scheme.weight,
+                expected="a scheme without -lut",
+                remedy="use SqueezeLLM(), or another scheme",
+            )
 
 
 def implied_assign(bits: int | None, group_size: int | None, symmetric: bool | None) -> tuple[Pass, ...]:

@@ -256,9 +256,10 @@ def test_sites_with_even_steps_are_rounded_to_nearest():
     assert "0.up.weight" in graph.weights
 
 
-@pytest.mark.parametrize("other", [RTN(), GPTQ(correction=0, sweeps=0)])
-def test_other_quantizers_refuse_codebooks(other):
+@pytest.mark.parametrize("other", [RTN(), GPTQ(correction=0, sweeps=0), AWQ()])
+def test_other_quantizers_refuse_codebooks(other, monkeypatch):
     graph = chain()
+    monkeypatch.setattr("qcompiler.compiling.sweep", lambda *_, **__: pytest.fail("something long ran first"))
     with pytest.raises(RecipeError, match="codebook") as caught:
         compile_graph(
             graph,
@@ -268,6 +269,7 @@ def test_other_quantizers_refuse_codebooks(other):
             device=CPU,
         )
     assert "SqueezeLLM" in str(caught.value)
+    assert caught.value.where == "0"
 
 
 def test_a_layer_without_sensitivity_and_one_never_reached():
