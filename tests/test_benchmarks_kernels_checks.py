@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.kernels import cache_checks, linear_checks, row_checks
+from benchmarks.kernels import cache_checks, linear_checks, model_checks, row_checks
 from benchmarks.kernels.caches import cache_format, random_cache
 from benchmarks.kernels.comparing import compare, compare_codes, poisoned
 from benchmarks.kernels.records import Verdict
@@ -195,3 +195,42 @@ def test_random_caches_are_those_the_operators_take(name):
     assert 0.5 < float(values.std()) < 3
     if spec is not None and spec.scales == "per_token":
         assert cache.nbytes == 2 * 40 * spec.bytes_per_token(3, 64)
+
+
+class MadeUpModel:
+    """Gives the logits it was told to, a step at a time or all at once, and adds noise to what it is told to."""
+
+    def __init__(self, logits, noise=(0.0, 0.0)):
+        self.logits, self.noise, self.report = logits, noise, {"sites": []}
+
+    def _noisy(self, logits, size):
+        return logits + size * torch.randn(logits.shape)
+
+    def forward(self, ids):
+        return self._noisy(self.logits, self.noise[0])
+
+    def prefill(self, ids):
+        return self._noisy(self.logits[:, : ids.shape[1]], self.noise[1]), ids.shape[1]
+
+    def step(self, ids, cache):
+        return self._noisy(self.logits[:, cache : cache + 1], self.noise[1]), cache + 1
+
+
+def test_a_model_is_held_to_its_graph_at_once_and_token_by_token():
+    ids = torch.zeros(2, model_checks._LENGTH, dtype=torch.int64)
+    logits = torch.randn(2, model_checks._LENGTH, 50)
+    bench = Bench(section_named("check-model"), CPU)
+
+    def passed(model):
+        verdicts = model_checks._verdicts(bench, "m", model, ids, logits.log_softmax(-1), 1e-3)
+        return [verdict.passed for verdict in verdicts]
+
+    assert passed(MadeUpModel(logits + 7)) == [True, True, True]
+    assert passed(MadeUpModel(logits, (0.3, 0.0))) == [False, False, True]
+    assert passed(MadeUpModel(logits, (0.0, 0.3))) == [True, True, False]
+
+
+def test_recipes_that_models_are_checked_with_are_named():
+    assert [case.name for case in model_checks.cases(Bench(section_named("check-model"), CPU))] == [
+        f"model {recipe}" for recipe in model_checks.RECIPES
+    ]

@@ -14,7 +14,7 @@ machine code, takes the times, and writes ``benchmarks/results/gpu.md`` and ``gp
 | ``goals.py`` | what a kernel ought to reach |
 | ``weights.py``, ``caches.py``, ``products.py`` | random quantized weights and caches, and the layers that are timed |
 | ``comparing.py`` | a result against a reference |
-| ``linear_checks.py``, ``row_checks.py``, ``cache_checks.py`` | operators against references |
+| ``linear_checks.py``, ``row_checks.py``, ``cache_checks.py``, ``model_checks.py`` | operators against references |
 | ``linear_times.py``, ``attention_times.py``, ``decoding_times.py`` | how long they take |
 | ``ahead_of_time.py`` | machine code |
 | ``tables.py``, ``machine.py`` | what is written |

@@ -58,6 +58,7 @@ SECTIONS = (
     Section("check-linear", "Checks of linear layers", "linear_checks", 1, "together"),
     Section("check-rows", "Checks of activation quantizers", "row_checks", 1, "together"),
     Section("check-cache", "Checks of caches and attention", "cache_checks", 1, "together"),
+    Section("check-model", "Checks of a whole model", "model_checks", 1, "together"),
     Section("linear", "Linear layers", "linear_times", 170, "alone"),
     Section("attention", "Decode attention", "attention_times", 50, "alone"),
     Section("decoding", "Decoding, end to end", "decoding_times", 90, "alone"),
