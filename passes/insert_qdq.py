@@ -145,10 +145,10 @@ class InsertQDQ(Pass):
         value = next(site for site in sites if site.name == worst).inputs[0]
         largest = statistics[Tap(value, RowSample)].result().abs().amax(0)
         ratio = float(largest.max() / largest.median().clamp(min=torch.finfo(torch.float32).tiny))
+        left, wanted = f"{_decibels(noise[worst]):.1f} dB", f"{self._least_sqnr_db(spec):g} are wanted"
         reason = (
-            f"its input stays in float: rounded to {spec}, the output of {worst} would keep "
-            f"{_decibels(noise[worst]):.1f} dB of signal over noise, less than {self._least_sqnr_db(spec):g}; the "
-            f"largest of {len(largest)} channels reaches {ratio:.0f} times as far as the middle one"
+            f"its input stays in float: {spec} would leave {worst} {left} of signal over noise, {wanted}; "
+            f"one of {len(largest)} channels reaches {ratio:.0f} times as far as the middle one"
         )
         for site in sites:
             graph.schemes[site.name] = replace(graph.schemes[site.name], activation=None)
