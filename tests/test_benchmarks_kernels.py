@@ -29,7 +29,7 @@ def test_without_a_device_it_says_so(capsys):
 
 def test_a_check_that_does_not_hold_fails_the_command_but_not_the_table(tmp_path, monkeypatch, capsys):
     driver = made_up_driver(tmp_path, "held('a', section != 'check-cache'); say(done=True)")
-    monkeypatch.setattr(command, "worker_command", lambda device, quick: driver.worker)
+    monkeypatch.setattr(command, "worker_command", lambda device, *options: driver.worker)
     sections = ["check-rows", "check-cache", "attention"]
     arguments = ["--device", "cpu", "--out", str(tmp_path), "--only", *sections]
     assert command.main(arguments) == 1
@@ -114,7 +114,7 @@ def _runs_bare(tmp_path, sections):
 
 
 def test_the_command_runs_on_a_bare_machine(tmp_path):
-    _runs_bare(tmp_path, ["check-linear", "attention"])
+    _runs_bare(tmp_path, ["check-scaled", "attention"])
 
 
 @pytest.mark.slow

@@ -116,9 +116,9 @@ def broken_linear(forward):
     ("layer", "match"), [(WeightOnlyLinear, "weight-only"), (ScaledLinear, "scaled"), (CodebookLinear, "codebook")]
 )
 def test_checks_of_layers_hold_and_can_fail(layer, match, monkeypatch):
-    assert all(verdict.passed for verdict in run(linear_checks, "check-linear", match))
+    assert all(verdict.passed for verdict in run(linear_checks, f"check-{match}", match))
     monkeypatch.setattr(layer, "forward", broken_linear(layer.forward))
-    verdicts = run(linear_checks, "check-linear", match)
+    verdicts = run(linear_checks, f"check-{match}", match)
     assert [v.name for v in verdicts if v.passed and ": 0x" not in v.name] == []
 
 

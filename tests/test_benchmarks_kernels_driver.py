@@ -96,6 +96,45 @@ def test_what_is_kept_is_made_once_and_let_go_for_another(monkeypatch):
     assert made == ["a", "b", "a"]
 
 
+def test_a_search_measures_all_copies_and_survives_what_does_not_run(monkeypatch):
+    from qcompiler.lowering.kernels import tuning
+
+    bench = Bench(_section(monkeypatch, []), CPU, tune=True)
+    searched = []
+    monkeypatch.setattr(tuning, "search_launches", lambda *arguments: searched.append(arguments))
+    bench.search([lambda: None])
+    assert searched == []  # nothing to choose on a CPU
+    bench.device = types.SimpleNamespace(type="cuda")
+    monkeypatch.setattr(tuning, "device_name", lambda device: "H")
+    made = []
+    bench.search([lambda: made.append(1), lambda: made.append(2)])
+    ((run, seconds, device),) = searched
+    run()
+    assert (made, device) == ([1, 2], "H")
+    assert 0 < seconds(run) < 1
+    assert seconds(lambda: 1 / 0) == float("inf")
+
+
+def _fails(reason):
+    def make(bench, out_features, in_features):
+        raise reason
+
+    return make
+
+
+def test_a_product_that_pytorch_does_not_have_is_left_out_and_ours_is_not():
+    from benchmarks.kernels.linear_times import Format, _timed
+
+    bench = Bench(SECTIONS[-3], CPU, quick=True)
+    theirs = Format("w8", _fails(RuntimeError("_int_mm is not\nimplemented")), library=True)
+    assert list(_timed("1x64x64 w8", theirs, 64, 64, 1)(bench)) == [
+        LeftOut("linear", "1x64x64 w8", "PyTorch: _int_mm is not")
+    ]
+    ours = Format("w8", _fails(RuntimeError("out of shared memory")))
+    with pytest.raises(RuntimeError, match="shared memory"):
+        list(_timed("1x64x64 w8", ours, 64, 64, 1)(bench))
+
+
 # The driver
 
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.kernels [--quick] [--only SECTION...] [--out DIR] [--device cuda|cpu] [--seconds N]``."""
+"""``python -m benchmarks.kernels [--quick] [--only SECTION...] [--out DIR] [--device cuda|cpu] [--tune]``."""
 
 import argparse
 import signal
@@ -17,7 +17,7 @@ from benchmarks.kernels.tables import has_failed, markdown, write
 __all__ = ["main"]
 
 _RESULTS = Path(__file__).resolve().parents[1] / "results"
-_SECONDS = 450.0
+_SECONDS, _TUNING = 450.0, 3600.0
 NO_DEVICE = 2
 """Exit code where there is nothing to run on."""
 
@@ -33,11 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=[section.name for section in SECTIONS], default=None)
     parser.add_argument("--out", type=Path, default=_RESULTS, help="a directory for the tables")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--seconds", type=float, default=_SECONDS, help="for everything (default %(default)s)")
+    parser.add_argument("--seconds", type=float, help=f"for everything (default {_SECONDS:.0f}; tuning {_TUNING:.0f})")
+    parser.add_argument("--tune", action="store_true", help="search for launch configurations first, and keep them")
     parser.add_argument("--section", help=argparse.SUPPRESS)  # what a process of a section is started with
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     started = time.monotonic()
+    if options.seconds is None:
+        options.seconds = _TUNING if options.tune else _SECONDS
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
             "benchmarks.kernels: no CUDA device. Run it on a machine with one, or try it with --device cpu, which "
@@ -47,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         return NO_DEVICE
     device = torch.device(options.device)
     if options.section is not None:
-        bench = Bench(section_named(options.section), device, options.quick, started + options.seconds)
+        deadline = started + options.seconds
+        bench = Bench(section_named(options.section), device, options.quick, options.tune, deadline)
         return work(bench, print_event, options.first)
     return _run(options, device)
 
@@ -62,7 +66,8 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     def keep(records: list[Record]) -> None:
         write(path, machine, records, driver.taken, is_gpu=is_gpu, command=command)
 
-    driver = Driver(worker_command(options.device, options.quick), options.seconds, _say, keep)
+    worker = worker_command(options.device, *(f"--{name}" for name in ("quick", "tune") if getattr(options, name)))
+    driver = Driver(worker, options.seconds, _say, keep, patience=10.0 if options.tune else 1.0)
     records = driver.run([s for s in SECTIONS if options.only is None or s.name in options.only])
     keep(records)
     print(markdown(machine, records, driver.taken, is_gpu=is_gpu, command=command))

@@ -89,6 +89,7 @@ def _ours(batch: int, context: int, name: str) -> Callable[[Bench], Iterator[Rec
             return found
 
         calls = [partial(attend, k, v) for k, v in caches]
+        bench.search(calls)
         choice = choose(FORMATS[name], FORMATS[name], _WIDTH, Device.of(bench.device), q.dtype)
         implementation = f"ours, {choice.implementation}" + (f" ({choice.reason})" if choice.reason else "")
         cold, warm = bench.timer.measure(calls), bench.timer.measure(calls[:1])

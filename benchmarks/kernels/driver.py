@@ -44,6 +44,7 @@ class Driver:
         say: takes progress, one line at a time.
         keep: called with all records whenever a section has ended.
         grace: seconds that a case which began in time may take beyond its section's time.
+        patience: how many times its `Section.case_seconds` a case may take.
     """
 
     worker: Sequence[str]
@@ -51,6 +52,7 @@ class Driver:
     say: Callable[[str], None] = lambda line: None
     keep: Callable[[list[Record]], None] = lambda records: None
     grace: float = _GRACE
+    patience: float = 1.0
     records: list[Record] = field(default_factory=list)
     taken: dict[str, float] = field(default_factory=dict)
 
@@ -95,7 +97,7 @@ class Driver:
         first = crashes = 0
         found: list[Record] = []
         while not self._is_stopped:
-            process = _Process(self.worker, section, first, limit)
+            process = _Process(self.worker, section, first, limit, self.patience * section.case_seconds)
             self._live.append(process)
             try:
                 ended = process.follow(found, limit, self.grace)
@@ -125,15 +127,22 @@ class Driver:
 class _Process:
     """One process of a section."""
 
-    def __init__(self, worker: Sequence[str], section: Section, first: int, limit: float) -> None:
+    def __init__(self, worker: Sequence[str], section: Section, first: int, limit: float, case_seconds: float) -> None:
         self.section = section
+        self.case_seconds = case_seconds
         self.begun: int | None = None
         self.name = "start"
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
         seconds = max(0.0, limit - time.monotonic())
         command = [*worker, "--section", section.name, "--first", str(first), "--seconds", f"{seconds:.1f}"]
         self.process = subprocess.Popen(
-            command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=self.errors, text=True, start_new_session=True
+            command,
+            cwd=_ROOT,
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            start_new_session=True,
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
         assert self.process.stdout is not None
@@ -144,7 +153,7 @@ class _Process:
         """Takes records until the process ends; whether the section is done, as opposed to one case of it."""
         since = time.monotonic()
         while True:
-            patience = min(since + self.section.case_seconds, limit + grace) - time.monotonic()
+            patience = min(since + self.case_seconds, limit + grace) - time.monotonic()
             try:
                 line = self.lines.get(timeout=max(0.0, patience))
             except queue.Empty:
@@ -163,7 +172,7 @@ class _Process:
 
     def _lost_patience(self, found: list[Record], since: float, limit: float) -> bool:
         waited = time.monotonic() - since
-        if waited >= self.section.case_seconds:
+        if waited >= self.case_seconds:
             found.append(Failure(self.section.name, self.name, f"no result after {waited:.0f} s: stopped"))
             return False
         found.append(LeftOut(self.section.name, self.name, f"stopped after {waited:.0f} s: out of time"))
@@ -205,6 +214,12 @@ def _event(line: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def worker_command(device: str, quick: bool) -> list[str]:
+def worker_command(device: str, *options: str) -> list[str]:
     """How this package starts a process of its own."""
-    return [sys.executable, "-m", "benchmarks.kernels", "--device", device, *(["--quick"] if quick else [])]
+    return [sys.executable, "-m", "benchmarks.kernels", "--device", device, *options]
+
+
+def _environment() -> dict[str, str]:
+    """Kernels are to be compiled, not interpreted; Triton 3.9 warns where a default of its successor is not chosen."""
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return {"TRITON_DEFAULT_FP_FUSION": "1", **inherited}

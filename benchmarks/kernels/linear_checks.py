@@ -21,25 +21,41 @@ from qcompiler.spec import QuantSpec, Scheme
 
 __all__ = ["cases", "draw_shapes"]
 
-_FORMATS = (
-    ("weight-only", ("w4a16", "w8a16", "w4a16-asym")),
-    ("scaled", ("w8a8-dynamic", "fp8-dynamic")),
-    ("codebook", (f"4 bits, {SPARSE_SHARE:.2%} sparse", "3 bits, 0% sparse")),
-    ("weight-only", ("w4a16-g32", "w4a16-g64-asym", "w4a16-channel", "w8a16-g128-asym", "w3a16", "w2a16-g64-asym")),
-    ("scaled", ("w8a8-actsym", "fp8", "w8a8")),
-    ("codebook", (f"3 bits, {SPARSE_SHARE:.2%} sparse", "4 bits, 0% sparse", "4 bits, 5% sparse")),
-    ("weight-only", ("w8a16-channel-asym", "w4a16-channel-asym", "w3a16-asym", "w2a16-g32")),
-)
+_FORMATS = {
+    "weight-only": (
+        "w4a16",
+        "w4a16-asym",
+        "w8a16",
+        "w4a16-g32",
+        "w4a16-channel",
+        "w4a16-g64-asym",
+        "w8a16-g128-asym",
+        "w3a16",
+        "w2a16-g64-asym",
+        "w8a16-channel-asym",
+        "w4a16-channel-asym",
+        "w3a16-asym",
+        "w2a16-g32",
+    ),
+    "scaled": ("w8a8-dynamic", "fp8-dynamic", "w8a8", "fp8", "w8a8-actsym", "w4a8-dynamic"),
+    "codebook": (
+        f"4 bits, {SPARSE_SHARE:.2%} sparse",
+        "3 bits, 0% sparse",
+        f"3 bits, {SPARSE_SHARE:.2%} sparse",
+        "4 bits, 0% sparse",
+        "4 bits, 5% sparse",
+    ),
+}
 _ROWS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 200, 257, 513)
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """One case per format and dtype: those that matter most first."""
-    for dtype in bench.dtypes:
-        for kind, names in _FORMATS[:3] if bench.quick else _FORMATS:
-            for name in names:
-                label = f"{kind} {name} {_short(dtype)}"
-                yield Case(label, _case(label, kind, name, dtype))
+    """One case per format and dtype of the section's kind of layer: those that matter most first."""
+    kind = bench.section.name.removeprefix("check-")
+    for name in _FORMATS[kind][:2] if bench.quick else _FORMATS[kind]:
+        for dtype in bench.dtypes:
+            label = f"{kind} {name} {_short(dtype)}"
+            yield Case(label, _case(label, kind, name, dtype))
 
 
 def _case(label: str, kind: str, name: str, dtype: torch.dtype) -> Any:

@@ -116,11 +116,18 @@ def _timed(
         try:
             product, copies = bench.keep("products", (form.make, out_features, in_features), make)
             product.check_rows(rows)
+            x = product.make_input(rows)
+            calls = [partial(apply, x) for apply in copies]
+            calls[0]()
         except Unsupported as reason:
             yield LeftOut(bench.section.name, name, str(reason))
             return
-        x = product.make_input(rows)
-        calls = [partial(apply, x) for apply in copies]
+        except RuntimeError as error:
+            if not form.library:
+                raise
+            yield LeftOut(bench.section.name, name, f"PyTorch: {str(error).splitlines()[0][:150]}")
+            return
+        bench.search(calls)
         yield Time(
             bench.section.name,
             f"{rows}x{out_features}x{in_features}",

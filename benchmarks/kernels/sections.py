@@ -7,16 +7,17 @@ a process that crashed can be followed by one that starts behind the case at fau
 import gc
 import importlib
 import json
+import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from benchmarks.kernels.records import Environment, Failure, LeftOut, Record, to_fields
-from benchmarks.kernels.timers import Timer, copy_bandwidth, launch_floor, timer_for
+from benchmarks.kernels.timers import Call, Timer, copy_bandwidth, launch_floor, timer_for
 
 __all__ = ["LOST_DEVICE", "SECTIONS", "Bench", "Case", "Section", "print_event", "section_named", "work"]
 
@@ -55,7 +56,9 @@ class Section:
 
 SECTIONS = (
     Section("machine-code", "Machine code", "ahead_of_time", 1, "background", case_seconds=600),
-    Section("check-linear", "Checks of linear layers", "linear_checks", 1, "together"),
+    Section("check-weight-only", "Checks of weight-only layers", "linear_checks", 1, "together"),
+    Section("check-scaled", "Checks of layers with 8-bit activations", "linear_checks", 1, "together"),
+    Section("check-codebook", "Checks of codebook layers", "linear_checks", 1, "together"),
     Section("check-rows", "Checks of activation quantizers", "row_checks", 1, "together"),
     Section("check-cache", "Checks of caches and attention", "cache_checks", 1, "together"),
     Section("check-model", "Checks of a whole model", "model_checks", 1, "together"),
@@ -81,6 +84,7 @@ class Bench:
         section: it belongs to.
         device: to run on.
         quick: whether small shapes and few of them are enough.
+        tune: whether launch configurations are searched for before times are taken.
         deadline: `time.monotonic` at which the section's time is over.
         timer: of the device.
     """
@@ -88,6 +92,7 @@ class Bench:
     section: Section
     device: torch.device
     quick: bool = False
+    tune: bool = False
     deadline: float = float("inf")
     timer: Timer = field(init=False)
 
@@ -124,11 +129,33 @@ class Bench:
 
     def drop(self, *slots: str) -> None:
         """Lets go of what slots hold, and of the memory."""
-        for slot in slots:
-            self._kept.pop(slot, None)
+        if not [slot for slot in slots if self._kept.pop(slot, None) is not None]:
+            return
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def search(self, calls: Sequence[Call]) -> None:
+        """Finds, and keeps, the fastest configuration of every kernel that the calls launch, if that was asked for.
+
+        Args:
+            calls: the same launches on different operands.
+        """
+        if not self.tune or self.device.type != "cuda":
+            return
+        from qcompiler.lowering.kernels import tuning
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        def seconds(run: Call) -> float:
+            try:
+                return self.timer.measure([run])
+            except Exception:  # a configuration that this device does not take
+                return math.inf
+
+        tuning.search_launches(run, seconds, tuning.device_name(self.device))
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ cache. *Bandwidth* is (weights + scales + input + output bytes) / cold time, as 
 writes per second in the same process. *Speed-up* is over the faster of cuBLAS in float16 and bfloat16 (for attention:
 PyTorch's in float16) measured alike in the same process. A goal that could not be judged has a dash."""
 _DECODING = """\
-Not a whole language model but the decoder layers of one, of random weights, and its output head (float16): the
-same linear layers, norms, rotary embedding, cache and attention that the target runs, one new token for each sequence
-of the batch after the context named, replayed from a CUDA graph. Embedding lookup and sampling are left out."""
+Not a whole language model, and not run through `KernelModel`: a stack of decoder layers of the shape named, of random
+weights, and an output head in float16. Quantized stacks call the operators that the target calls (linear layers,
+quantizers behind norms, appending, attention); what lies between them is PyTorch's and the same in every row. The
+float16 row takes PyTorch's products and attention. A step is one new token for each sequence of the batch, after the
+context named, replayed from a CUDA graph; embedding lookup and sampling are left out."""
 
 
 @dataclass(frozen=True)

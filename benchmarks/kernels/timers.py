@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.kernels.protocol import REPLAYS, per_launch, rounds_needed
 
-__all__ = ["ClockTimer", "GraphTimer", "Timer", "copy_bandwidth", "launch_floor", "timer_for"]
+__all__ = ["Call", "ClockTimer", "GraphTimer", "Timer", "copy_bandwidth", "launch_floor", "timer_for"]
 
 Call = Callable[[], Any]
 
