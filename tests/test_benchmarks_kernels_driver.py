@@ -1,6 +1,8 @@
 """The benchmark of the kernels: what crashes, hangs or takes too long costs only itself."""
 
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -258,6 +260,16 @@ def test_every_module_with_kernels_is_compiled():
     folder = ROOT / "lowering" / "kernels"
     expected = {path.stem for path in folder.glob("*_triton.py") if "def ahead_of_time(" in path.read_text()}
     assert {name.rpartition(".")[2] for name in ahead_of_time.modules()} == expected
+
+
+def test_the_empty_kernel_compiles_and_is_empty():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "qcompiler.lowering.kernels.machine_code", "benchmarks.kernels.empty_triton"]
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    codes = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [code["capability"] for code in codes] == [80, 90]
+    assert all(sum(code["opcodes"].values()) < 8 for code in codes)
 
 
 def _code(name, failures):
