@@ -274,7 +274,7 @@ class ScaledLinear(nn.Module):
         sums = None if spec.is_float else weight.dequantize().sum(-1).to(device)
         self.register_buffer("weight_sums", sums)
         codes = pack_int4(weight.codes, self.group) if spec.bits == 4 else weight.codes.contiguous()
-        if device.type == "cpu" and _has_vnni():
+        if self.choice.implementation == "cpu" and _has_vnni():
             self.register_buffer("weight", None)
             self._packed = _prepack(codes)
         else:

@@ -107,9 +107,8 @@ def test_signed_codes_with_a_zero_point():
 
 
 @pytest.mark.parametrize("scheme", FUSED + DEQUANTIZED[:-2])
-def test_the_operator_and_its_reference_take_what_is_laid_out_for_cuda(scheme, monkeypatch):
+def test_the_operator_and_its_reference_take_what_is_laid_out_for_cuda(scheme):
     """Packed as for a GPU; the CPU reads it back."""
-    monkeypatch.setattr(scaled_linear, "_has_vnni", lambda: False)
     found = Scheme.parse(scheme)
     weight = quantized(found.weight, 150, 200)
     choice = choose(found.weight, found.activation, 150, 200, H100, torch.float16)

@@ -1,0 +1,290 @@
+"""The Triton products of 8-bit codes against the reference, interpreted or on a GPU, and their machine code."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from qcompiler import numerics
+from qcompiler.errors import InputError
+from qcompiler.lowering.kernels import scaled_linear as plain
+from qcompiler.lowering.kernels import scaled_linear_grouped_triton as grouped
+from qcompiler.lowering.kernels import scaled_linear_triton as module
+from qcompiler.lowering.kernels.device import Choice
+from qcompiler.qtensor import Affine
+from qcompiler.spec import Scheme
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MODULE = "qcompiler.lowering.kernels.scaled_linear_triton"
+INTEGERS = ("w8a8", "w8a8-actsym", "w8a8-dynamic", "w8a8-dynamic-actasym")
+FLOATS = ("fp8", "fp8-dynamic", "fp8-e5m2", "fp8-block")
+GROUPED = ("w4a8", "w4a8-g64", "w4a8-g32-dynamic", "w4a8-channel", "w4a4", "w8a8-g32", "w8a8-g128-dynamic-actasym")
+
+
+def laid_out(scheme: str, outputs: int, width: int) -> plain.ScaledLinear:
+    """A layer whose weight is stored as the kernels read it, with a bias, on the device of the tests."""
+    found = Scheme.parse(scheme)
+    w = torch.randn(outputs, width) * torch.rand(outputs, 1)
+    scale, zero = numerics.min_max_qparams(w, found.weight, torch.float32)
+    weight = Affine(numerics.quantize(w, scale, zero, found.weight), scale, zero, found.weight, torch.float32)
+    layer = plain.ScaledLinear(Choice("triton"), found.weight, found.activation, torch.float16, width)
+    layer._lay_out(weight, torch.device("cpu"))
+    layer.register_buffer("bias", torch.randn(outputs).half())
+    return layer.to(DEVICE)
+
+
+def codes_of(layer: plain.ScaledLinear, *shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    x, spec = torch.randn(*shape) + 0.2, layer.activation
+    if spec.dynamic:
+        scale, zero = torch.ops.qcompiler.choose_qparams(x, spec.code_dtype, -1, *spec.range_options())
+    else:
+        ends = torch.stack([x.min().clamp(max=0), x.max().clamp(min=0)])
+        scale, zero = numerics.range_qparams(ends[0], ends[1], spec, torch.float32)
+    zero = None if spec.symmetric else zero
+    axis, block = (-1, shape[-1]) if spec.dynamic else (0, 0)
+    codes = torch.ops.qcompiler.quantize(x, scale, zero, axis, block, spec.code_dtype, spec.bits)
+    return codes.to(DEVICE), scale.to(DEVICE), None if zero is None else zero.to(DEVICE)
+
+
+def arguments(layer: plain.ScaledLinear, *shape: int) -> tuple:
+    rest = (layer.weight, layer.weight_scale, layer.weight_sums, layer.bias, layer.group, torch.float16)
+    return (*codes_of(layer, *shape), *rest)
+
+
+def check(given: tuple, **options) -> torch.Tensor:
+    """The kernel against the reference: half a step of float16 for results, and float32 sums of another order."""
+    y, expected = module.launch(*given, **options), plain.scaled_linear_reference(*given[:-1], torch.float32)
+    assert y.dtype == torch.float16
+    assert y.shape == expected.shape
+    assert ((y.float() - expected).abs() <= expected.abs() * 2**-11 + expected.abs().max() * 2e-6).all()
+    return y
+
+
+@pytest.mark.parametrize("scheme", INTEGERS + FLOATS + GROUPED)
+def test_shapes_that_no_tile_divides(scheme):
+    layer = laid_out(scheme, 150, 333)
+    for rows in (1, 5, 20):
+        check(arguments(layer, rows, 333))
+
+
+@pytest.mark.parametrize("scheme", [*INTEGERS, "fp8-dynamic", "fp8-block", "w4a8", "w4a8-g64", "w4a8-channel"])
+def test_split_along_k(scheme):
+    layer = laid_out(scheme, 70, 1024)
+    given = arguments(layer, 3, 1024)
+    kind = grouped.GroupedConfig(16, 64, 4, 4, 3) if scheme.startswith("w4") else module.Config(8, 64, 128, 4, 4, 4)
+    y = check(given, config=kind)
+    assert torch.equal(y, module.launch(*given, config=kind))
+
+
+@pytest.mark.parametrize("splits", [2, 8])
+def test_more_parts_than_tiles(splits):
+    layer = laid_out("w8a8", 40, 200)
+    check(arguments(layer, 2, 200), config=module.Config(8, 64, 128, splits, 4, 4))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic", "fp8", "fp8-dynamic", "fp8-e5m2", "fp8-block"])
+def test_many_rows(scheme):
+    """Nine tiles of rows, so that their order matters."""
+    layer = laid_out(scheme, 150, 96)
+    config = module.Config(16, 64, 64, 1, 4, 3, swapped=False)
+    check(arguments(layer, 140, 96), config=config)
+
+
+@pytest.mark.parametrize("scheme", FLOATS)
+def test_floats_without_a_product_of_their_own(scheme):
+    """Compute capability 8.0: bytes become float16."""
+    layer = laid_out(scheme, 150, 333)
+    for rows in (1, 20):
+        check(arguments(layer, rows, 333), capability=80)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, which the interpreter computes with
+@pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_float_as_float16(codes):
+    """One product per code, NaN among those of the activation."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9):
+        pytest.skip("this device has a product of 8-bit floats")
+    x = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(codes)
+    x = x[~x.float().isinf()].to(DEVICE)[:, None].expand(-1, 16).clone()
+    x[:, 1:] = 0
+    weight, one = torch.ones(8, 16, device=DEVICE).to(codes), torch.ones(8, device=DEVICE)
+    y = module.launch(x, one[:1], None, weight, one, None, None, 0, torch.float32, capability=80)
+    expected = x[:, :1].float()
+    assert torch.equal(y.isnan(), expected.isnan().expand(-1, 8))
+    assert torch.equal(y.nan_to_num(0), expected.nan_to_num(0).expand(-1, 8))
+
+
+def test_integers_are_exact():
+    codes = torch.randint(-128, 128, (20, 700), dtype=torch.int8, device=DEVICE)
+    weight = torch.randint(-128, 128, (70, 700), dtype=torch.int8, device=DEVICE)
+    one = torch.ones(70, device=DEVICE)
+    for config in (None, module.Config(16, 64, 128, 2, 4, 4)):
+        y = module.launch(codes, one[:1], None, weight, one, None, None, 0, torch.float32, config=config)
+        assert torch.equal(y.double(), (codes.double() @ weight.double().T).float().double())
+
+
+def test_leading_axes_and_no_rows():
+    layer = laid_out("w8a8-dynamic", 70, 64)
+    assert check(arguments(layer, 2, 3, 64)).shape == (2, 3, 70)
+    codes, scale, *rest = arguments(layer, 1, 64)
+    assert module.launch(codes.new_empty(2, 0, 64), scale.new_empty(2, 0, 1), *rest).shape == (2, 0, 70)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "fp8-dynamic", "w4a8-dynamic"])
+def test_weights_must_lie_as_they_were_packed(scheme):
+    given = list(arguments(laid_out(scheme, 64, 128), 3, 128))
+    strided = given[3].t().contiguous().t()
+    shifted = torch.empty(given[3].numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(given[3].shape)
+    for weight in (strided, shifted.view(given[3].dtype)):
+        with pytest.raises(InputError, match="contiguous"):
+            module.launch(*given[:3], weight, *given[4:])
+
+
+def by_bytes(first: np.ndarray, selector: int) -> np.ndarray:
+    """``prmt.b32`` of a register and zero."""
+    source = [(first >> np.uint32(8 * i)) & np.uint32(255) for i in range(4)] + [np.zeros_like(first)] * 4
+    return sum((source[(selector >> (4 * i)) & 7] << np.uint32(8 * i) for i in range(4)), np.zeros_like(first))
+
+
+def run_ptx(code: str, register: np.ndarray) -> list[np.ndarray]:
+    """The few instructions that the conversions use, on arrays of 32-bit registers."""
+    found = {"$1" if "$2" not in code else "$2": register, "0": np.zeros_like(register)}
+
+    def value(name: str) -> np.ndarray:
+        return np.full_like(register, int(name, 16)) if name.startswith("0x") else found[name]
+
+    for line in code.strip("{} ").split(";"):
+        name, _, operands = line.strip().partition(" ")
+        parts = [part.strip() for part in operands.split(",")]
+        if name == "prmt.b32":
+            found[parts[0]] = by_bytes(value(parts[1]), int(parts[3], 16))
+        elif name == "shr.b32":
+            found[parts[0]] = value(parts[1]) >> np.uint32(int(parts[2]))
+        elif name == "shl.b32":
+            found[parts[0]] = value(parts[1]) << np.uint32(int(parts[2]))
+        elif name == "and.b32":
+            found[parts[0]] = value(parts[1]) & value(parts[2])
+        elif name == "add.u32":
+            found[parts[0]] = value(parts[1]) + value(parts[2])
+        elif name == "lop3.b32":
+            assert parts[4] == "0xea"
+            found[parts[0]] = (value(parts[1]) & value(parts[2])) | value(parts[3])
+        else:
+            assert name in ("", ".reg"), line
+    return [found["$0"], found["$1"]]
+
+
+@pytest.mark.parametrize("keeps_nan", [False, True])
+def test_the_instructions_that_make_halves_of_e4m3(keeps_nan):
+    codes = np.random.default_rng(0).permutation(np.arange(256)).astype(np.uint8)
+    code = (module._INPUT_TO_HALF if keeps_nan else module._WEIGHT_TO_HALF).value
+    first, second = run_ptx(code, codes.view(np.uint32))
+    halves = np.stack([first, second], -1).reshape(-1).view(np.float16).astype(np.float32) * 256
+    expected = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
+    known = ~np.isnan(expected)
+    assert np.array_equal(halves[known], expected[known])
+    assert np.isnan(halves[~known]).all() == keeps_nan
+
+
+def test_the_instructions_that_make_halves_of_e5m2():
+    codes = np.random.default_rng(0).permutation(np.arange(256)).astype(np.uint8)
+    first, second = run_ptx(module._E5M2_TO_HALF.value, codes.view(np.uint32))
+    halves = np.stack([first, second], -1).reshape(-1).view(np.float16).astype(np.float32)
+    expected = torch.from_numpy(codes).view(torch.float8_e5m2).float().numpy()
+    assert np.array_equal(halves, expected, equal_nan=True)
+
+
+def test_the_instructions_that_unpack_int4():
+    packed = np.arange(256).astype(np.uint8)
+    low, high = (half.view(np.int8) for half in run_ptx(grouped._UNPACK.value, packed.view(np.uint32)))
+    signed = ((np.stack([packed & 15, packed >> 4]) ^ 8).astype(np.int16) - 8) * 16
+    assert np.array_equal(np.stack([low, high]), signed)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_configurations_fit_the_device(codes, capability):
+    for rows in (1, 3, 8, 17, 64, 65, 4096):
+        for outputs, width in ((64, 64), (4096, 4096), (28672, 8192), (151936, 896)):
+            found = module.configs(rows, outputs, width, codes, capability)
+            assert found[0] == module.default_config(rows, outputs, width, codes, capability)
+            assert len(found) == len(set(found))
+            for config in found:
+                assert config.library or config.shared_bytes <= module.SHARED_MEMORY[capability]
+                assert config.library or rows > 64 or config.rows >= rows
+                assert config.splits == 1 or width >= config.splits * config.depth
+    assert module.default_config(2048, 4096, 4096, torch.int8, capability).library
+    assert not module.default_config(2048, 4095, 4096, torch.int8, capability).library
+    assert not module.default_config(2048, 4096, 4096, torch.float8_e5m2, capability).library
+
+
+def machine_code(*options: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "qcompiler.lowering.kernels.machine_code", MODULE, *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def names_of(found: list[dict]) -> set[str]:
+    assert {entry["name"]: entry["failures"] for entry in found if entry["failures"]} == {}
+    return {entry["name"].removeprefix("default-") for entry in found}
+
+
+def test_default_configurations_use_tensor_cores_and_do_not_spill():
+    names = names_of(machine_code("--match", "default"))
+    for codes in (torch.int8, torch.float8_e4m3fn):
+        for capability in (80, 90):
+            for rows in (1, 16, 64):
+                config = module.default_config(rows, 4096, 4096, codes, capability)
+                assert module.case_name(codes, False, capability, config) in names
+    for rows in (16, 64):
+        assert grouped.case_name(grouped.default_config(rows, 65536, 4096, 128), 128, True) in names
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_all_configurations_use_tensor_cores_and_do_not_spill():
+    names = names_of(machine_code())
+    for rows in (1, 9, 32, 64, 4096):
+        for shape in ((1024, 4096), (4096, 4096), (28672, 8192)):
+            for config in grouped.configs(rows, *shape, 128):
+                assert grouped.case_name(config, 128, True) in names
+            for codes in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
+                for capability in (80, 90):
+                    for has_blocks in (False, True) if codes == torch.float8_e4m3fn else (False,):
+                        for config in module.configs(rows, *shape, codes, capability, has_blocks=has_blocks):
+                            name = module.case_name(codes, has_blocks, capability, config)
+                            assert config.library or name in names
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(30))
+def test_random_shapes_on_a_gpu(seed):
+    """Every scheme; repeated runs are equal, also when memory held something else before."""
+    random = torch.Generator().manual_seed(seed)
+    scheme = (INTEGERS + FLOATS + GROUPED)[seed % 15]
+    rows, outputs, width = (int(torch.randint(1, top, (), generator=random)) for top in (200, 3000, 5000))
+    if seed % 2:
+        outputs, width = -(-outputs // 16) * 16, -(-width // 128) * 128
+    given = arguments(laid_out(scheme, outputs, width), rows, width)
+    y = check(given)
+    poison = torch.full((64 << 20,), 0x7F, dtype=torch.uint8, device=DEVICE)
+    del poison
+    assert torch.equal(y, module.launch(*given))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8a8", "fp8-dynamic", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_library_products_on_a_gpu(scheme, dtype):
+    layer = laid_out(scheme, 512, 1024)
+    given = (*arguments(layer, 300, 1024)[:-3], layer.bias.to(dtype), 0, dtype)
+    y = module.launch(*given, config=module.Config(library=True))
+    expected = plain.scaled_linear_reference(*given[:-1], torch.float32)
+    assert (y.float() - expected).abs().max() <= expected.abs().max() * (2e-3 if dtype == torch.float16 else 1e-2)
