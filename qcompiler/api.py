@@ -6,8 +6,9 @@ With `qcompiler.cli`, the only module that sees every room.
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from qcompiler.artifact import Artifact
@@ -34,6 +35,9 @@ from qcompiler.spec import Scheme
 from qcompiler.sweep import Progress
 from qcompiler.target import TargetSpec
 
+if TYPE_CHECKING:
+    from qcompiler.lowering.kernels.model import KernelModel
+
 __all__ = [
     "CompileResult",
     "capture",
@@ -48,7 +52,7 @@ __all__ = [
 ]
 
 Recipe = str | Path | Sequence[Pass]
-_TARGETS = ("onnx",)
+_TARGETS = ("onnx", "kernels")
 
 
 def capture(
@@ -175,94 +179,182 @@ def target_spec(name: str, *, opset: int | None = None) -> TargetSpec:
         from qcompiler.lowering.onnx import OnnxTarget
 
         return OnnxTarget() if opset is None else OnnxTarget(opset)
+    if name == "kernels":
+        from qcompiler.lowering.kernels.target import KernelsTarget
+
+        return KernelsTarget("cuda" if torch.cuda.is_available() else "cpu")
     raise TargetError("unknown target", got=name, expected=", ".join(_TARGETS))
 
 
 def recipe_matrix() -> dict[str, dict[str, str]]:
     """Recipe × target: ``fused``, ``runs``, ``writes-only`` or ``refused``, for layers of ordinary width."""
+    from qcompiler.lowering.kernels.target import KernelsTarget
+
+    specs: dict[str, TargetSpec] = {"onnx": target_spec("onnx")}
+    specs |= {"kernels (CUDA)": KernelsTarget("cuda"), "kernels (CPU)": KernelsTarget("cpu")}
     matrix: dict[str, dict[str, str]] = {}
     for name in RECIPES:
         passes = Pipeline(named_recipe(name)).passes
         schemes = [Scheme.parse(item.scheme) for item in passes if isinstance(item, Assign) and item.scheme]
         matrix[name] = {"native": "runs"}
-        for target in _TARGETS:
-            spec = target_spec(target)
+        for target, spec in specs.items():
             matrix[name][target] = ", ".join(spec.supports(scheme, 4096).status for scheme in schemes)
     return matrix
 
 
+@overload
+def lower(
+    result: CompileResult | str | Path,
+    target: Literal["kernels"],
+    directory: None = None,
+    *,
+    verify: bool = True,
+    device: str = "auto",
+    dtype: str | None = None,
+    tune: bool = False,
+) -> "KernelModel": ...
+
+
+@overload
 def lower(
     result: CompileResult | str | Path, target: str, directory: str | Path, *, verify: bool = True, **options: Any
-) -> dict[str, Any]:
-    """Writes a compiled model for a target, loads what was written, and compares it with the native artifact.
+) -> dict[str, Any]: ...
+
+
+def lower(
+    result: CompileResult | str | Path,
+    target: str,
+    directory: str | Path | None = None,
+    *,
+    verify: bool = True,
+    **options: Any,
+) -> Any:
+    """Lowers a compiled model to a target, and compares what came out with the native artifact.
 
     Args:
         result: a compiled model, or the directory of a native artifact.
-        target: ``onnx``.
-        directory: a new or empty directory.
+        target: ``onnx``, which is written and loaded again; or ``kernels``, which is a module in memory.
+        directory: for ``onnx``, a new or empty one.
         verify: run both on a few tokens, and put the difference in the report.
-        options: of the target: for ``onnx``, ``opset`` and ``float_dtype``.
+        options: of the target: for ``onnx``, ``opset`` and ``float_dtype``; for ``kernels``, ``device`` (``cpu``,
+            ``cuda`` or ``auto``), ``dtype`` (of activations) and ``tune`` (search for launch configurations).
 
     Returns:
-        The target's report, with ``parity`` where it was verified.
+        For ``onnx``, the target's report, with ``parity`` where it was verified. For ``kernels``, the model
+        (`qcompiler.lowering.kernels.KernelModel`), which has such a report.
 
     Raises:
-        TargetError: for an unknown target or option, or something the target does not take.
-        VerificationError: if what was written computes something else.
+        TargetError: for an unknown target or option, something the target does not take, or a directory that is
+            missing or one too many.
+        VerificationError: if what came out computes something else.
     """
     target_spec(target)
+    if (directory is None) is (target != "kernels"):
+        raise TargetError(
+            "this target is written to a directory" if directory is None else "this target is not written anywhere",
+            where=target,
+            got="no directory" if directory is None else directory,
+            expected="a new or empty directory" if directory is None else "no directory: a model in memory comes back",
+        )
     if not isinstance(result, CompileResult):
         result = load(result)
-    from qcompiler.lowering import onnx
-
     try:
-        written = onnx.lower(result.graph, directory, companions=result.graph.provenance.get("companions"), **options)
+        if directory is None:
+            return _lower_to_kernels(result, verify=verify, **options)
+        return _lower_to_onnx(result, directory, verify=verify, **options)
     except TypeError as error:
         if "keyword argument" not in str(error):
             raise
         raise TargetError("unknown option of a target", where=target, got=error) from error
+
+
+def _lower_to_onnx(result: CompileResult, directory: str | Path, *, verify: bool, **options: Any) -> dict[str, Any]:
+    from qcompiler.lowering import onnx
+
+    written = onnx.lower(result.graph, directory, companions=result.graph.provenance.get("companions"), **options)
     if verify and result.graph.signature.index_of_output("logits") is not None:
         tolerance = 2e-2 if options.get("float_dtype") == "float16" else 1e-3
-        rounds = any(scheme.activation is not None for scheme in result.graph.schemes.values())
-        rounds |= result.graph.signature.has_quantized_cache
-        unrounded = NativeArtifact(result.graph, round_activations=False) if rounds else None
         try:
             written["parity"] = check_parity(
                 result.artifact(),
                 onnx.OnnxArtifact(Path(directory), accuracy_level=1),
                 tolerance=tolerance,
-                unrounded=unrounded,
+                unrounded=_unrounded(result),
             )
         except BaseException:  # what was not verified must not look as if it had been
             shutil.rmtree(directory, ignore_errors=True)
             raise
-    result.report.targets[target] = written
+    result.report.targets["onnx"] = written
     return written
 
 
-def open_artifact(path: str | Path, *, exact: bool = True, trust_remote_code: bool = False) -> Artifact:
+def _lower_to_kernels(
+    result: CompileResult, *, verify: bool, device: str = "auto", dtype: str | None = None, tune: bool = False
+) -> "KernelModel":
+    from qcompiler.lowering.kernels.model import lower as lower_graph
+    from qcompiler.lowering.kernels.noise import with_noise
+
+    place = choose_device(device)
+    model = lower_graph(result.graph, device=place, dtype=dtype, tune=tune)
+    if verify:
+        noisy = NativeArtifact(with_noise(result.graph, model.rounded, model.dtype), device=place)
+        # In 16 bits the noise tips roundings of activations everywhere; in float32 so few that any of them may differ.
+        unrounded = _unrounded(result, place) if model.dtype == torch.float32 else None
+        model.report["parity"] = check_parity(
+            result.artifact(place), model, tolerance=0.0, unrounded=unrounded, noisy=noisy
+        )
+    result.report.targets["kernels"] = model.report
+    return model
+
+
+def _unrounded(result: CompileResult, device: str | torch.device = "cpu") -> NativeArtifact | None:
+    """The model with activations and caches in float, where it rounds them."""
+    rounds = any(scheme.activation is not None for scheme in result.graph.schemes.values())
+    rounds |= result.graph.signature.has_quantized_cache
+    return NativeArtifact(result.graph, device=device, round_activations=False) if rounds else None
+
+
+def open_artifact(
+    path: str | Path,
+    *,
+    exact: bool = True,
+    engine: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Artifact:
     """Anything that runs: ``OUT``, ``OUT/native``, ``OUT/onnx``, or a Hugging Face directory.
 
     Args:
         path: the directory.
         exact: for ONNX Runtime, compute with float activations; False allows its faster 8-bit ones.
+        engine: ``kernels`` runs a native artifact by fused low-bit operators; by default, its reference arithmetic.
+        device: ``cpu``, ``cuda`` or ``auto``; by default ``auto`` for kernels, and the CPU for everything else.
         trust_remote_code: for a Hugging Face directory, run the code it brings along.
 
     Raises:
-        InputError: if the path is none of these.
+        InputError: if the path is none of these, or does not run on this device.
+        TargetError: for an unknown engine, or one that does not run what is there.
     """
     root = Path(path)
+    if engine not in (None, "kernels"):
+        raise TargetError("unknown engine", got=engine, expected="kernels")
     if not root.is_dir():
         raise InputError("no such directory", where=root)
     native = _native_directory(root)
     if (native / MANIFEST).is_file():
-        return load(native).artifact()
+        if engine == "kernels":
+            return lower(native, "kernels", verify=False, device=device or "auto")
+        return load(native).artifact(choose_device(device or "cpu"))
+    if engine is not None:
+        raise TargetError("kernels run native artifacts alone", where=root, remedy="give OUT or OUT/native")
     if (root / "model.onnx").is_file():
         from qcompiler.lowering.onnx import OnnxArtifact
 
+        if choose_device(device or "cpu").type != "cpu":
+            raise InputError("ONNX models run on the CPU", where=root, got=device, expected="cpu")
         return OnnxArtifact(root, accuracy_level=1 if exact else 4)
     if (root / "config.json").is_file():
-        return HFArtifact(root, trust_remote_code=trust_remote_code)
+        return HFArtifact(root, trust_remote_code=trust_remote_code, device=choose_device(device or "cpu"))
     raise InputError(
         "nothing here can be run",
         where=root,

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,12 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Compiles language models to low-bit ones, and measures them."
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Engine = Annotated[
+    str | None, typer.Option(help="kernels: run a native artifact by fused low-bit operators, not by the reference.")
+]
+Place = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or auto; by default auto with kernels, and cpu without.")
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code the model directory brings along.")
 ]
@@ -120,14 +127,16 @@ def evaluate(
         bool | None, typer.Option(help="Decode half of each window with the cache; by default if that is quantized.")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.")] = None,
+    engine: Engine = None,
+    device: Place = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Measure perplexity, and the distance to the original model."""
-    opened = api.open_artifact(artifact, trust_remote_code=trust_remote_code)
+    opened = api.open_artifact(artifact, engine=engine, device=device, trust_remote_code=trust_remote_code)
     reference = None if against is None else api.open_artifact(against, trust_remote_code=trust_remote_code)
     with show_progress(as_json) as progress:
-        found = api.evaluate(
+        found: dict[str, Any] = api.evaluate(
             opened,
             text=text,
             against=reference,
@@ -135,6 +144,8 @@ def evaluate(
             max_tokens=max_tokens,
             progress=lambda done, total: progress(done, total, "windows"),
         ).to_dict()
+    if engine is not None:
+        found["engine"] = _engine(opened)
     if not as_json:
         print_table({key: value for key, value in found.items() if value is not None})
     return found
@@ -151,17 +162,19 @@ def generate(
         float | None, typer.Option(help="Sample among the most likely tokens of this total probability.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    engine: Engine = None,
+    device: Place = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Continue a prompt."""
-    opened = api.open_artifact(artifact, exact=False, trust_remote_code=trust_remote_code)
+    opened = api.open_artifact(artifact, exact=False, engine=engine, device=device, trust_remote_code=trust_remote_code)
     result = api.generate(
         opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
     if not as_json:
         print(prompt + result.text)
-    return result.to_dict()
+    return result.to_dict() if engine is None else {**result.to_dict(), "engine": _engine(opened)}
 
 
 @app.command()
@@ -306,7 +319,23 @@ def _target(text: str) -> tuple[str, dict[str, Any]]:
                 "unknown option of a target", where=name, got=item, expected="opset=<number>, float=float32 or float16"
             )
     api.target_spec(name, opset=options.get("opset"))
+    if name == "kernels":
+        raise TargetError(
+            "kernels are not written anywhere",
+            got=text,
+            expected="a target with files",
+            remedy="run the native artifact with --engine kernels",
+        )
     return name, options
+
+
+def _engine(artifact: Any) -> dict[str, Any]:
+    """Where kernels ran, and what for want of one did not."""
+    report = artifact.report
+    sites = Counter(site["implementation"] for site in report["sites"])
+    found = {key: report[key] for key in ("device", "dtype", "fused_norms", "caches")}
+    reasons = {site["site"]: site["reason"] for site in report["sites"] if site["implementation"] == "reference"}
+    return {**found, "sites": dict(sites), "references": reasons}
 
 
 def _bytes(text: str) -> int:
@@ -364,6 +393,9 @@ def _write_errors(output: Path) -> Iterator[None]:
         raise InputError("the output cannot be written", where=output, got=os.strerror(error.errno or 0)) from error
 
 
+_MOST_SKIPS = 8  # lines on the terminal
+
+
 def _print_compiled(summary: dict[str, Any]) -> None:
     before, after = summary["bytes_before"], summary["bytes_after"]
     print_table(
@@ -378,8 +410,13 @@ def _print_compiled(summary: dict[str, Any]) -> None:
             **{f"written: {name}": path for name, path in summary["artifacts"].items()},
         }
     )
-    for skip in summary["skipped"]:
+    skipped = summary["skipped"]
+    for skip in skipped if len(skipped) <= _MOST_SKIPS else skipped[: _MOST_SKIPS - 1]:
         print(f"left alone: {skip['site']}: {skip['reason']}")
+    if len(skipped) > _MOST_SKIPS:
+        print(
+            f"left alone: {len(skipped) - _MOST_SKIPS + 1} more, listed in {summary['artifacts']['native']}/report.html"
+        )
     for note in summary["notes"]:
         print(f"note: {note}")
 

@@ -17,6 +17,7 @@ def check_parity(
     *,
     tolerance: float,
     unrounded: Artifact | None = None,
+    noisy: Artifact | None = None,
     rows: int = 2,
     length: int = 32,
 ) -> dict[str, Any]:
@@ -58,8 +59,9 @@ def check_parity(
             )
         return (logits - reference).abs().max().item() / largest
 
-    if unrounded is not None:
-        tolerance += 2 * difference_of(unrounded.forward(ids))
+    for other in (unrounded, noisy):
+        if other is not None:
+            tolerance += 2 * difference_of(other.forward(ids))
     logits = actual.forward(ids)
     difference = difference_of(logits)
     cached = None

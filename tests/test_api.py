@@ -258,6 +258,47 @@ def test_wrong_lowering(tmp_path: Path) -> None:
         assert not (tmp_path / "onnx").exists()
 
 
+def test_kernels_are_a_module_in_memory(tmp_path: Path) -> None:
+    result = qc.compile(language_model(), [RTN(bits=4)])
+    model = qc.lower(result, "kernels", device="cpu")
+    assert isinstance(model, nn.Module)
+    assert model.report["parity"]["max_difference"] <= model.report["parity"]["tolerance"] < 0.2
+    assert result.report.targets["kernels"] is model.report
+    with pytest.raises(TargetError, match="not written anywhere"):
+        qc.lower(result, "kernels", tmp_path / "kernels")
+    with pytest.raises(TargetError, match="written to a directory"):
+        qc.lower(result, "onnx")  # type: ignore[call-overload]
+    with pytest.raises(TargetError, match="unknown option"):
+        qc.lower(result, "kernels", colour="red")  # type: ignore[call-overload]
+    assert not list(tmp_path.iterdir())
+
+
+def test_kernels_that_compute_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = qc.compile(language_model(), [RTN(bits=4)])
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise VerificationError("computes something else")
+
+    monkeypatch.setattr(api, "check_parity", refuse)
+    with pytest.raises(VerificationError):
+        qc.lower(result, "kernels", device="cpu")
+    assert "kernels" not in result.report.targets
+    assert "parity" not in qc.lower(result, "kernels", device="cpu", verify=False).report
+
+
+def test_engines(tmp_path: Path) -> None:
+    result = qc.compile(language_model(), [RTN(bits=4)])
+    result.save(tmp_path / "out" / "native")
+    opened = qc.open_artifact(tmp_path / "out", engine="kernels", device="cpu")
+    assert opened.path == tmp_path / "out" / "native"
+    assert type(opened).__name__ == "KernelModel"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(TargetError, match="native artifacts alone"):
+        qc.open_artifact(tmp_path, engine="kernels")
+    with pytest.raises(TargetError, match="unknown engine"):
+        qc.open_artifact(tmp_path / "out", engine="steam")
+
+
 def test_nothing_to_open(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such directory"):
         qc.open_artifact(tmp_path / "nowhere")
@@ -292,3 +333,6 @@ def test_every_recipe_is_in_the_matrix() -> None:
     refused = {name for name, cells in matrix.items() if cells["onnx"] not in ("fused", "runs")}
     assert refused == {"nvfp4", "mxfp4"}
     assert {matrix[name]["onnx"] for name in refused} == {"refused"}
+    assert matrix["w4a16-gptq"]["kernels (CUDA)"] == matrix["w4a16-gptq"]["kernels (CPU)"] == "fused"
+    assert (matrix["fp8"]["kernels (CUDA)"], matrix["fp8"]["kernels (CPU)"]) == ("fused", "runs")
+    assert matrix["nvfp4"]["kernels (CUDA)"] == "runs"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qcompiler import api, cli
-from qcompiler.errors import InputError, RecipeError, VerificationError
+from qcompiler.errors import InputError, RecipeError, TargetError, VerificationError
 from qcompiler.passes.recipes import RECIPES
 from tests.tiny_checkpoint import command
 
@@ -76,7 +76,7 @@ def test_recipes() -> None:
     matrix = outcome.result["recipes"]
     assert matrix.keys() == RECIPES.keys()
     for cells in matrix.values():
-        assert cells.keys() == {"native", "onnx"}
+        assert cells.keys() == {"native", "onnx", "kernels (CUDA)", "kernels (CPU)"}
         assert set(cells.values()) <= {"fused", "runs", "writes-only", "refused"}
     table = command("recipes").output
     for name in RECIPES:
@@ -129,6 +129,9 @@ def test_what_others_print_does_not_stand_beside_the_object(monkeypatch: pytest.
 def test_targets() -> None:
     assert cli._targets(["onnx:opset=23,float=float16"]) == [("onnx", {"opset": 23, "float_dtype": "float16"})]
     assert cli._targets([]) == []
+    with pytest.raises(TargetError, match="not written") as caught:
+        cli._targets(["kernels"])
+    assert "--engine kernels" in str(caught.value)
 
 
 def test_output_appears_whole(tmp_path: Path) -> None:
@@ -167,3 +170,17 @@ def test_output_stays_when_the_last_rename_fails(tmp_path: Path, monkeypatch: py
         (staged / "file").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in output.iterdir()] == ["old"]
+
+
+def test_many_layers_left_alone_are_a_number_on_the_terminal(capsys):
+    def printed(count):
+        summary = {key: 1 for key in ("bytes_before", "bytes_after", "bits_per_weight", "seconds", "peak_rss_bytes")}
+        summary |= {"sites": [], "notes": [], "artifacts": {"native": "out/native"}, "held_out": None}
+        summary["skipped"] = [{"site": f"layer.{i}", "reason": "no"} for i in range(count)]
+        cli._print_compiled(summary)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("left alone")]
+
+    assert len(printed(8)) == 8
+    many = printed(40)
+    assert many[:2] == ["left alone: layer.0: no", "left alone: layer.1: no"]
+    assert many[7:] == ["left alone: 33 more, listed in out/native/report.html"]

@@ -1,6 +1,5 @@
 """`KernelModel`: a quantized language model as a module whose layers are low-bit operators, with growing caches."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,7 @@ class KernelModel(nn.Module):
         slots: the caches that it takes.
         report: ``device``, ``dtype``, ``sites`` (how each linear layer is computed, and why not better), ``caches``,
             ``fused_norms``, ``notes``.
-        tolerance: how far logits may be from those of the native artifact, relative to the largest; see `_tolerance`.
+        rounded: names of the graph's nodes whose values are rounded to ``dtype``; see `noise`.
 
     Raises:
         InputError: if the graph takes no token ids, or returns no logits.
@@ -91,8 +90,7 @@ class KernelModel(nn.Module):
         self.has_quantized_cache = graph.signature.has_quantized_cache
         per_token = (slot.heads * slot.width * slot.dtype.itemsize for slot in self.slots)
         self.cache_bytes_per_token: int | None = sum(per_token) if self.has_cache else None
-        terms = max((site.in_features for site in graph.sites()), default=1)
-        self.tolerance: float = _tolerance(dtype, rewritten.roundings, terms)
+        self.rounded: frozenset[str] = rewritten.rounded
         self._limit: int | None = graph.provenance.get("limits", {}).get(SEQUENCE)
         self._stored_bytes = graph.weights.stored_bytes(graph.weight_names())
 
@@ -177,26 +175,6 @@ class KernelModel(nn.Module):
                 larger.tensors[i][:, :, : cache.length] = cache.tensors[i][:, :, : cache.length]
                 cache.tensors[i] = larger.tensors[i]
         cache.capacity = capacity
-
-
-def _tolerance(dtype: torch.dtype, roundings: int, terms: int) -> float:
-    """What rounding activations to a dtype changes in logits, relative to the largest of them.
-
-    A number is rounded by at most half a step, evenly distributed: the root mean square error is a step / sqrt(12),
-    and, a step being ``eps`` times a power of two that the number exceeds by up to a factor of two, relative to the
-    number ``eps * sqrt(1/12 * 1/2)`` on average over that factor. Independent errors of R roundings one behind the
-    other add up in squares, each carried to the logits with the share that its value has in them: ``sqrt(R)``. The
-    largest of many errors is to the largest of many logits as their standard deviations are. To that comes the
-    order of summation in float32: as many roundings again as there are terms.
-
-    Args:
-        dtype: of activations.
-        roundings: R.
-        terms: in one sum, at most.
-    """
-    share = math.sqrt(1 / 24)
-    steps = torch.finfo(dtype).eps * math.sqrt(roundings)
-    return share * (steps + torch.finfo(torch.float32).eps * math.sqrt(roundings * terms))
 
 
 def choose_dtype(graph: Graph, device: torch.device, name: str | None) -> torch.dtype:

@@ -70,7 +70,7 @@ class Rewritten:
         sites: for every linear layer, how it is computed.
         caches: for every pair of caches, how it is appended to and read.
         fused_norms: norms that quantize their result themselves.
-        roundings: how many roundings to the module's dtype lie one behind the other, at most.
+        rounded: names of the graph's nodes whose values are rounded to the module's dtype.
     """
 
     module: fx.GraphModule
@@ -78,7 +78,7 @@ class Rewritten:
     sites: list[dict[str, Any]]
     caches: list[dict[str, Any]]
     fused_norms: int
-    roundings: int
+    rounded: frozenset[str]
 
 
 def rewrite(graph: Graph, device: torch.device, dtype: torch.dtype) -> Rewritten:
@@ -100,7 +100,7 @@ class _Rewriter:
         self._members: dict[str, nn.Module | Tensor] = {}
         self._values: dict[Node, Any] = {}  # of the graph's nodes, in the new one
         self._floats: dict[Node, torch.dtype | None] = {}  # of new nodes; None: not floating point
-        self._depth: dict[Node, int] = {}  # roundings behind a new node
+        self._rounded: set[Node] = set()  # of the graph's nodes
         self._casts: dict[tuple[Node, torch.dtype], Node] = {}
         self._stored: dict[tuple[Node, torch.dtype], Node] = {}
         self._sizes: dict[str, Any] = {}
@@ -129,8 +129,8 @@ class _Rewriter:
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
-        slots = tuple(self._slots)
-        return Rewritten(module, slots, plan.sites, self._notes, self._fused_norms, self._depth[kept[0]])
+        slots, rounded = tuple(self._slots), frozenset(node.name for node in self._rounded)
+        return Rewritten(module, slots, plan.sites, self._notes, self._fused_norms, rounded)
 
     def _make_layer(self, weight: Any, bias: Node | None, rounding: Rounding | None) -> SiteLayer:
         offset = None if bias is None else self._evaluated(bias)
@@ -186,6 +186,9 @@ class _Rewriter:
             self._values[node] = self._attention(node, *caches)
         else:
             self._values[node] = self._call(node)
+        value = self._values[node]
+        if isinstance(value, Node) and self._floats.get(value) == self._dtype and not is_moving(node.target):
+            self._rounded.add(node)
 
     def _linear(self, node: Node) -> Node:
         x, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
@@ -193,16 +196,16 @@ class _Rewriter:
         if layer is None:
             bias = [self._constant_value(n, self._dtype) for n in node.args[2:3] if isinstance(n, Node)]
             given = (self._narrow(x), self._narrow(weight), *bias)
-            return self._made(self._fx.call_function(_canonical.linear.default, given), self._dtype, *given)
+            return self._made(self._fx.call_function(_canonical.linear.default, given), self._dtype)
         name = self._member(weight.name, layer)
         if node in self._plan.taken:
             rounding = self._plan.taken[node]
             parts = [self._value(rounding.codes), self._value(rounding.scale)]
             if rounding.zero_point is not None:
                 parts.append(self._value(rounding.zero_point))
-            return self._made(self._fx.call_module(name, tuple(parts)), self._dtype, *parts)
+            return self._made(self._fx.call_module(name, tuple(parts)), self._dtype)
         given = (self._narrow(x),)
-        return self._made(self._fx.call_module(name, given), self._dtype, *given)
+        return self._made(self._fx.call_module(name, given), self._dtype)
 
     def _emit_rounding(self, rounding: Rounding) -> None:
         """One operator for all that read the codes; what it gives besides is found under the graph's own nodes."""
@@ -213,28 +216,31 @@ class _Rewriter:
         if norm is not None:
             x += [self._constant_value(cast(Node, norm.args[1]), _WIDE), norm.args[2]]
             self._fused_norms += 1
+            self._rounded.add(norm)
         per_token = spec.granularity == "per_token"
         zero = rounding.zero_point
         if not per_token:
             scale = self._value(rounding.scale)
             given = (*x, scale, spec.code_dtype, None if zero is None else self._value(zero), spec.bits)
             target = getattr(_kernels, f"{before}quantize_static").default
-            self._values[rounding.codes] = self._made(self._fx.call_function(target, given), None, *x[:1])
+            self._values[rounding.codes] = self._made(self._fx.call_function(target, given), None)
             return
         if zero is None:
             target = getattr(_kernels, f"{before}quantize_rows").default
             made = self._fx.call_function(target, (*x, spec.code_dtype, spec.clip, spec.bits))
         else:
             made = self._fx.call_function(_kernels.quantize_rows_affine.default, (*x, spec.clip, spec.bits))
-        self._made(made, None, *x[:1])
+        self._made(made, None)
         for index, place in enumerate((rounding.codes, rounding.scale, zero)):
             if place is not None:
                 part = self._fx.call_function(operator.getitem, (made, index))
-                self._values[place] = self._made(part, _WIDE if index == 1 else None, made)
+                self._values[place] = self._made(part, _WIDE if index == 1 else None)
 
     def _append(self, cache: AppendedCache) -> None:
         buffers = [self._buffers[node] for node in cache.past]
         value = self._value(cache.value)
+        if cache.spec is None:
+            self._rounded.add(cache.value)
         if cache.spec is None or cache.spec.scales == "static":
             scales = [None if n is None else self._value(n) for n in (cache.scale, cache.zero_point)]
             name = _name(self._dtype) if cache.spec is None else cache.spec.dtype
@@ -270,7 +276,7 @@ class _Rewriter:
         sides = [part for cache in (keys, values) for part in self._side(cache)]
         self._note(keys, values, layer.choice)
         given = (q, self._length, self._sizes[TOTAL], *sides)
-        return self._made(self._fx.call_module(self._member(node.name, layer), given), self._dtype, q)
+        return self._made(self._fx.call_module(self._member(node.name, layer), given), self._dtype)
 
     def _side(self, cache: AppendedCache) -> list[Any]:
         buffers: list[Any] = [self._buffers[node] for node in cache.past]
@@ -316,11 +322,11 @@ class _Rewriter:
         if node.target is _canonical.rotary.default:
             result = _WIDE  # the product with wide cosines
         described = node.meta.get("dtype")
-        if described is not None and not described.is_floating_point:
+        if described is not None and (not described.is_floating_point or described.itemsize == 1):
             result = None
         if node.target is operator.getitem and result is not None and described is None:
             result = self._floats.get(self._value(given[0]))
-        return self._made(made, result, *(self._value(n) for n in given if n not in self._plan.constant))
+        return self._made(made, result)
 
     def _given(self, node: Node) -> list[Node]:
         found: list[Node] = []
@@ -346,14 +352,18 @@ class _Rewriter:
         if node in self._plan.constant:
             return self._constant_value(node, dtype)
         value = self._values[node]
-        return self._cast(value, dtype) if isinstance(value, Node) else value
+        if not isinstance(value, Node) or self._floats.get(value) in (None, dtype):
+            return value
+        if dtype == self._dtype:
+            self._rounded.add(node)
+        return self._cast(value, dtype)
 
     def _cast(self, value: Node, dtype: torch.dtype) -> Node:
         if self._floats.get(value) in (None, dtype):
             return value
         if (value, dtype) not in self._casts:
             made = self._fx.call_function(_aten.to.dtype, (value, dtype))
-            self._casts[value, dtype] = self._made(made, dtype, value)
+            self._casts[value, dtype] = self._made(made, dtype)
         return self._casts[value, dtype]
 
     def _constant_value(self, node: Node, dtype: torch.dtype) -> Node:
@@ -382,12 +392,9 @@ class _Rewriter:
             self._members[name] = member
         return name
 
-    def _made(self, node: Node, dtype: torch.dtype | None, *sources: Any) -> Node:
-        """Notes what a new node is, and how many roundings lie behind it."""
+    def _made(self, node: Node, dtype: torch.dtype | None) -> Node:
+        """Notes what a new node is: its dtype, None if it is not floating point."""
         self._floats[node] = dtype
-        rounds = dtype == self._dtype and not is_moving(node.target)
-        before = max((self._depth.get(source, 0) for source in sources if isinstance(source, Node)), default=0)
-        self._depth[node] = before + (1 if rounds else 0)
         return node
 
 
