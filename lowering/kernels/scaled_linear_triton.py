@@ -1,6 +1,6 @@
 """Triton kernels of `scaled_linear`: products of 8-bit codes, scaled behind the product.
 
-Up to `_SMALL` rows memory is the limit: tiles of 64 or 128 output channels, split along K so that every multiprocessor
+Up to 64 rows memory is the limit: tiles of 64 or 128 output channels, split along K so that every multiprocessor
 has work. The weight is the left operand of the product (``swapped``), since tensor cores take 64 of its rows at once
 and as few as 8 of the right one; so its tiles go from memory into tensor cores without passing through registers. Parts
 of a split are written apart and added in a fixed order by a second kernel, which also scales: results do not change
@@ -13,7 +13,6 @@ float16, are its value over 256, exactly, and products of those are scaled behin
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,44 +23,12 @@ from torch import Tensor
 from qcompiler.lowering.kernels import scaled_linear_grouped_triton as grouped
 from qcompiler.lowering.kernels import tuning
 from qcompiler.lowering.kernels.device import Device
-from qcompiler.lowering.kernels.machine_code import SHARED_MEMORY, KernelCase
+from qcompiler.lowering.kernels.machine_code import KernelCase
+from qcompiler.lowering.kernels.scaled_linear_config import CODE_NAMES, Config, configs, default_config
 from qcompiler.lowering.kernels.scaled_linear_finish_triton import epilogue, finish, finish_cases, types_of
 from qcompiler.lowering.kernels.scaled_linear_layout import FLOAT8
 
-__all__ = ["Config", "ahead_of_time", "case_name", "configs", "default_config", "launch"]
-
-_SMALL = 64
-_PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132}  # multiprocessors of the largest device of each kind
-_NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a product is split.
-
-    Attributes:
-        rows, columns, depth: of a tile, in rows of activations, output channels and elements of K.
-        splits: parts of K computed apart.
-        warps: of 32 threads, per tile.
-        stages: tiles under way at once.
-        swapped: the weight is the left operand.
-        library: PyTorch's own product instead; the rest is then not looked at.
-    """
-
-    rows: int = 0
-    columns: int = 0
-    depth: int = 0
-    splits: int = 1
-    warps: int = 4
-    stages: int = 4
-    swapped: bool = True
-    library: bool = False
-
-    @property
-    def shared_bytes(self) -> int:
-        """What tiles under way take, at most."""
-        return self.stages * (self.rows + self.columns) * self.depth
-
+__all__ = ["ahead_of_time", "case_name", "launch"]
 
 E4M3_TO_HALF = (
     # Bytes to the upper halves of 16 bits; sign where it is, the rest one place down. NaN has all seven bits set: one
@@ -208,71 +175,6 @@ def _kernel(  # type: ignore[no-untyped-def]
         tl.store(y_ptr + m.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def default_config(
-    rows: int, outputs: int, width: int, codes: torch.dtype, capability: int, *, has_blocks: bool = False
-) -> Config:
-    """What is launched where nothing was tuned."""
-    if rows > _SMALL:
-        if _library_takes(outputs, width, codes, capability) and not has_blocks:
-            return Config(library=True)
-        return _large(codes, capability)[0]
-    tile = max(8, 1 << (rows - 1).bit_length())
-    depth = 128 if has_blocks or tile > 16 or width < 1024 else 256
-    tiles, splits = -(-outputs // 64), 1
-    processors = _PROCESSORS.get(capability, 132)
-    while tiles * splits < 0.8 * processors and splits < 8 and width >= splits * 2 * 4 * depth:
-        splits *= 2
-    return _fitting(Config(tile, 64, depth, splits, 4, 4), capability)
-
-
-def configs(
-    rows: int, outputs: int, width: int, codes: torch.dtype, capability: int, *, has_blocks: bool = False
-) -> tuple[Config, ...]:
-    """What a search tries, the default first."""
-    first = default_config(rows, outputs, width, codes, capability, has_blocks=has_blocks)
-    if rows > _SMALL:
-        return tuple(dict.fromkeys((first, *_large(codes, capability))))
-    tile = max(8, 1 << (rows - 1).bit_length())
-    found = [
-        _fitting(Config(tile, columns, depth, splits, 4, stages), capability)
-        for columns, depth, stages in _tiles(tile, codes, capability)
-        for splits in (1, 2, 4, 8)
-        if (splits == 1 or width >= splits * 2 * depth) and (depth == 128 or not has_blocks)
-    ]
-    return tuple(dict.fromkeys((first, *found)))
-
-
-def _tiles(rows: int, codes: torch.dtype, capability: int) -> tuple[tuple[int, int, int], ...]:
-    """Columns, depth and stages that are tried; below 9.0 operands pass through registers, which must hold them."""
-    if codes == torch.float8_e5m2:
-        return ()
-    if capability >= 90:
-        return (64, 128, 4), (64, 128, 6), (64, 256, 4), (128, 128, 4)
-    return ((64, 128, 4), (64, 256, 4), (128, 128, 4)) if rows <= 16 else ((64, 128, 4),)
-
-
-def _fitting(config: Config, capability: int) -> Config:
-    """With as many stages as the shared memory takes."""
-    most = SHARED_MEMORY.get(capability, 99 * 1024)
-    stages = min(config.stages, most // (config.shared_bytes // config.stages))
-    return Config(config.rows, config.columns, config.depth, config.splits, config.warps, max(2, stages))
-
-
-def _large(codes: torch.dtype, capability: int) -> tuple[Config, ...]:
-    """Tiles for many rows."""
-    if capability < 90:
-        return (Config(64, 128 if codes == torch.int8 else 64, 64, 1, 4, 3, swapped=False),)
-    found = (Config(128, 128, 128, 1, 8, 3, swapped=False), Config(64, 128, 128, 1, 4, 4, swapped=False))
-    return (Config(128, 256, 128, 1, 8, 3, swapped=False), *found) if codes == torch.int8 else found
-
-
-def _library_takes(outputs: int, width: int, codes: torch.dtype, capability: int) -> bool:
-    """Whether PyTorch multiplies such matrices on CUDA."""
-    if codes == torch.int8:
-        return outputs % 8 == 0 and width % 8 == 0
-    return codes == torch.float8_e4m3fn and capability >= 89 and outputs % 16 == 0 and width % 16 == 0
-
-
 def launch(
     codes: Tensor,
     scale: Tensor,
@@ -315,7 +217,7 @@ def launch(
         capability = Device.of(x.device).capability or 90
     has_blocks = group != 0
     if config is None:
-        key = (tuning.row_bucket(rows), outputs, width, _NAMES[x.dtype], has_blocks, str(dtype))
+        key = (tuning.row_bucket(rows), outputs, width, CODE_NAMES[x.dtype], has_blocks, str(dtype))
         options = (rows, outputs, width, x.dtype, capability)
         config = tuning.found(
             x.device, "scaled_linear", key, Config, lambda: configs(*options, has_blocks=has_blocks)
@@ -382,6 +284,7 @@ def _library(
     dtype: torch.dtype,
 ) -> Tensor:
     """PyTorch's products; rows and columns are scaled by it (bfloat16 results of 8-bit floats) or by `finish`."""
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
     if x.dtype in FLOAT8:
         if dtype == torch.bfloat16:
             per_row = scale.reshape(-1, 1).expand(len(x), 1).contiguous()
@@ -398,7 +301,7 @@ def _library(
 def ahead_of_time() -> Iterator[KernelCase]:
     """Every configuration that can be chosen on compute capability 8.0 and 9.0."""
     for capability in (80, 90):
-        for codes in _NAMES:
+        for codes in CODE_NAMES:
             for has_blocks in (False, True) if codes == torch.float8_e4m3fn else (False,):
                 yield from _cases(codes, has_blocks, capability)
     yield from finish_cases()
@@ -412,7 +315,7 @@ def _cases(codes: torch.dtype, has_blocks: bool, capability: int) -> Iterator[Ke
             options = (rows, outputs, 4096, codes, capability)
             for config in configs(*options, has_blocks=has_blocks):
                 found.add((*_constants(config), config.splits > 1))
-            if rows != 32 and codes != torch.float8_e5m2:
+            if rows not in (16, 32) and codes != torch.float8_e5m2:
                 default = default_config(*options, has_blocks=has_blocks)
                 if outputs == 4096:
                     defaults.add((*_constants(default), default.splits > 1))
@@ -427,7 +330,7 @@ def _constants(config: Config) -> tuple[int, int, int, int, int, bool]:
 
 def case_name(codes: torch.dtype, has_blocks: bool, capability: int, config: Config) -> str:
     """How the case of a configuration is called, without ``default-``."""
-    tags = [_NAMES[codes], *(["blocks"] if has_blocks else []), *map(str, _constants(config)[:5])]
+    tags = [CODE_NAMES[codes], *(["blocks"] if has_blocks else []), *map(str, _constants(config)[:5])]
     tags += ["swapped"] if config.swapped else []
     return "-".join([*tags, "split" if config.splits > 1 else "whole", f"sm{capability}"])
 
@@ -461,5 +364,6 @@ def _case(
         options={"num_warps": warps, "num_stages": stages},
         mma={capability: plain if capability < 90 else warpgroup},
         weights_per_iteration=columns * depth,
+        budget=0.0 if rows > 16 else 8.0 if kind == 3 else 2.5 if capability >= 90 else 3.6,
         unaligned=frozenset({"splits"}),
     )
