@@ -280,8 +280,11 @@ def _code(name, failures):
 def test_what_the_compiler_found_is_held_and_what_it_was_cut_off_at_is_not(monkeypatch):
     lines = [_code("good", []), _code("bad", ["8 bytes spilled"]), _code("cut", [])[:20]]
     code = "import sys; print(sys.argv[2])"
-    monkeypatch.setattr(ahead_of_time, "_command", lambda name: [sys.executable, "-c", code, name, "\n".join(lines)])
+    monkeypatch.setattr(
+        ahead_of_time, "_command", lambda job: [sys.executable, "-c", code, job.module, "\n".join(lines)]
+    )
     monkeypatch.setattr(ahead_of_time, "modules", lambda: ["a.b_triton"])
+    monkeypatch.setattr(ahead_of_time, "_CAPABILITIES", (90,))
     bench = Bench(SECTIONS[0], CPU)
     (case,) = ahead_of_time.cases(bench)
     first, second = case.run(bench)
@@ -290,14 +293,16 @@ def test_what_the_compiler_found_is_held_and_what_it_was_cut_off_at_is_not(monke
         "b_triton sm_90: good",
         True,
         "96 registers, 512 bytes shared, 2.50 instructions per weight",
+        2.5,
     )
     assert (second.passed, second.detail) == (False, "8 bytes spilled")
 
 
 def test_a_compiler_that_does_not_run_is_a_failure(monkeypatch):
     code = "raise SystemExit('no module named triton')"
-    monkeypatch.setattr(ahead_of_time, "_command", lambda name: [sys.executable, "-c", code])
+    monkeypatch.setattr(ahead_of_time, "_command", lambda job: [sys.executable, "-c", code])
     monkeypatch.setattr(ahead_of_time, "modules", lambda: ["a.b_triton"])
+    monkeypatch.setattr(ahead_of_time, "_CAPABILITIES", (90,))
     bench = Bench(SECTIONS[0], CPU)
     (verdict,) = next(ahead_of_time.cases(bench)).run(bench)
     assert not verdict.passed
@@ -306,10 +311,22 @@ def test_a_compiler_that_does_not_run_is_a_failure(monkeypatch):
 
 def test_a_compiler_that_takes_too_long_is_stopped(monkeypatch):
     code = f"import time; print({_code('good', [])!r}, flush=True); time.sleep(60)"
-    monkeypatch.setattr(ahead_of_time, "_command", lambda name: [sys.executable, "-c", code])
+    monkeypatch.setattr(ahead_of_time, "_command", lambda job: [sys.executable, "-c", code])
     monkeypatch.setattr(ahead_of_time, "modules", lambda: ["a.b_triton"])
+    monkeypatch.setattr(ahead_of_time, "_CAPABILITIES", (90,))
     left = iter([True] * 5)
     monkeypatch.setattr(ahead_of_time, "_has_time", lambda bench: next(left, False))
     bench = Bench(SECTIONS[0], CPU)
     records = list(next(ahead_of_time.cases(bench)).run(bench))
     assert [type(record) for record in records] == [Verdict, LeftOut]
+
+
+def test_modules_are_compiled_for_both_generations(monkeypatch):
+    monkeypatch.setattr(ahead_of_time, "modules", lambda: ["a.b_triton", "a.c_triton"])
+    names = [case.name for case in ahead_of_time.cases(Bench(SECTIONS[0], CPU))]
+    assert names == ["b_triton sm_90", "c_triton sm_90", "b_triton sm_80", "c_triton sm_80"]
+
+
+def test_compilers_are_told_the_module_and_what_to_compile_for():
+    words = ahead_of_time._command(ahead_of_time.Job("a.b_triton", 80))
+    assert words[-4:] == ["qcompiler.lowering.kernels.machine_code", "a.b_triton", "--capability", "80"]

@@ -1,7 +1,9 @@
 """The benchmark of the kernels: the arithmetic of its protocol, its goals and its tables."""
 
+import contextlib
 import json
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -190,3 +192,72 @@ def test_the_page_in_the_repository_has_every_table():
     page = (ROOT / "benchmarks" / "results" / "gpu.md").read_text()
     assert [f"## {section.title}" for section in SECTIONS] == re.findall("^## .*", page, re.MULTILINE)
     assert "make gpu" in page
+
+
+class MadeUpCuda:
+    """Enough of ``torch.cuda`` for the timer: a clock that launches, and starting a graph, move on."""
+
+    def __init__(self, start_of_a_graph):
+        self.now, self.start, self.recorded, self.replays = 0.0, start_of_a_graph, None, []
+        self.names = {
+            "Stream": lambda: types.SimpleNamespace(wait_stream=lambda other: None),
+            "synchronize": lambda: None,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "CUDAGraph": lambda: MadeUpGraph(self),
+            "graph": self.capture,
+            "Event": lambda enable_timing: MadeUpEvent(self),
+        }
+        self.names["current_stream"] = self.names["Stream"]
+
+    def launch(self, seconds):
+        if self.recorded is None:
+            self.now += seconds
+        else:
+            self.recorded.append(seconds)
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        self.recorded = graph.seconds
+        yield
+        self.recorded = None
+
+
+class MadeUpGraph:
+    def __init__(self, cuda):
+        self.cuda, self.seconds = cuda, []
+
+    def replay(self):
+        self.cuda.now += self.cuda.start + sum(self.seconds)
+        self.cuda.replays.append(len(self.seconds))
+
+    def reset(self):
+        self.seconds = None
+
+
+class MadeUpEvent:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def record(self):
+        self.at = self.cuda.now
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.at - self.at)
+
+
+@pytest.mark.parametrize(("each", "rounds"), [(2e-6, 27), (1e-3, 1)])
+def test_graphs_go_through_all_copies_until_what_starting_them_costs_is_lost(each, rounds, monkeypatch):
+    cuda = MadeUpCuda(start_of_a_graph=3e-6)
+    for name, value in cuda.names.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    made = []
+
+    def call(copy):
+        made.append(copy)
+        cuda.launch(each)
+
+    seconds = timers.GraphTimer().measure([lambda copy=copy: call(copy) for copy in range(8)])
+    once = [*range(8)]
+    assert made == once + once + (rounds * once if rounds > 1 else [])  # outside a graph, and into one or two
+    assert cuda.replays.count(8 * rounds) >= 20
+    assert seconds == pytest.approx(each, rel=0.01)

@@ -1,6 +1,7 @@
 """Every kernel compiled ahead of time, in all its configurations, and its machine code held against what it must be.
 
-Needs no GPU. One process per module, several at a time, at low priority: other sections run beside it.
+Needs no GPU. One process per module and compute capability, several at a time, at low priority: other sections run
+beside it.
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +22,7 @@ __all__ = ["cases", "modules"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _RESERVE = 8.0
+_CAPABILITIES = (90, 80)
 _COMPILER = "qcompiler.lowering.kernels.machine_code"
 
 
@@ -31,51 +34,63 @@ def modules() -> list[str]:
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """One per module."""
-    names = modules()
-    for name in names:
-        yield Case(name.rpartition(".")[2], _case(name, names))
+    """One per module and compute capability; that of Hopper first."""
+    jobs = [Job(module, capability) for capability in _CAPABILITIES for module in modules()]
+    for job in jobs:
+        yield Case(str(job), _case(job, jobs))
 
 
-def _case(name: str, names: Sequence[str]) -> Callable[[Bench], Iterator[Record]]:
+@dataclass(frozen=True)
+class Job:
+    """A module to compile, and what for."""
+
+    module: str
+    capability: int
+
+    def __str__(self) -> str:
+        return f"{self.module.rpartition('.')[2]} sm_{self.capability}"
+
+
+def _case(job: Job, jobs: Sequence[Job]) -> Callable[[Bench], Iterator[Record]]:
     def run(bench: Bench) -> Iterator[Record]:
-        started = bench.keep("processes", "all", lambda: _Processes(names, bench.device.type == "cuda"))
-        yield from started.results(name, bench)
+        started = bench.keep("processes", "all", lambda: _Processes(jobs, bench.device.type == "cuda"))
+        yield from started.results(job, bench)
 
     return run
 
 
-def _command(name: str) -> list[str]:
-    return ["nice", "-n", "10", sys.executable, "-m", _COMPILER, name]
+def _command(job: Job) -> list[str]:
+    compiler = [sys.executable, "-m", _COMPILER, job.module, "--capability", str(job.capability)]
+    return ["nice", "-n", "10", *compiler]
 
 
 class _Processes:
     """The compilers of all modules, a few at a time."""
 
-    def __init__(self, names: Sequence[str], beside_a_gpu: bool) -> None:
-        self._waiting = list(names)
-        self._running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]] = {}
+    def __init__(self, jobs: Sequence[Job], beside_a_gpu: bool) -> None:
+        self._waiting = list(jobs)
+        self._running: dict[Job, tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]] = {}
         cores = os.cpu_count() or 1
-        self._most = max(1, cores // 3 if beside_a_gpu else cores // 2)
+        self._most = max(1, cores // 2 if beside_a_gpu else cores)
 
     def _start(self) -> None:
         while self._waiting and sum(p.poll() is None for p, _, _ in self._running.values()) < self._most:
-            name = self._waiting.pop(0)
+            job = self._waiting.pop(0)
             output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
             environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-            process = subprocess.Popen(_command(name), cwd=_ROOT, env=environment, stdout=output, stderr=errors)
-            self._running[name] = (process, output, errors)
+            process = subprocess.Popen(_command(job), cwd=_ROOT, env=environment, stdout=output, stderr=errors)
+            self._running[job] = (process, output, errors)
 
-    def results(self, name: str, bench: Bench) -> Iterator[Record]:
+    def results(self, job: Job, bench: Bench) -> Iterator[Record]:
         """What the compiler of one module says; waits for it, as long as there is time."""
         self._start()
-        while (name not in self._running or self._running[name][0].poll() is None) and _has_time(bench):
+        while (job not in self._running or self._running[job][0].poll() is None) and _has_time(bench):
             time.sleep(0.2)
             self._start()
-        if name not in self._running:
-            yield LeftOut(bench.section.name, name, "out of time")
+        if job not in self._running:
+            yield LeftOut(bench.section.name, str(job), "out of time")
             return
-        process, output, errors = self._running[name]
+        process, output, errors = self._running[job]
         is_done = process.poll() is not None
         if not is_done:
             process.kill()
@@ -85,33 +100,32 @@ class _Processes:
         said, complained = (stream.read().decode(errors="replace") for stream in (output, errors))
         output.close()
         errors.close()
-        short = name.rpartition(".")[2]
-        found = list(_verdicts(bench.section.name, short, said.splitlines()))
+        found = list(_verdicts(bench.section.name, job, said.splitlines()))
         yield from found
         if not is_done:
-            yield LeftOut(bench.section.name, f"{short} after {len(found)} cases", "out of time")
+            yield LeftOut(bench.section.name, f"{job} after {len(found)} cases", "out of time")
         elif not found or (process.returncode != 0 and all(verdict.passed for verdict in found)):
             detail = f"exit code {process.returncode}, {len(found)} cases: {complained.strip()[-800:]}"
-            yield Verdict(bench.section.name, f"{short}: compiler", False, detail)
+            yield Verdict(bench.section.name, f"{job}: compiler", False, detail)
 
 
 def _has_time(bench: Bench) -> bool:
     return time.monotonic() < bench.deadline - _RESERVE
 
 
-def _verdicts(section: str, module: str, lines: Sequence[str]) -> Iterator[Verdict]:
+def _verdicts(section: str, job: Job, lines: Sequence[str]) -> Iterator[Verdict]:
     for line in lines:
         code = _parsed(line)
         if code is None:
             continue
-        label = f"{module} sm_{code['capability']}: {code['name']}"
+        label = f"{job}: {code['name']}"
         if code["failures"]:
             yield Verdict(section, label, False, "; ".join(code["failures"]))
             continue
         detail = f"{code['registers']} registers, {code['shared_bytes']} bytes shared"
         if code["instructions_per_weight"] is not None:
             detail += f", {code['instructions_per_weight']:.2f} instructions per weight"
-        yield Verdict(section, label, True, detail)
+        yield Verdict(section, label, True, detail, code["instructions_per_weight"] or 0.0)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

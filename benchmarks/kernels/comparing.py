@@ -43,7 +43,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(kind), b.view(kind))
 
 
-def compare(section: str, name: str, run: Callable[[], Tensor], expected: Tensor, note: str = "") -> Verdict:
+def compare(section: str, name: str, run: Callable[[], Tensor], expected: Tensor) -> Verdict:
     """Holds a floating point result against a reference in float32."""
     (found,), is_same = repeated(lambda: (run(),))
     if found.shape != expected.shape:
@@ -54,7 +54,7 @@ def compare(section: str, name: str, run: Callable[[], Tensor], expected: Tensor
     error = float((found.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     passed = error <= limit and is_same  # a NaN is not <= anything
     detail = f"error {error:.1e}, allowed {limit:.0e}" + ("" if is_same else "; runs differ")
-    return Verdict(section, name, passed, detail + (f"; {note}" if note else ""))
+    return Verdict(section, name, passed, detail, error / limit)
 
 
 def compare_codes(
@@ -81,7 +81,7 @@ def compare_codes(
             passed &= error <= (1e-6 if mine.dtype == torch.float32 else 1e-3)
             worst = max(worst, error) if error == error else error
     detail = f"{moved:.2%} of codes moved, by {furthest} at most; scales off by {worst:.0e}"
-    return Verdict(section, name, passed, detail + ("" if is_same else "; runs differ"))
+    return Verdict(section, name, passed, detail + ("" if is_same else "; runs differ"), moved)
 
 
 def _ordered(codes: Tensor) -> Tensor:

@@ -74,4 +74,5 @@ def _is_slow(site: dict[str, Any]) -> bool:
 def _close(section: str, name: str, logits: Tensor, expected: Tensor, limit: float) -> Verdict:
     found = logits.float().log_softmax(-1)
     divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
-    return Verdict(section, name, abs(divergence) <= limit, f"{divergence:.1e} nats per token, allowed {limit:.0e}")
+    detail = f"{divergence:.1e} nats per token, allowed {limit:.0e}"
+    return Verdict(section, name, abs(divergence) <= limit, detail, divergence / limit)

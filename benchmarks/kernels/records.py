@@ -15,12 +15,14 @@ class Verdict:
         name: what was checked.
         passed: whether it held.
         detail: the error found and the one allowed, or what went wrong.
+        measure: of several of a kind, the one whose detail is worth showing has the largest.
     """
 
     section: str
     name: str
     passed: bool
     detail: str
+    measure: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -181,9 +181,10 @@ def _verdicts(records: Sequence[Record]) -> list[str]:
     groups: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         groups.setdefault(verdict.name.split(":")[0], []).append(verdict)
-    lines = ["| checked | held | last |", "|---|---|---|"]
+    lines = ["| checked | held | the worst |", "|---|---|---|"]
     for name, group in groups.items():
-        lines.append(f"| {name} | {sum(v.passed for v in group)} of {len(group)} | {_cell(group[-1].detail)} |")
+        worst = max(group, key=lambda verdict: (not verdict.passed, verdict.measure))
+        lines.append(f"| {name} | {sum(v.passed for v in group)} of {len(group)} | {_cell(worst.detail)} |")
     bad = [f"- **{_cell(v.name)}** does not hold: {_cell(v.detail)}" for v in verdicts if not v.passed]
     return [*lines, "", *bad, *([""] if bad else [])]
 
