@@ -55,7 +55,8 @@ def quantize_rows_reference(x: Tensor, dtype: torch.dtype, clip: float = 1.0, bi
     """Codes of ``dtype`` and a float32 scale per row of the last axis; symmetric."""
     wide = x.float()
     scale, _ = _canonical.choose_qparams(wide, dtype, -1, bits, clip)
-    return _canonical.quantize(wide, scale, None, -1, x.shape[-1], dtype, bits), scale
+    codes: Tensor = _canonical.quantize(wide, scale, None, -1, x.shape[-1], dtype, bits)
+    return codes, scale
 
 
 def quantize_rows_affine_reference(x: Tensor, clip: float = 1.0, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,20 +205,20 @@ def _norm_static_cpu(
 
 
 def _rows_cuda(x: Tensor, dtype: torch.dtype, clip: float = 1.0, bits: int = 8) -> tuple[Tensor, Tensor]:
-    from qcompiler.lowering.kernels import quantize_rows_triton as kernels
+    from qcompiler.lowering.kernels.quantize_rows_triton import launch
 
     check(x, dtype, bits, has_zero_point=False)
     _check_rows(dtype, clip)
-    codes, scale, _ = kernels.launch(x, dtype, clip=clip, bits=bits)
+    codes, scale, _ = launch(x, dtype, clip=clip, bits=bits)
     return codes, scale
 
 
 def _rows_affine_cuda(x: Tensor, clip: float = 1.0, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    from qcompiler.lowering.kernels import quantize_rows_triton as kernels
+    from qcompiler.lowering.kernels.quantize_rows_triton import launch
 
     check(x, torch.uint8, bits, has_zero_point=True)
     _check_rows(torch.int8, clip)
-    codes, scale, zero = kernels.launch(x, torch.uint8, clip=clip, bits=bits)
+    codes, scale, zero = launch(x, torch.uint8, clip=clip, bits=bits)
     assert zero is not None
     return codes, scale, zero
 
@@ -225,21 +226,21 @@ def _rows_affine_cuda(x: Tensor, clip: float = 1.0, bits: int = 8) -> tuple[Tens
 def _static_cuda(
     x: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None, bits: int = 8
 ) -> Tensor:
-    from qcompiler.lowering.kernels import quantize_rows_triton as kernels
+    from qcompiler.lowering.kernels.quantize_rows_triton import launch_static
 
     check(x, dtype, bits, has_zero_point=zero_point is not None)
     _check_static(scale, zero_point, x)
-    return kernels.launch_static(x, scale, zero_point, dtype, bits=bits)
+    return launch_static(x, scale, zero_point, dtype, bits=bits)
 
 
 def _norm_rows_cuda(
     x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, clip: float = 1.0, bits: int = 8
 ) -> tuple[Tensor, Tensor]:
-    from qcompiler.lowering.kernels import quantize_rows_triton as kernels
+    from qcompiler.lowering.kernels.quantize_rows_triton import launch
 
     check(x, dtype, bits, has_zero_point=False, weight=weight)
     _check_rows(dtype, clip)
-    codes, scale, _ = kernels.launch(x, dtype, clip=clip, bits=bits, norm=(weight, eps))
+    codes, scale, _ = launch(x, dtype, clip=clip, bits=bits, norm=(weight, eps))
     return codes, scale
 
 
@@ -252,11 +253,11 @@ def _norm_static_cuda(
     zero_point: Tensor | None = None,
     bits: int = 8,
 ) -> Tensor:
-    from qcompiler.lowering.kernels import quantize_rows_triton as kernels
+    from qcompiler.lowering.kernels.quantize_rows_triton import launch_static
 
     check(x, dtype, bits, has_zero_point=zero_point is not None, weight=weight)
     _check_static(scale, zero_point, x)
-    return kernels.launch_static(x, scale, zero_point, dtype, bits=bits, norm=(weight, eps))
+    return launch_static(x, scale, zero_point, dtype, bits=bits, norm=(weight, eps))
 
 
 def _scale_like(x: Tensor, dtype: torch.dtype) -> Tensor:

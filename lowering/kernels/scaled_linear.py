@@ -100,19 +100,21 @@ def _cpu(*arguments: Any) -> Tensor:
     y.mul_(scale.reshape(-1, 1))
     if bias is not None:
         y.add_(bias)
-    return y.to(dtype).view(*codes.shape[:-1], outputs)
+    result: Tensor = y.to(dtype).view(*codes.shape[:-1], outputs)
+    return result
 
 
 def _cuda(*arguments: Any) -> Tensor:
-    from qcompiler.lowering.kernels import scaled_linear_triton
+    from qcompiler.lowering.kernels.scaled_linear_triton import launch
 
     check(*arguments)
-    return scaled_linear_triton.launch(*arguments)
+    return launch(*arguments)
 
 
 def _fake(*arguments: Any) -> Tensor:
-    codes, weight, dtype = arguments[0], arguments[3], arguments[8]
-    result: Tensor = codes.new_empty((*codes.shape[:-1], outputs_of(weight)), dtype=dtype)
+    codes, weight, sums, dtype = arguments[0], arguments[3], arguments[5], arguments[8]
+    outputs = outputs_of(weight) if sums is None else sums.shape[0]  # a traced weight does not say it is oneDNN's
+    result: Tensor = codes.new_empty((*codes.shape[:-1], outputs), dtype=dtype)
     return result
 
 

@@ -48,7 +48,8 @@ def pack_int4(codes: Tensor, group: int) -> Tensor:
     """
     half = half_of(group)
     padded = F.pad(codes, (0, -codes.shape[1] % (2 * half))).view(torch.uint8).unflatten(1, (-1, 2, half))
-    return ((padded[:, :, 0] & 15) | (padded[:, :, 1] << 4)).flatten(1).contiguous()
+    packed: Tensor = (padded[:, :, 0] & 15) | (padded[:, :, 1] << 4)
+    return packed.flatten(1).contiguous()
 
 
 def unpack_int4(packed: Tensor, group: int, width: int) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ GROUPED = ("w4a8", "w4a8-g64", "w4a8-g32-dynamic", "w4a8-channel", "w4a4", "w8a8
 def laid_out(scheme: str, outputs: int, width: int) -> plain.ScaledLinear:
     """A layer whose weight is stored as the kernels read it, with a bias, on the device of the tests."""
     found = Scheme.parse(scheme)
+    assert found.weight is not None
+    assert found.activation is not None
     w = torch.randn(outputs, width) * torch.rand(outputs, 1)
     scale, zero = numerics.min_max_qparams(w, found.weight, torch.float32)
     weight = Affine(numerics.quantize(w, scale, zero, found.weight), scale, zero, found.weight, torch.float32)
@@ -52,14 +55,15 @@ def codes_of(layer: plain.ScaledLinear, *shape: int) -> tuple[torch.Tensor, torc
     return codes.to(DEVICE), scale.to(DEVICE), None if zero is None else zero.to(DEVICE)
 
 
-def arguments(layer: plain.ScaledLinear, *shape: int) -> tuple:
+def arguments(layer: plain.ScaledLinear, *shape: int) -> tuple[Any, ...]:
     rest = (layer.weight, layer.weight_scale, layer.weight_sums, layer.bias, layer.group, torch.float16)
     return (*codes_of(layer, *shape), *rest)
 
 
-def check(given: tuple, **options) -> torch.Tensor:
+def check(given: tuple[Any, ...], **options) -> torch.Tensor:
     """The kernel against the reference: half a step of float16 for results, and float32 sums of another order."""
-    y, expected = module.launch(*given, **options), plain.scaled_linear_reference(*given[:-1], torch.float32)
+    y = module.launch(*given, **options)
+    expected = plain.scaled_linear_reference(*(*given[:-1], torch.float32))
     assert y.dtype == torch.float16
     assert y.shape == expected.shape
     assert ((y.float() - expected).abs() <= expected.abs() * 2**-11 + expected.abs().max() * 2e-6).all()
