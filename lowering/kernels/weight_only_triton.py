@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qcompiler.errors import InputError
 from qcompiler.lowering.kernels import tuning
-from qcompiler.lowering.kernels import weight_only_kernels as kernels
+from qcompiler.lowering.kernels import weight_only_kernels_triton as kernels
 from qcompiler.lowering.kernels.machine_code import KernelCase
 from qcompiler.lowering.kernels.weight_only_config import (
     SPLITS,

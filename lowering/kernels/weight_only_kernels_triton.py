@@ -1,14 +1,16 @@
 """Low-bit weights times 16-bit activations: the kernels, in Triton.
 
-`multiply` reads each byte of the weight once, unpacks it in registers (`weight_only_unpack`) and multiplies with tensor
-cores, whatever the number of rows. Its variants are described in `weight_only_config`. `reduce` adds up partial sums,
+`multiply` reads each byte of the weight once, unpacks it in registers (`weight_only_unpack_triton`) and multiplies with
+tensor cores, whatever the number of rows; `weight_only_config` describes its variants. `reduce` adds up partial sums,
 `dequantize` writes the weight out.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl
 
-from qcompiler.lowering.kernels.weight_only_unpack import (
+from qcompiler.lowering.kernels.weight_only_unpack_triton import (
     load_rows,
     scale_weights,
     unpack_2,

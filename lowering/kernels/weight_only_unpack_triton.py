@@ -11,6 +11,8 @@ Where kernels are interpreted there is no PTX: ``PTX`` False computes the same i
 **Source** Kim et al., "Who says elephants can't run", arXiv 2211.10017, section 3, for conversion in the mantissa.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import triton
 import triton.language as tl
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from qcompiler.lowering.kernels.weight_only_unpack import assembly, constraints, magic
+from qcompiler.lowering.kernels.weight_only_unpack_triton import assembly, constraints, magic
 
 PARTS = {8: 1, 4: 2, 3: 4, 2: 4}
 
