@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from qcompiler import numerics
 from qcompiler.errors import RecipeError, ZeroCoverageError
 from qcompiler.execute import Stretch
 from qcompiler.graph import Graph, Site, ancestors
@@ -103,18 +104,19 @@ class InsertQDQ(Pass):
             start = time.perf_counter()
             chosen = self._range(sites, spec, statistics)
             noise = _tried(sites, spec, chosen, statistics, context) if self.is_calibrated else {}
-            if noise and max(noise.values()) > 10 ** (-self._least_sqnr_db(spec) / 10):
+            if noise and min(tried.output_sqnr_db for tried in noise.values()) < self._least_sqnr_db(spec):
                 skips += self._leave(sites, spec, noise, statistics, context.graph)
                 continue
             _insert(sites, spec, chosen, context.graph)
             seconds = (time.perf_counter() - start) / len(sites)
             for site in sites:
                 details = {"input": f"{chosen.name}_scale" if chosen.name else "dynamic", **chosen.details}
+                sqnr = chosen.sqnr_db
                 if site.name in noise:
-                    details["output_sqnr_db"] = _decibels(noise[site.name])
-                scheme = f"activation {spec}"
+                    details["output_sqnr_db"] = noise[site.name].output_sqnr_db
+                    sqnr = noise[site.name].sqnr_db if math.isnan(sqnr) else sqnr
                 reports.append(
-                    SiteReport(site.name, self.name, scheme, chosen.sqnr_db, seconds=seconds, details=details)
+                    SiteReport(site.name, self.name, f"activation {spec}", sqnr, seconds=seconds, details=details)
                 )
         return PassResult(modified=bool(reports), sites=tuple(reports), skips=tuple(skips))
 
@@ -136,16 +138,16 @@ class InsertQDQ(Pass):
         self,
         sites: list[Site],
         spec: QuantSpec,
-        noise: Mapping[str, float],
+        noise: Mapping[str, "_Noise"],
         statistics: Mapping[Tap, Any],
         graph: Graph,
     ) -> list[Skip]:
         """Takes the activation out of the schemes of some sites, and says why."""
-        worst = max(noise, key=noise.__getitem__)
+        worst = min(noise, key=lambda site: noise[site].output_sqnr_db)
         value = next(site for site in sites if site.name == worst).inputs[0]
         largest = statistics[Tap(value, RowSample)].result().abs().amax(0)
         ratio = float(largest.max() / largest.median().clamp(min=torch.finfo(torch.float32).tiny))
-        left, wanted = f"{_decibels(noise[worst]):.1f} dB", f"{self._least_sqnr_db(spec):g} are wanted"
+        left, wanted = f"{noise[worst].output_sqnr_db:.1f} dB", f"{self._least_sqnr_db(spec):g} are wanted"
         reason = (
             f"its input stays in float: {spec} would leave {worst} {left} of signal over noise, {wanted}; "
             f"one of {len(largest)} channels reaches {ratio:.0f} times as far as the middle one"
@@ -188,13 +190,22 @@ class _Range:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Noise:
+    """What rounding does to a sample: signal over noise of the input, and of the layer's output (`output_error`)."""
+
+    sqnr_db: float
+    output_sqnr_db: float
+
+
 def _tried(
     sites: list[Site], spec: QuantSpec, chosen: _Range, statistics: Mapping[Tap, Any], context: PassContext
-) -> dict[str, float]:
-    """By site that calibration reached: the share of the output's square that rounding the input changes."""
-    weights = {site.nodes[0].args[1]: site for site in sites}
-    nodes = [node for node in context.graph.fx.nodes if node in ancestors(weights)]  # type: ignore[arg-type]
-    loaded = Stretch(nodes, list(weights)).load(context.graph.weights.read, context.device)  # type: ignore[arg-type]
+) -> dict[str, _Noise]:
+    """By site that calibration reached, what rounding its input would do."""
+    weights: dict[fx.Node, Site] = {site.nodes[0].args[1]: site for site in sites}  # type: ignore[misc]
+    behind = ancestors(weights)
+    nodes = [node for node in context.graph.fx.nodes if node in behind]
+    loaded = Stretch(nodes, list(weights)).load(context.graph.weights.read, context.device)
     found = {}
     for weight, site in weights.items():
         samples = [statistics[Tap(value, RowSample)] for value in site.inputs]
@@ -202,7 +213,9 @@ def _tried(
         if rows:
             joined = torch.cat(rows)
             rounded = round_rows(joined, spec, chosen.scale, chosen.zero_point)
-            found[site.name] = output_error(joined, rounded, loaded[weight])  # type: ignore[index]
+            share = output_error(joined, rounded, loaded[weight])
+            output = -10 * math.log10(share) if share else math.inf
+            found[site.name] = _Noise(numerics.sqnr_db(joined, rounded), output)
     return found
 
 
@@ -220,10 +233,6 @@ def _insert(sites: list[Site], spec: QuantSpec, chosen: _Range, graph: Graph) ->
         readers.setdefault(value, []).append(node)
     for value, nodes in readers.items():
         graph.quantize_input(value, nodes, spec, names[0], names[1])
-
-
-def _decibels(noise: float) -> float:
-    return -10 * math.log10(noise) if noise else math.inf
 
 
 def _spec(site: Site, graph: Graph) -> QuantSpec:

@@ -284,6 +284,9 @@ def test_dynamic_inputs_are_tried_where_they_are_calibrated(tmp_path):
     assert {skip.site for skip in done.skips} >= {"1.q", "1.k", "1.v", "1.gate", "1.up"}
     assert not any(skip.site.startswith("0.") for skip in done.skips)
     assert "12 are wanted" in done.skips[0].reason
+    kept = {report.site: report for report in done.sites if report.method == "insert-qdq"}
+    assert all(10 < report.sqnr_db < 40 for report in kept.values())
+    assert kept["0.q"].sqnr_db == kept["0.k"].sqnr_db != kept["0.down"].sqnr_db
 
 
 def test_sites_keep_their_own_formats(tmp_path):
@@ -433,7 +436,7 @@ def test_the_factor_of_four_bit_floats_is_that_of_all_that_was_seen(observer, tm
     factor = graph.weights.read(name)
     assert factor.item() == pytest.approx(high / 2688)
     assert high == pytest.approx(max(abs(end) for end in first.details["seen"]))
-    assert math.isnan(first.sqnr_db)
+    assert 15 < first.sqnr_db < 25  # of a sample: what blocks do to values no histogram tells
     nodes = [node for node in graph.fx.nodes if node.target is ops.fp4_scale.default]
     assert len(nodes) == len(pairs(graph))
     assert all(node.args[1].target in graph.weights for node in nodes)
