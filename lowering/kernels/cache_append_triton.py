@@ -122,7 +122,7 @@ def append_kernel(  # type: ignore[no-untyped-def]
     head = ((row // tokens) % heads).to(tl.int64)
     token = row % tokens
     place = tl.load(start + batch * start_step, mask=row < rows, other=-1) + token
-    inside = (row < rows) & (place >= token) & (place < capacity)
+    inside = (row < rows) & (place >= 0) & (place < capacity)
     place = place.to(tl.int64)
     group = tl.arange(0, GROUPS)
     inner = tl.arange(0, CHANNELS)
@@ -153,9 +153,9 @@ def append_kernel(  # type: ignore[no-untyped-def]
             tl.store(to_scale[:, None] + group[None, :], stored, mask=there)
             step = step[:, :, None]
             if ZERO:
-                offset = _clamped(
-                    _rounded(_clamped(tl.div_rn(-lowest, step.reshape(ROWS, GROUPS)), 0.0, levels)), 0.0, levels
-                )
+                offset = tl.div_rn(-lowest, tl.reshape(step, [ROWS, GROUPS]))
+                offset = _rounded(_clamped(offset, 0.0, levels))
+                offset = tl.where(offset == offset, offset, 0.0)
                 to_zero = zero + batch * zero_b + head * zero_h + place * zero_t
                 tl.store(to_zero[:, None] + group[None, :], offset.to(tl.uint8), mask=there)
                 offset = offset[:, :, None]
@@ -173,6 +173,7 @@ def append_kernel(  # type: ignore[no-untyped-def]
             found = _float8(_clamped(steps, -448.0, 448.0))
         else:
             whole = _rounded(_clamped(steps, -1024.0, 1024.0))
+            whole = tl.where(whole == whole, whole, 0.0)  # what is not a number shows in its scale
             if ZERO:
                 found = _clamped(whole + offset, 0.0, levels).to(tl.int32)
             else:
@@ -270,34 +271,40 @@ def _steps(qparam: Tensor | None, spec: CacheFormat | None) -> tuple[int, int, i
 
 def ahead_of_time() -> Iterator[KernelCase]:
     """Every form of cache, with every configuration for heads of 128 channels, and the default for 80."""
-    forms: list[CacheFormat | None] = [
-        None,
-        CacheFormat("int8"),
-        CacheFormat("int8", symmetric=False),
-        CacheFormat("float8_e4m3fn"),
-        CacheFormat("int4"),
-        CacheFormat("int4", group_size=16, symmetric=False),
-        CacheFormat("int8", "static"),
-        CacheFormat("int4", "static", symmetric=False),
-        CacheFormat("float8_e4m3fn", "static"),
-    ]
-    for spec in forms:
-        for width in (80, 128):
-            padded = _padded(spec, width)
-            first, many = default_config(1, padded), default_config(4096, padded)
-            chosen = dict.fromkeys(configs(1, padded), "searched") if width == 128 else {}
-            for config, why in (chosen | {many: "default for many rows", first: "default"}).items():
-                yield _case(spec, width, config, why)
+    forms: dict[str, list[CacheFormat | None]] = {
+        "common": [
+            CacheFormat("int8"),
+            CacheFormat("float8_e4m3fn"),
+            CacheFormat("int4", group_size=16, symmetric=False),
+        ],
+        "other": [
+            None,
+            CacheFormat("int8", symmetric=False),
+            CacheFormat("int4"),
+            CacheFormat("int8", "static"),
+            CacheFormat("int4", "static", symmetric=False),
+            CacheFormat("float8_e4m3fn", "static"),
+        ],
+    }
+    for group, specs in forms.items():
+        for spec in specs:
+            for width in (80, 128):
+                padded = _padded(spec, width)
+                first = default_config(1, padded)
+                chosen = {first, default_config(4096, padded), *(configs(1, padded) if width == 128 else ())}
+                for config in sorted(chosen, key=lambda config: (config != first, config.rows, config.warps)):
+                    is_common = group == "common" and width == 128 and config == first
+                    yield _case(spec, width, config, "common" if is_common else "other")
 
 
-def _case(spec: CacheFormat | None, width: int, config: Config, why: str) -> KernelCase:
+def _case(spec: CacheFormat | None, width: int, config: Config, group: str) -> KernelCase:
     counts = ("rows", "heads", "tokens", "capacity", "start_step")
     is_static = spec is not None and spec.scales == "static"
     types = {"new": "*fp16", "codes": "*fp16" if spec is None else "*u8", "scale": "*fp32" if is_static else "*fp16"}
     types |= {"zero": "*u8", "start": "*i32"} | dict.fromkeys(counts, "i32")
     types |= {f"{tensor}_{axis}": "i32" for tensor in ("new", "codes", "scale", "zero") for axis in "bht"}
     return KernelCase(
-        f"{spec or 'float'}, {width} channels, {config.rows} rows, {config.warps} warps: {why}",
+        f"{group}: {spec or 'float'}, {width} channels, {config.rows} rows, {config.warps} warps",
         append_kernel,
         types,
         _constants(spec, width, config),

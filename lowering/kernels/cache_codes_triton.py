@@ -161,7 +161,7 @@ def operands(  # type: ignore[no-untyped-def]
     else:
         words = tl.load(where, mask=(word < USED)[None, :] & (at >= 0)[:, None], other=0)
     if PER == 1:
-        a = words
+        a = words.to(tl.float32) if MODE == 0 else words  # the interpreter multiplies no matrices of bfloat16
         b, c, d = a, a, a
     elif PER == 2:
         a, b = two_codes(words, KIND, MODE)

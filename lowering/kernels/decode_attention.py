@@ -54,7 +54,22 @@ def choose(
         return Choice("reference", f"queries in {str(dtype).removeprefix('torch.')}, kernels take 16 bits")
     if width > 256:
         return Choice("reference", f"heads of {width} channels are wider than 256")
+    for spec in (keys, values):
+        reason = None if spec is None else _unfit_words(spec, width)
+        if reason is not None:
+            return Choice("reference", reason)
     return Choice("triton")
+
+
+def _unfit_words(spec: CacheFormat, width: int) -> str | None:
+    """Why a head cannot be read as 16-bit words of whole codes that share their scales; None if it can."""
+    per_word = 4 if spec.is_packed else 2
+    block = spec.block(width)
+    if width % per_word:
+        return f"heads of {width} channels are no multiple of the {per_word} codes in a word"
+    if spec.scales == "per_token" and block < width and (block % per_word or block & (block - 1)):
+        return f"groups of {block} channels are no power of two, or less than the {per_word} codes in a word"
+    return None
 
 
 @dataclass(frozen=True)
@@ -236,8 +251,9 @@ def _decode_attention_cuda(
     softcap: float | None = None,
 ) -> Tensor:
     keys, values = _check(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, length, k_dtype, v_dtype, window)
-    choice = choose(keys.spec, values.spec, max(keys.width, values.width), Device.of(q.device), q.dtype)
-    if choice.implementation == "triton" and torch.float32 not in (k_codes.dtype, v_codes.dtype):
+    device = Device.of(q.device)
+    choices = [choose(keys.spec, values.spec, side.width, device, q.dtype).implementation for side in (keys, values)]
+    if choices == ["triton", "triton"] and torch.float32 not in (k_codes.dtype, v_codes.dtype):
         from qcompiler.lowering.kernels import decode_attention_triton
 
         return decode_attention_triton.launch(q, keys, values, length, sm_scale, window, softcap)

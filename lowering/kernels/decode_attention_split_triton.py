@@ -182,7 +182,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
         size = tl.maximum(size, tl.maximum(tl.max(tl.abs(q2), 1), tl.max(tl.abs(q3), 1)))
     power = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     power = tl.where(power > 0, power, 1.0)
-    k_dtype: tl.constexpr = k.dtype.element_ty if K_PER == 1 else tl.float16
+    k_dtype: tl.constexpr = tl.float16 if K_PER > 1 else tl.float32 if MODE == 0 else k.dtype.element_ty
     q0 = (q0 / power[:, None]).to(k_dtype)
     total = tl.sum(q0.to(tl.float32), 1)
     if K_PER > 1:
@@ -224,7 +224,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
                 k_base: tl.constexpr = 8.0 if K_PER == 4 else 128.0
                 k_lift = tl.load(k_zero + at * k_zero_t).to(tl.float32) - k_base
         if V_GROUPS == 1:
-            # Its power of two goes into the exponent, and what is left multiplies p: at most 2, whatever the scales are.
+            # Its power of two goes into the exponent, and what is left multiplies p, which stays below 2 therefore.
             v_step = tl.load(v_scale + at * v_scale_t).to(tl.float32)
             bits = v_step.to(tl.int32, bitcast=True)
             exponent = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True) - 8388735.0
@@ -267,7 +267,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
             p *= v_step[None, :]
         else:
             weight = weight * shrink[:, None] + p
-        v_dtype: tl.constexpr = v.dtype.element_ty if V_PER == 1 else tl.float16
+        v_dtype: tl.constexpr = tl.float16 if V_PER > 1 else tl.float32 if MODE == 0 else v.dtype.element_ty
         p = p.to(v_dtype)
         if V_GROUPS == 1 and V_ZERO:
             lifted = lifted * shrink[:, None] + p.to(tl.float32) * v_lift[None, :]

@@ -119,6 +119,9 @@ def test_what_is_chosen_for_a_device():
         "5 channels": choose(int8, CacheFormat("int4", group_size=5), 80, hopper, half),
         "Triton": choose(int8, int8, 128, Device("cuda", "", 90, False), half),
         "75": choose(int8, int8, 128, Device("cuda", "", 75, True), half),
+        "30 channels": choose(int8, CacheFormat("int4"), 30, hopper, half),
+        "groups of 40": choose(CacheFormat("int8", group_size=40), int8, 80, hopper, half),
+        "groups of 2": choose(CacheFormat("int4", group_size=2), int8, 80, hopper, half),
         "xpu": choose(int8, int8, 128, Device("xpu"), half),
     }
     for reason, choice in refused.items():

@@ -1,0 +1,126 @@
+"""The kernel of appends: the codes of the reference, bit for bit, interpreted or on a GPU; its machine code."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from qcompiler.lowering.kernels import cache_append_triton
+from qcompiler.lowering.kernels.cache_append_triton import Config, configs, default_config, launch
+from tests.lowering.kernels.ahead_of_time import inspect
+from tests.lowering.kernels.filled_caches import FORMATS, Cache, empty_cache, int32
+from tests.lowering.kernels.test_cache_append import append_reference, awkward, equal
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
+
+
+def check(name, shape, start, capacity, config, dtype=torch.float16, device="cpu"):
+    """The rows written equal the reference's; all others stay as they were."""
+    batch, heads, _, width = shape
+    reference = empty_cache(FORMATS.get(name), batch, heads, capacity, width, dtype)
+    cache = reference.copy().to(device)
+    new = awkward(*shape).clamp(-65504, 65504).to(dtype)
+    launch(new.to(device), *cache.tensors, start.to(device), cache.spec, config)
+    append_reference(reference, new, start)
+    assert equal(cache.to("cpu"), reference)
+
+
+@interpreted
+@pytest.mark.parametrize("width", [64, 80])
+@pytest.mark.parametrize("name", [*FORMATS, "float"])
+def test_interpreted_codes_equal_the_reference(name, width):
+    check(name, (2, 3, 3, width), int32(4), 9, Config(4, 4))
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [1, 16])
+def test_rows_are_spread_over_programs(rows):
+    check("int4-g16-asymmetric", (3, 2, 3, 32), int32(2), 5, Config(rows, 1))
+
+
+@interpreted
+@pytest.mark.parametrize("starts", [(0,), (7,), (6, 0), (9,), (-1,), (-1, 5)])
+def test_every_sequence_has_its_place_and_what_lies_outside_is_dropped(starts):
+    check("int8", (2, 2, 2, 16), int32(*starts), 9, Config(4, 1))
+
+
+@interpreted
+def test_float32_and_a_view_are_taken():
+    reference = empty_cache(FORMATS["int8-asymmetric"], 2, 3, 5, 32)
+    store = empty_cache(FORMATS["int8-asymmetric"], 2, 6, 5, 32)
+    part = Cache(store.spec, store.codes[:, 1:4], store.scale[:, 1:4], store.zero[:, 1:4], 32)
+    for mine, other in zip(part.tensors, reference.tensors, strict=True):
+        mine.copy_(other)
+    new = torch.randn(2, 2, 3, 32).transpose(1, 2)
+    launch(new, *part.tensors, int32(1), part.spec, Config(2, 1))
+    append_reference(reference, new, int32(1))
+    assert equal(part, reference)
+
+
+@interpreted
+def test_not_a_number_stays_visible():
+    for name in ("int8", "int4-asymmetric", "fp8"):
+        cache = empty_cache(FORMATS[name], 1, 1, 2, 16)
+        cache.scale.zero_()
+        new = torch.randn(1, 1, 2, 16)
+        new[0, 0, 1, 3] = torch.nan
+        launch(new, *cache.tensors, int32(0), cache.spec)
+        assert cache.scale.isnan().flatten().tolist() == [False, True]
+
+
+def test_configurations():
+    assert default_config(8, 128) == Config(1, 1)
+    assert default_config(4096, 128) == Config(8, 4)
+    assert default_config(8, 512) == Config(1, 4)
+    for rows in (1, 4096):
+        for padded in (16, 64, 128, 256, 1024):
+            found = configs(rows, padded)
+            assert found[0] == default_config(rows, padded)
+            assert len(set(found)) == len(found)
+            assert all(config.rows & (config.rows - 1) == 0 for config in found)
+
+
+def test_machine_code_of_the_common_forms():
+    pytest.importorskip("triton.backends.nvidia")
+    wanted = [case.name for case in cache_append_triton.ahead_of_time() if case.name.startswith("common")]
+    assert len(wanted) == 3
+    reports = inspect("cache_append_triton", "common")
+    assert sorted((r["name"], r["capability"]) for r in reports) == sorted((n, c) for n in wanted for c in (80, 90))
+    assert [r for r in reports if r["failures"] or r["spilled_bytes"]] == []
+
+
+@pytest.mark.slow
+def test_machine_code_of_every_configuration():
+    reports = inspect("cache_append_triton")
+    assert len(reports) == 2 * len(list(cache_append_triton.ahead_of_time()))
+    assert [r["name"] for r in reports if r["failures"]] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [*FORMATS, "float"])
+def test_codes_on_a_gpu_equal_the_reference(name, dtype):
+    for width in (64, 80, 128):
+        for tokens in (1, 3, 40):
+            for config in (None, Config(4, 4)):
+                check(name, (2, 3, tokens, width), int32(4, 2), 64, config, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_a_recorded_graph_appends_wherever_the_device_says():
+    cache = empty_cache(FORMATS["int8"], 1, 8, 64, 128)
+    reference, cache = cache, cache.copy().to("cuda")
+    new, start = torch.zeros(1, 8, 1, 128, dtype=torch.float16, device="cuda"), int32(0).cuda()
+    cache.append(new, start)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.append(new, start)
+    for at in (0, 5, 63):
+        fresh = torch.randn(1, 8, 1, 128).half()
+        new.copy_(fresh)
+        start.fill_(at)
+        graph.replay()
+        append_reference(reference, fresh, int32(at))
+    append_reference(reference, torch.zeros(1, 8, 1, 128).half(), int32(1))
+    cache.append(torch.zeros_like(new), int32(1).cuda())
+    assert equal(cache.to("cpu"), reference)
