@@ -4,18 +4,7 @@
 
 as SqueezeLLM writes weights (arXiv 2306.07629), with codes of two, three or four bits.
 
-**Layout.** Codes and tables are re-ordered once, when a layer is built, so that a byte permute is all a lookup takes.
-
-* `pack_codes`: bytes ``[rows / 16, columns / 256, bits, 16, 32]``, rounded up, so that a block of 256 columns of 16
-  rows is contiguous. Column ``32 t + e`` of a block (tile ``t`` of 8, element ``e`` of 32) has its code in byte ``e``
-  of its row: of four groups of such bytes, group ``t // 2`` has the codes of tiles ``t`` and ``t + 1`` in its nibbles.
-  With four bits, the groups are the planes that are stored. With three, bits 0 to 2 and 4 to 6 of the three planes are
-  three groups, and bits 3 and 7 of plane ``p`` are bit ``p`` of the fourth group's nibbles. With two, a plane holds two
-  groups, the second shifted left by two.
-* `pack_table`: planes of bytes. A table of ``2^b`` values of two bytes each is ``2^b / 4`` words of low bytes, then as
-  many of high bytes; ``[words, rows]``, so that a word of neighbouring rows lies together.
-
-Padding reads entry 0 of a table, and meets inputs that are taken as zeros.
+How codes and tables are stored says `codebook_layout`.
 """
 
 import torch
@@ -24,28 +13,24 @@ from torch import Tensor, nn
 
 from qcompiler.errors import InputError, TargetError
 from qcompiler.lowering.kernels import library
+from qcompiler.lowering.kernels.codebook_layout import (
+    BITS,
+    COLUMNS_PER_BLOCK,
+    ELEMENTS,
+    ROWS_PER_BLOCK,
+    pack_codes,
+    pack_table,
+    selectors,
+    unpack_codes,
+    unpack_table,
+)
 from qcompiler.lowering.kernels.device import Choice, Device
 from qcompiler.qtensor import Codebook, Csr
 from qcompiler.spec import QuantSpec
 
-__all__ = [
-    "COLUMNS_PER_BLOCK",
-    "ROWS_PER_BLOCK",
-    "CodebookLinear",
-    "choose",
-    "codebook_linear_reference",
-    "pack_codes",
-    "pack_table",
-    "unpack_codes",
-    "unpack_table",
-]
+__all__ = ["OLDEST_CAPABILITY", "CodebookLinear", "check", "choose", "codebook_linear_reference"]
 
-ROWS_PER_BLOCK = 16
-COLUMNS_PER_BLOCK = 256
-
-_GROUPS, _ELEMENTS = 4, 32
-_BITS = (2, 3, 4)
-_OLDEST = 80  # compute capability with bfloat16 tensor cores and asynchronous copies
+OLDEST_CAPABILITY = 80  # compute capability with bfloat16 tensor cores and asynchronous copies
 _PIECE_BYTES = 1 << 20  # of dequantized weights that the CPU holds at a time: within the second-level cache
 
 
@@ -72,7 +57,7 @@ def choose(
         return Choice("reference", f"no kernel for devices of kind {device.kind}")
     if dtype not in (torch.float16, torch.bfloat16):
         return Choice("reference", f"the kernel takes float16 and bfloat16 activations, not {dtype}")
-    if device.capability < _OLDEST:
+    if device.capability < OLDEST_CAPABILITY:
         return Choice("reference", f"the kernel needs compute capability 8.0, {device.name} has less")
     if not device.has_triton:
         return Choice("reference", "Triton is not installed")
@@ -160,83 +145,6 @@ class CodebookLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.codes.shape[2]}, {self.choice.implementation}"
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes in the layout of the kernel; rows and columns that are missing from the last block have code 0.
-
-    Args:
-        codes: uint8 ``[out, in]``, below ``2^bits``.
-        bits: 2, 3 or 4.
-
-    Returns:
-        uint8 ``[ceil(out / 16), ceil(in / 256), bits, 16, 32]``.
-
-    Raises:
-        InputError: for anything else.
-    """
-    if bits not in _BITS:
-        raise InputError("no codebook has so many bits", got=bits, expected="2, 3 or 4")
-    if codes.dtype != torch.uint8 or codes.ndim != 2:
-        raise InputError("codes are a matrix of bytes", got=f"{codes.dtype} {list(codes.shape)}", expected="uint8")
-    if codes.numel() and int(codes.max()) >= 1 << bits:
-        raise InputError("a code beyond its table", got=int(codes.max()), expected=f"below {1 << bits}")
-    rows, columns = codes.shape
-    padded = F.pad(codes, (0, -columns % COLUMNS_PER_BLOCK, 0, -rows % ROWS_PER_BLOCK))
-    shape = (padded.shape[0] // ROWS_PER_BLOCK, ROWS_PER_BLOCK, -1, _GROUPS, 2, _ELEMENTS)
-    nibbles = padded.reshape(shape).permute(0, 2, 3, 1, 4, 5)  # [blocks, blocks, groups, 16, 2, 32]
-    groups = (nibbles[..., 0, :] | nibbles[..., 1, :] << 4).contiguous()
-    if bits == 4:
-        return groups
-    first = groups[:, :, :bits]
-    if bits == 3:
-        fourth = groups[:, :, 3:]
-        places = torch.arange(3, dtype=torch.uint8, device=codes.device).view(1, 1, 3, 1, 1)
-        return first | (fourth >> places & 0x11) << 3
-    return first | groups[:, :, 2:] << 2
-
-
-def _groups(packed: Tensor) -> Tensor:
-    """The four groups of bytes, two codes in each: uint8 ``[out / 16, in / 256, 4, 16, 32]``."""
-    bits = packed.shape[2]
-    if bits == 4:
-        return packed
-    if bits == 2:
-        return torch.cat((packed & 0x33, packed >> 2 & 0x33), 2)
-    left = packed >> 3 & 0x11
-    fourth = left[:, :, 0] | left[:, :, 1] << 1 | left[:, :, 2] << 2
-    return torch.cat((packed & 0x77, fourth[:, :, None]), 2)
-
-
-def unpack_codes(packed: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of `pack_codes`: uint8 ``[rows, columns]``."""
-    groups = _groups(packed)
-    codes = torch.stack((groups & 15, groups >> 4), 4)  # [blocks, blocks, groups, 16, 2, 32]
-    padded = codes.permute(0, 3, 1, 2, 4, 5).reshape(packed.shape[0] * ROWS_PER_BLOCK, -1)
-    return padded[:rows, :columns]
-
-
-def pack_table(table: Tensor) -> Tensor:
-    """Tables as planes of bytes.
-
-    Args:
-        table: ``[out, 2^bits]`` of two or four bytes each.
-
-    Returns:
-        int32 ``[bytes per value * 2^bits / 4, ceil(out / 16) * 16]``: words of the lowest bytes first.
-    """
-    rows, levels = table.shape
-    padded = F.pad(table, (0, 0, 0, -rows % ROWS_PER_BLOCK)).contiguous()
-    split = padded.view(torch.uint8).view(-1, levels // 4, 4, table.element_size())
-    return split.permute(3, 1, 0, 2).contiguous().view(torch.int32).flatten(0, 1).squeeze(-1)
-
-
-def unpack_table(packed: Tensor, bits: int, dtype: torch.dtype, rows: int) -> Tensor:
-    """The inverse of `pack_table`: ``[rows, 2^bits]`` of ``dtype``."""
-    words = (1 << bits) // 4
-    split = packed.view(dtype.itemsize, words, packed.shape[1], 1).view(torch.uint8)
-    together = split.permute(2, 1, 3, 0).contiguous()  # [rows, words, 4, bytes]
-    return together.view(dtype).reshape(packed.shape[1], 1 << bits)[:rows]
-
-
 def codebook_linear_reference(
     x: Tensor,
     codes: Tensor,
@@ -275,8 +183,8 @@ def check(
     bits = codes.shape[2] if codes.ndim == 5 else 0
     words = (1 << bits) // 4 * x.element_size()
     _require("x", x, x.dtype in (torch.float16, torch.bfloat16, torch.float32), "float16, bfloat16 or float32")
-    _require("codes", codes, codes.dtype == torch.uint8 and bits in _BITS, "uint8, as pack_codes gives it")
-    expected = (*blocks, bits, ROWS_PER_BLOCK, _ELEMENTS)
+    _require("codes", codes, codes.dtype == torch.uint8 and bits in BITS, "uint8, as pack_codes gives it")
+    expected = (*blocks, bits, ROWS_PER_BLOCK, ELEMENTS)
     _require("codes", codes, codes.shape == expected, f"{list(expected)} for x {list(x.shape)}, {out_features} rows")
     _require("codes", codes, codes.data_ptr() % 16 == 0, "at an address that is a multiple of 16")
     shape = (words, blocks[0] * ROWS_PER_BLOCK)
@@ -337,7 +245,7 @@ def _cpu(
     bits, width = codes.shape[2], x.shape[-1]
     padded = codes.shape[1] * COLUMNS_PER_BLOCK
     flat = F.pad(x.reshape(x.shape[:-1].numel(), width), (0, padded - width)).to(dtype)
-    flat = flat.view(-1, padded // 64, 2, _ELEMENTS).transpose(-1, -2).reshape(flat.shape)
+    flat = flat.view(-1, padded // 64, 2, ELEMENTS).transpose(-1, -2).reshape(flat.shape)
     entries = unpack_table(table, bits, x.dtype, table.shape[1]).to(dtype)
     entries = F.pad(entries, (0, 16 - entries.shape[1]))  # a nibble may say up to 15
     y = flat.new_empty((flat.shape[0], out_features))
@@ -359,7 +267,7 @@ def _looked_up(codes: Tensor, entries: Tensor) -> Tensor:
     rows = entries.shape[0]
     pairs = torch.stack((entries[:, None].expand(rows, 16, 16), entries[..., None].expand(rows, 16, 16)), -1)
     wide = torch.int32 if entries.element_size() == 2 else torch.int64
-    groups = _groups(codes).permute(0, 3, 1, 2, 4).reshape(rows, -1)
+    groups = selectors(codes).permute(0, 3, 1, 2, 4).reshape(rows, -1)
     places = groups + torch.arange(0, rows * 256, 256, dtype=torch.int32)[:, None]
     return pairs.view(wide).reshape(-1).index_select(0, places.reshape(-1)).view(entries.dtype).view(rows, -1)
 
@@ -369,8 +277,8 @@ def _add_sparse(weight: Tensor, values: Tensor, columns: Tensor, row_offsets: Te
     start, end = int(row_offsets[0]), int(row_offsets[-1])
     rows = torch.arange(weight.shape[0]).repeat_interleave(row_offsets.diff(), output_size=end - start)
     column = columns[start:end].long()
-    tile, element = column // _ELEMENTS, column % _ELEMENTS
-    place = (tile // 2 * _ELEMENTS + element) * 2 + tile % 2
+    tile, element = column // ELEMENTS, column % ELEMENTS
+    place = (tile // 2 * ELEMENTS + element) * 2 + tile % 2
     weight.view(-1).index_add_(0, rows * weight.shape[1] + place, values[start:end].to(weight.dtype))
 
 
