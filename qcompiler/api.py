@@ -298,10 +298,8 @@ def _lower_to_kernels(
     model = lower_graph(result.graph, device=place, dtype=dtype, tune=tune)
     if verify:
         noisy = NativeArtifact(with_noise(result.graph, model.rounded, model.dtype), device=place)
-        # In 16 bits the noise tips roundings of activations everywhere; in float32 so few that any of them may differ.
-        unrounded = _unrounded(result, place) if model.dtype == torch.float32 else None
         model.report["parity"] = check_parity(
-            result.artifact(place), model, tolerance=0.0, unrounded=unrounded, noisy=noisy
+            result.artifact(place), model, tolerance=0.0, unrounded=_unrounded(result, place), noisy=noisy
         )
     result.report.targets["kernels"] = model.report
     return model

@@ -1,4 +1,4 @@
-"""The module of one linear layer: which operator computes it, and what a report says of that."""
+"""The module of one linear layer: which operator computes it, and what a report says of that. Rotations at run time."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompiler.hadamard import factors_of, hadamard_matrix
 from qcompiler.lowering.kernels.codebook_linear import CodebookLinear
 from qcompiler.lowering.kernels.device import Choice, Device
 from qcompiler.lowering.kernels.forms import Rounding
@@ -15,7 +16,7 @@ from qcompiler.lowering.kernels.weight_only import WeightOnlyLinear
 from qcompiler.lowering.kernels.weight_only import choose as choose_weight_only
 from qcompiler.qtensor import Affine, Codebook
 
-__all__ = ["SiteLayer", "make_layer"]
+__all__ = ["Rotation", "SiteLayer", "make_layer"]
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,28 @@ def make_layer(
 def _is_exact_in_float(weight: Affine, rounding: Rounding, device: torch.device) -> bool:
     """Whether the codes themselves can be multiplied as floats: 8-bit floats on a CPU, exact in bfloat16 already."""
     return device.type == "cpu" and weight.spec.is_float and not weight.spec.is_fp4 and rounding.spec.is_float
+
+
+class Rotation(nn.Module):
+    """The operator ``hadamard`` with its matrices kept: every ``block`` elements times an orthogonal matrix, in float32.
+
+    Args:
+        block: an order of which there is a matrix.
+        device: where it will run.
+    """
+
+    def __init__(self, block: int, device: torch.device) -> None:
+        super().__init__()
+        factors = factors_of(block)
+        assert factors is not None
+        self.block, self.factors = block, tuple(factors)
+        for factor in dict.fromkeys(self.factors):
+            self.register_buffer(f"matrix_{factor}", (hadamard_matrix(factor) / factor**0.5).to(device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 ``[..., n]`` to the same, n a multiple of the block."""
+        result = x
+        for factor in self.factors:  # as `qcompiler.hadamard.multiply` has it
+            blocks = (*x.shape[:-1], x.shape[-1] // self.block, factor, self.block // factor)
+            result = result.reshape(blocks).transpose(-1, -2) @ self.get_buffer(f"matrix_{factor}")
+        return result.reshape(x.shape)

@@ -32,7 +32,7 @@ from qcompiler.lowering.kernels import cache_append
 from qcompiler.lowering.kernels.cached_attention import CachedAttention
 from qcompiler.lowering.kernels.device import Choice, Device
 from qcompiler.lowering.kernels.forms import AppendedCache, Rounding
-from qcompiler.lowering.kernels.layers import SiteLayer, make_layer
+from qcompiler.lowering.kernels.layers import Rotation, SiteLayer, make_layer
 from qcompiler.lowering.kernels.plan import Plan
 from qcompiler.lowering.kernels.precision import is_moving, precision_of
 from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL
@@ -182,6 +182,8 @@ class _Rewriter:
             self._emit_rounding(self._plan.roundings[node])
         elif is_op(node, _canonical.linear.default):
             self._values[node] = self._linear(node)
+        elif is_op(node, _canonical.hadamard.default):
+            self._values[node] = self._rotation(node)
         elif (caches := self._plan.fused_caches(node)) is not None:
             self._values[node] = self._attention(node, *caches)
         else:
@@ -206,6 +208,10 @@ class _Rewriter:
             return self._made(self._fx.call_module(name, tuple(parts)), self._dtype)
         given = (self._narrow(x),)
         return self._made(self._fx.call_module(name, given), self._dtype)
+
+    def _rotation(self, node: Node) -> Node:
+        name = self._member(f"hadamard_{node.args[1]}", Rotation(cast(int, node.args[1]), self._device))
+        return self._made(self._fx.call_module(name, (self._as(cast(Node, node.args[0]), _WIDE),)), _WIDE)
 
     def _emit_rounding(self, rounding: Rounding) -> None:
         """One operator for all that read the codes; what it gives besides is found under the graph's own nodes."""
