@@ -1,6 +1,6 @@
 """How products of 8-bit codes are split over a GPU: defaults, and what a search tries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -89,15 +89,19 @@ def _fitting(config: Config, capability: int) -> Config:
     """With as many stages as the shared memory takes."""
     most = SHARED_MEMORY.get(capability, 99 * 1024)
     stages = min(config.stages, most // (config.shared_bytes // config.stages))
-    return Config(config.rows, config.columns, config.depth, config.splits, config.warps, max(2, stages))
+    return replace(config, stages=max(2, stages))
 
 
 def _large(codes: torch.dtype, capability: int) -> tuple[Config, ...]:
     """Tiles for many rows."""
     if capability < 90:
         return (Config(64, 128 if codes == torch.int8 else 64, 64, 1, 4, 3, swapped=False),)
-    found = (Config(128, 128, 128, 1, 8, 3, swapped=False), Config(64, 128, 128, 1, 4, 4, swapped=False))
-    return (Config(128, 256, 128, 1, 8, 3, swapped=False), *found) if codes == torch.int8 else found
+    found: tuple[Config, ...] = (
+        Config(128, 128, 128, 1, 8, 3, swapped=False),
+        Config(64, 128, 128, 1, 4, 4, swapped=False),
+    )
+    found = (Config(128, 256, 128, 1, 8, 3, swapped=False), *found) if codes == torch.int8 else found
+    return tuple(_fitting(config, capability) for config in found)
 
 
 def _library_takes(outputs: int, width: int, codes: torch.dtype, capability: int) -> bool:

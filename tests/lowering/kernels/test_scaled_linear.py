@@ -136,7 +136,11 @@ def test_a_layer_can_be_copied():
         quantized(found.weight, 24, 40), torch.randn(24), activation=found.activation, device=CPU, dtype=torch.float32
     )
     codes, scale, _ = codes_of(torch.randn(6, 40), found.activation)
-    assert torch.equal(copy.deepcopy(layer)(codes, scale), layer(codes, scale))
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(codes, scale), layer(codes, scale))
+    if layer._packed is not None:
+        assert copied._packed is not None
+        assert copied._packed.is_mkldnn
 
 
 def test_shapes_without_values():
