@@ -80,7 +80,7 @@ def _is_exact_in_float(weight: Affine, rounding: Rounding, device: torch.device)
 
 
 class Rotation(nn.Module):
-    """The operator ``hadamard`` with its matrices kept: every ``block`` elements times an orthogonal matrix, in float32.
+    """The operator ``hadamard``, its matrices kept: every ``block`` elements times an orthogonal matrix, in float32.
 
     Args:
         block: an order of which there is a matrix.

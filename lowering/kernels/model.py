@@ -1,7 +1,7 @@
 """`KernelModel`: a quantized language model as a module whose layers are low-bit operators, with growing caches."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class KernelModel(nn.Module):
         module: the `torch.fx.GraphModule`: ``(ids, start, past, *caches)`` to ``(logits, *longer caches)``.
         slots: the caches that it takes.
         report: ``device``, ``dtype``, ``sites`` (how each linear layer is computed, and why not better), ``caches``,
-            ``fused_norms``, ``notes``.
+            ``fused_norms``, ``notes``, and ``tuned`` where configurations were searched for.
         rounded: names of the graph's nodes whose values are rounded to ``dtype``; see `noise`.
 
     Raises:
@@ -211,6 +211,10 @@ def lower(graph: Graph, *, device: torch.device, dtype: str | None = None, tune:
         TargetError: for a dtype or device that there are no kernels for.
     """
     model = KernelModel(graph, device, choose_dtype(graph, device, dtype))
-    if tune:
-        model.report["notes"].append("not tuned: no kernels of ours run on a CPU")
+    if tune and device.type == "cuda":
+        from qcompiler.lowering.kernels import search
+
+        model.report["tuned"] = {key: asdict(config) for key, config in search.tune(model).items()}
+    elif tune:
+        model.report["notes"].append("nothing to tune: operators have launch configurations on CUDA alone")
     return model

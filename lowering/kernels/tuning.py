@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -86,6 +86,7 @@ class TuningCache:
             measure: seconds, or infinity for one that does not run.
         """
         best = min(candidates, key=measure)
+        self._entries = None  # another process may have written meanwhile
         self._read()[_name(device, kernel, key)] = asdict(best)  # type: ignore[call-overload]
         self._write()
         _kept.cache_clear()
@@ -168,7 +169,10 @@ def _cache_at(path: Path) -> TuningCache:
 
 
 def search_launches(
-    run: Callable[[], object], measure: Callable[[Callable[[], object]], float], device: str
+    run: Callable[[], object],
+    measure: Callable[[Callable[[], object]], float],
+    device: str,
+    known: Container[str] = (),
 ) -> dict[str, Any]:
     """Finds the fastest configuration of every kernel that a function launches, and keeps it.
 
@@ -176,6 +180,7 @@ def search_launches(
         run: launches kernels that ask `found`, the same ones at every call.
         measure: seconds that a function takes, infinity if it does not run.
         device: as `device_name` has it.
+        known: kernels and keys, as returned, that are not searched for again.
 
     Returns:
         The configurations, by kernel and key as text; kernels without candidates are left out.
@@ -186,7 +191,8 @@ def search_launches(
     try:
         run()
         for (kernel, key), candidates in list(search.seen.items()):
-            if not candidates:
+            name = _name("", kernel, key)[1:]
+            if not candidates or name in known:
                 continue
 
             def seconds(config: Any, kernel: str = kernel, key: Key = key) -> float:
@@ -195,7 +201,7 @@ def search_launches(
 
             best = _cache_at(cache_path()).search(device, kernel, key, candidates, seconds)
             search.trial = None
-            chosen[_name("", kernel, key)[1:]] = best
+            chosen[name] = best
     finally:
         _SEARCH.reset(token)
     return chosen

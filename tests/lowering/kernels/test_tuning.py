@@ -102,6 +102,22 @@ def test_a_search_tries_every_candidate_of_every_kernel():
     assert log[-1] == ("product", 1, 128)  # the search is over
 
 
+def test_what_is_known_is_not_searched_for():
+    log = []
+    run = lambda: (launcher(log, 1), launcher(log, 4))  # noqa: E731
+    assert search_launches(run, lambda f: f() and 1.0, "gpu", {"product|1"}) == {"product|4": Config(16)}
+    assert ("product", 1, 16) not in log
+
+
+def test_two_processes_do_not_undo_each_other():
+    first, second = TuningCache(cache_path()), TuningCache(cache_path())
+    for cache in (first, second):
+        assert cache.get("gpu", "product", (1,), Config) is None
+    first.search("gpu", "product", (1,), CANDIDATES, lambda c: c.block)
+    second.search("gpu", "product", (2,), CANDIDATES, lambda c: c.block)
+    assert len(json.loads(cache_path().read_text())) == 2
+
+
 def test_on_cuda_what_was_found_is_looked_up_once(monkeypatch):
     monkeypatch.setattr(tuning, "device_name", lambda device: "gpu")
     reads = []
