@@ -49,8 +49,10 @@ def default_config(
     if rows > _SMALL:
         if _library_takes(outputs, width, codes, capability) and not has_blocks:
             return Config(library=True)
-        return _large(codes, capability)[0]
+        return Config(64, 64, 32, 1, 4, 3, swapped=False) if width % 16 else _large(codes, capability)[0]
     tile = max(8, 1 << (rows - 1).bit_length())
+    if width % 16:  # rows begin anywhere, and are read byte by byte: small tiles, or registers do not suffice
+        return Config(tile, 64, 32, 1, 4, 3)
     depth = 128 if has_blocks or tile > 16 or width < 1024 else 256
     tiles, splits = -(-outputs // 64), 1
     processors = _PROCESSORS.get(capability, 132)
@@ -64,6 +66,8 @@ def configs(
 ) -> tuple[Config, ...]:
     """What a search tries, the default first."""
     first = default_config(rows, outputs, width, codes, capability, has_blocks=has_blocks)
+    if width % 16:
+        return (first,)
     if rows > _SMALL:
         return tuple(dict.fromkeys((first, *_large(codes, capability))))
     tile = max(8, 1 << (rows - 1).bit_length())

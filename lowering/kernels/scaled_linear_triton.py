@@ -311,8 +311,8 @@ def ahead_of_time() -> Iterator[KernelCase]:
 def _cases(codes: torch.dtype, has_blocks: bool, capability: int) -> Iterator[KernelCase]:
     defaults, found = set(), set()
     for rows in (1, 16, 32, 64, 2048):
-        for outputs in (4096, 65536):
-            options = (rows, outputs, 4096, codes, capability)
+        for outputs, width in ((4096, 4096), (65536, 4096), (4095, 4095)):
+            options = (rows, outputs, width, codes, capability)
             for config in configs(*options, has_blocks=has_blocks):
                 found.add((*_constants(config), config.splits > 1))
             if rows not in (16, 32) and codes != torch.float8_e5m2:
@@ -340,7 +340,7 @@ def _case(
 ) -> KernelCase:
     rows, columns, depth, warps, stages, is_swapped, is_split = key
     config = Config(rows, columns, depth, 2 if is_split else 1, warps, stages, is_swapped)
-    kind = _kind(codes, capability)
+    kind, is_odd = _kind(codes, capability), depth == 32
     byte = "u8" if kind >= 2 else {torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}[codes]
     plain, warpgroup = ("IMMA", "IGMMA") if kind == 0 else ("HMMA", "QGMMA")
     return KernelCase(
@@ -356,7 +356,7 @@ def _case(
             "KIND": kind,
             "INLINE": True,
             "BLOCKS": has_blocks,
-            "EVEN": True,
+            "EVEN": not is_odd,
             "TOKENS": True,
             "ZERO": 0,
             "BIAS": True,
@@ -364,6 +364,6 @@ def _case(
         options={"num_warps": warps, "num_stages": stages},
         mma={capability: plain if capability < 90 else warpgroup},
         weights_per_iteration=columns * depth,
-        budget=0.0 if rows > 16 else 8.0 if kind == 3 else 2.5 if capability >= 90 else 3.6,
-        unaligned=frozenset({"splits"}),
+        budget=0.0 if rows > 16 or is_odd else 8.0 if kind == 3 else 2.5 if capability >= 90 else 3.6,
+        unaligned=frozenset({"splits", "K", "N"} if is_odd else {"splits"}),
     )

@@ -250,7 +250,7 @@ def test_default_configurations_use_tensor_cores_and_do_not_spill():
 def test_all_configurations_use_tensor_cores_and_do_not_spill():
     names = names_of(machine_code())
     for rows in (1, 9, 32, 64, 4096):
-        for shape in ((1024, 4096), (4096, 4096), (28672, 8192)):
+        for shape in ((1024, 4096), (4096, 4096), (28672, 8192), (1000, 999)):
             for config in grouped.configs(rows, *shape, 128):
                 assert grouped.case_name(config, 128, True) in names
             for codes in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
