@@ -19,7 +19,7 @@ from qcompiler.lowering.kernels.weight_only_unpack_triton import (
     unpack_8,
 )
 
-__all__ = ["dequantize", "multiply", "reduce"]
+__all__ = ["dequantize", "multiply", "multiply_few", "reduce"]
 
 
 @triton.jit
@@ -52,17 +52,33 @@ def _scaled(product, scale, SWAP: tl.constexpr):
 
 
 @triton.jit
+def _bytes(pointer, inside, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(pointer, eviction_policy="evict_first")
+    else:
+        return tl.load(pointer, mask=inside, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _weights(
-    pointer, zeros, BITS: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr, HAS_ZERO: tl.constexpr, PTX: tl.constexpr
+    pointer,
+    zeros,
+    BITS: tl.constexpr,
+    PART: tl.constexpr,
+    RUN: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    PTX: tl.constexpr,
+    inside=None,
+    EVEN: tl.constexpr = True,
 ):
-    """The parts of one tile; ``pointer`` ``[BN, PART]`` to its bytes."""
+    """The parts of one tile; ``pointer`` ``[BN, PART]`` to its bytes, read only where ``inside`` if not EVEN."""
     if BITS == 3:
-        high = tl.load(pointer + 64, eviction_policy="evict_first")
-        first = unpack_3(tl.load(pointer, eviction_policy="evict_first"), high, zeros, 0, RUN, PTX)
-        second = unpack_3(tl.load(pointer + 32, eviction_policy="evict_first"), high, zeros, 1, RUN, PTX)
+        high = _bytes(pointer + 64, inside, EVEN)
+        first = unpack_3(_bytes(pointer, inside, EVEN), high, zeros, 0, RUN, PTX)
+        second = unpack_3(_bytes(pointer + 32, inside, EVEN), high, zeros, 1, RUN, PTX)
         return (first[0], first[1], first[2], first[3], second[0], second[1], second[2], second[3])
     else:
-        b = tl.load(pointer, eviction_policy="evict_first")
+        b = _bytes(pointer, inside, EVEN)
         if BITS == 8:
             return (unpack_8(b, zeros[0], HAS_ZERO, PTX),)
         elif BITS == 4:
@@ -172,6 +188,108 @@ def multiply(
         total += tl.load(bias + columns).to(tl.float32)[None, :]
     at = (piece * M + m[:, None]).to(tl.int64) * N + n[None, :]
     tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit
+def multiply_few(
+    x,
+    packed,
+    scale,
+    zero,
+    bias,
+    y,
+    M,
+    N,
+    K,
+    tiles,
+    BITS: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    RUN: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """`multiply` for few rows: each warp takes a tile of its own in every step, and all add up at the end.
+
+    So the device is full of warps, and little is left to be split over blocks. Products are ``W x^T``, one for each of
+    DEPTH tiles, as one batch.
+
+    Args:
+        x, packed, scale, zero, bias, y, M, N, K: as in `multiply`.
+        tiles: of one piece, a multiple of DEPTH.
+        BITS, PART, PARTS, RUN, GROUP, HAS_ZERO, HAS_BIAS: as in `multiply`.
+        EVEN: whether K is a multiple of DEPTH tiles.
+        BM, BN, DEPTH: `Config` ``rows``, ``out``, ``depth``.
+        PARTIAL, PTX: as in `multiply`.
+    """
+    TILE: tl.constexpr = PART * PARTS
+    BYTES: tl.constexpr = TILE * BITS // 8
+    dtype: tl.constexpr = x.dtype.element_ty
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    piece = tl.program_id(2)
+    columns = tl.minimum(n, N - 1)
+    rows = tl.minimum(m, M - 1)
+    k = tl.arange(0, PART)
+    depth = tl.arange(0, DEPTH)
+    first = piece * tiles
+    last = tl.minimum(first + tiles, tl.cdiv(K, TILE))
+    x_tile = x + rows[None, :, None].to(tl.int64) * K + (first + depth)[:, None, None] * TILE + k[None, None, :]
+    w_tile = (
+        packed + ((first + depth).to(tl.int64)[:, None, None] * N + columns[None, :, None]) * BYTES + k[None, None, :]
+    )
+    total = tl.zeros((DEPTH, BN, BM), tl.float32)
+    groups = tl.cdiv(K, GROUP) if GROUP else 1
+    at = (first + depth)[:, None]
+    if HAS_ZERO:
+        if GROUP:
+            zeros_ahead = load_rows(zero, at, columns[None, :], N, groups - 1, GROUP, PART, PARTS, RUN)
+        else:
+            zeros_ahead = (tl.broadcast_to(tl.load(zero + columns)[None, :], (DEPTH, BN)),)
+    else:
+        zeros_ahead = (tl.full((DEPTH, BN), 1 << (BITS - 1), tl.uint8),)
+    if GROUP:
+        scales_ahead = load_rows(scale, at, columns[None, :], N, groups - 1, GROUP, PART, PARTS, RUN)
+    for tile in range(first, last, DEPTH):
+        at = (tile + depth)[:, None]
+        zeros = _as(zeros_ahead, dtype)
+        if GROUP:
+            scales = scales_ahead
+            scales_ahead = load_rows(scale, at + DEPTH, columns[None, :], N, groups - 1, GROUP, PART, PARTS, RUN)
+            if HAS_ZERO:
+                zeros_ahead = load_rows(zero, at + DEPTH, columns[None, :], N, groups - 1, GROUP, PART, PARTS, RUN)
+        inside = (at < last)[:, :, None]
+        weights = _weights(w_tile, zeros, BITS, PART, RUN if HAS_ZERO and GROUP else PARTS, HAS_ZERO, PTX, inside, EVEN)
+        position = at[:, :, None] * TILE + k[None, None, :]
+        for run in tl.static_range(PARTS // RUN):
+            product = tl.zeros((DEPTH, BN, BM), tl.float32)
+            for i in tl.static_range(run * RUN, run * RUN + RUN):
+                a = x_tile + i * PART
+                a = tl.load(a) if EVEN else tl.load(a, mask=position + i * PART < K, other=0.0)
+                w = weights[i]
+                if not PTX:  # interpreted, bfloat16 has no products
+                    a = a.to(tl.float32)
+                    w = w.to(tl.float32)
+                product = tl.dot(w, tl.permute(a, (0, 2, 1)), product)
+            if GROUP:
+                product *= scales[run].to(tl.float32)[:, :, None]
+            total += product
+        x_tile += DEPTH * TILE
+        w_tile += DEPTH * N * BYTES
+    result = tl.trans(tl.sum(total, 0))
+    if not GROUP:
+        result *= tl.load(scale + columns).to(tl.float32)[None, :]
+    if HAS_BIAS and not PARTIAL:
+        result += tl.load(bias + columns).to(tl.float32)[None, :]
+    place = (piece * M + m[:, None]).to(tl.int64) * N + n[None, :]
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
 @triton.jit

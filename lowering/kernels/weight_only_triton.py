@@ -18,7 +18,8 @@ from qcompiler.lowering.kernels.weight_only_config import (
     Config,
     configs,
     default_config,
-    default_shapes,
+    fits,
+    is_default,
     is_hopper,
     shapes_for,
 )
@@ -82,14 +83,15 @@ def launch(
     if not config.rows:
         return F.linear(x, dequantize(packed, scale, zero_point, bits, group, width, x.dtype), bias)
     layout = Layout.of(bits, group, width)
-    tiles = layout.tiles(width)
+    tiles, depth = layout.tiles(width), max(1, config.depth)
+    piece = -(-tiles // (config.split * depth)) * depth
+    split = -(-tiles // piece)
     missing = -width % _ALIGNED
-    x = F.pad(x, (0, missing))
-    split = min(config.split, tiles)
     y = x.new_empty(rows, out)
     target = y if split == 1 else torch.empty(split, rows, out, dtype=torch.float32, device=x.device)
-    kernels.multiply[(-(-rows // config.rows), -(-out // config.out), split)](
-        x,
+    kernel = kernels.multiply_few if config.depth else kernels.multiply
+    kernel[(-(-rows // config.rows), -(-out // config.out), split)](
+        F.pad(x, (0, missing)) if missing else x,
         packed,
         scale,
         packed if zero_point is None else zero_point,
@@ -98,10 +100,10 @@ def launch(
         rows,
         out,
         width + missing,
-        -(-tiles // split),
+        piece,
         **_format(layout, group, width, zero_point is not None),
         HAS_BIAS=bias is not None,
-        EVEN=width % layout.tile == 0,
+        EVEN=width % (layout.tile * depth) == 0,
         **_block(config, split > 1),
         num_warps=config.warps,
         num_stages=config.stages,
@@ -167,23 +169,22 @@ def _format(layout: Layout, group: int, width: int, has_zero: bool, everything: 
 
 def _block(config: Config, is_partial: bool, ptx: bool = _PTX) -> dict[str, Any]:
     """Constants of a configuration."""
-    return {
-        "PARTIAL": is_partial,
-        "BM": config.rows,
-        "BN": config.out,
-        "SWAP": config.swap,
-        "PRESCALE": config.prescale,
-        "PTX": ptx,
-    }
+    own = {"DEPTH": config.depth} if config.depth else {"SWAP": config.swap, "PRESCALE": config.prescale}
+    return {"PARTIAL": is_partial, "BM": config.rows, "BN": config.out, **own, "PTX": ptx}
 
 
 # (bits, group or 0 for one per output channel, zero points, dtype)
-_USUAL = ((4, 128, False, "bf16"), (4, 128, False, "fp16"), (4, 128, True, "bf16"))
-_FEW_ROWS = ((8, 0, False, "bf16"), (3, 128, False, "bf16"), (2, 128, True, "fp16"))
+_COMMON = (4, 128, False, "bf16")
+_USUAL = (
+    _COMMON,
+    (4, 128, False, "fp16"),
+    (4, 128, True, "bf16"),
+    (8, 0, False, "bf16"),
+    (3, 128, False, "bf16"),
+    (2, 128, True, "fp16"),
+)
 _OTHERS = tuple(
-    (bits, *form)
-    for bits in (4, 8, 3, 2)
-    for form in ((0, False, "fp16"), (0, True, "bf16"), (32, True, "bf16"), (64, False, "fp16"), (128, True, "fp16"))
+    (bits, *form) for bits in (4, 8, 3, 2) for form in ((0, True, "bf16"), (32, True, "bf16"), (64, False, "fp16"))
 )
 _RARE = tuple(
     (bits, group, has_zero, dtype)
@@ -206,17 +207,22 @@ def ahead_of_time() -> Iterator[KernelCase]:
     Names begin with ``usual`` for common formats under the configurations that run without a search, ``other`` for
     what a search may find and formats of every kind, ``rare`` for the remaining combinations.
     """
+    forms = dict.fromkeys((*_USUAL, *_OTHERS, *_RARE))
     for capability in (80, 90):
-        defaults = default_shapes(capability)
+        defaults = [config for config in shapes_for(capability) if is_default(config)]
+        few, many = Config(8, 32, depth=4), max(defaults, key=lambda config: config.rows)
         for config in shapes_for(capability):
-            for form in dict.fromkeys((*_USUAL, *_FEW_ROWS, *_OTHERS, *_RARE)):
-                is_usual = config in defaults and (form in _USUAL or (form in _FEW_ROWS and config.rows <= 16))
-                kind = "usual" if is_usual else "other" if form in (*_USUAL, *_FEW_ROWS, *_OTHERS) else "rare"
-                yield _multiply_case(kind, form, config, capability)
-        for config in (defaults[0], defaults[-1]):
-            yield _multiply_case("usual whole", _USUAL[0], config, capability, is_whole=True)
-    for form in dict.fromkeys((*_USUAL, *_FEW_ROWS, *_OTHERS, *_RARE)):
-        yield _dequantize_case("usual" if form in (_USUAL[0], _FEW_ROWS[1]) else "other", form)
+            for form in forms:
+                if not fits(config, Layout.of(form[0], form[1] or _ALL, _ALL), capability):
+                    continue
+                is_usual = form in _USUAL if config == few else form == _COMMON and config in defaults
+                is_rare = form not in _USUAL and (form not in _OTHERS or config not in defaults)
+                yield _multiply_case("usual" if is_usual else "rare" if is_rare else "other", form, config, capability)
+        for config in defaults:
+            kind = "usual" if config in (few, many) else "other"
+            yield _multiply_case(f"{kind} whole", _COMMON, config, capability, is_whole=True)
+    for form in forms:
+        yield _dequantize_case("usual" if form in (_COMMON, _USUAL[4]) else "other", form)
     for split in SPLITS[1:]:
         yield KernelCase(
             f"{'usual' if split == 8 else 'other'} reduce {split}",
@@ -255,11 +261,11 @@ def _multiply_case(
     """One variant; ``is_whole``: without a split, with bias and a width that ends inside a tile."""
     bits, group, has_zero, dtype = form
     layout = Layout.of(bits, group or _ALL, _ALL)
-    uses_wgmma = is_hopper(capability) and config.warps == 4 and (config.rows if not config.swap else 0) >= 64
+    uses_wgmma = is_hopper(capability) and config.rows >= 64
     budget = _BUDGET[bits] + 0.7 * has_zero + 1.4 * (0 < group < 128) + 2.5 * (config.rows > 16)
     return KernelCase(
         f"{kind} multiply {_format_name(*form)} {_config_name(config)} sm_{capability}",
-        kernels.multiply,
+        kernels.multiply_few if config.depth else kernels.multiply,
         {
             "x": f"*{dtype}",
             "packed": "*u8",
@@ -277,12 +283,12 @@ def _multiply_case(
         },
         {"num_warps": config.warps, "num_stages": config.stages},
         {capability: "HGMMA" if uses_wgmma else "HMMA"},
-        weights_per_iteration=config.out * layout.tile,
+        weights_per_iteration=config.out * layout.tile * max(1, config.depth),
         budget=0 if is_whole else budget,
         unaligned=frozenset({"M", "tiles"}),
     )
 
 
 def _config_name(config: Config) -> str:
-    marks = [name for name in ("swap", "prescale") if getattr(config, name)]
+    marks = [name for name in ("depth", "swap", "prescale") if getattr(config, name)]
     return f"{config.rows}x{config.out} {config.warps}w {config.stages}s {' '.join(marks)}".strip()

@@ -6,6 +6,8 @@ the same instruction, ``code * 2^s`` in the mantissa being ``1024 + code * 2^s``
 instructions per 4-bit code and has two codes in every register; compilers do not find it. Bytes keep their order, so it
 is right however a tile is spread over threads, as long as four neighbours in a row lie in one register.
 
+Tiles of bytes are ``[BN, part]``; one more axis may come first, in zero points ``[BN]`` as well.
+
 Where kernels are interpreted there is no PTX: ``PTX`` False computes the same in plain Triton.
 
 **Source** Kim et al., "Who says elephants can't run", arXiv 2211.10017, section 3, for conversion in the mantissa.
@@ -165,7 +167,7 @@ def _row(source, part, columns, N, last, GROUP: tl.constexpr, PART: tl.constexpr
 def load_rows(
     source, tile, columns, N, last, GROUP: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, RUN: tl.constexpr
 ):
-    """Scales or zero points ``[groups, N]`` of one tile: for every ``RUN`` parts, the row of their group."""
+    """Scales or zero points ``[groups, N]`` of a tile (or tiles): for every ``RUN`` parts, the row of their group."""
     part = tile * PARTS
     if PARTS // RUN == 1:
         return (_row(source, part, columns, N, last, GROUP, PART),)
@@ -196,8 +198,8 @@ def load_rows(
 
 @triton.jit
 def _addend(zero, bytes_, MAGIC: tl.constexpr):
-    """What is added to the codes of a part, ``-(MAGIC + zero)``, exact; ``zero`` is ``[BN]``."""
-    return tl.broadcast_to((-MAGIC - zero).to(zero.dtype)[:, None], bytes_.shape)
+    """What is added to the codes of a part, ``-(MAGIC + zero)``, exact; ``zero`` lacks the last axis."""
+    return tl.broadcast_to(tl.expand_dims((-MAGIC - zero).to(zero.dtype), -1), bytes_.shape)
 
 
 @triton.jit
@@ -241,7 +243,7 @@ def unpack_4(b, zeros, RUN: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def _plain(code, zero):
     """As floats, by way of float32: interpreted, bfloat16 has no arithmetic."""
-    return (code.to(tl.float32) - zero.to(tl.float32)[:, None]).to(zero.dtype)
+    return (code.to(tl.float32) - tl.expand_dims(zero.to(tl.float32), -1)).to(zero.dtype)
 
 
 @triton.jit

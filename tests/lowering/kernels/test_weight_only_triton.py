@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 from qcompiler.errors import InputError
 from qcompiler.lowering.kernels import weight_only_triton
 from qcompiler.lowering.kernels.weight_only import WeightOnlyLinear, pack_tiles, weight_only_linear_reference
-from qcompiler.lowering.kernels.weight_only_config import Config, configs, shapes_for
+from qcompiler.lowering.kernels.weight_only_config import Config, configs, fits, shapes_for
+from qcompiler.lowering.kernels.weight_only_layout import Layout
 from qcompiler.lowering.kernels.weight_only_triton import dequantize, launch
 from tests.lowering.kernels.weight_only_cases import random_weight, spec_of, worst
 
@@ -23,7 +24,9 @@ FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
 # Of the result in float16 and bfloat16, and of scaled weights. Interpreted, bfloat16 is rounded towards zero.
 ROUNDING = {FLOAT16: 2.0**-10, BFLOAT16: 2.0**-6}
 
-FEW = Config(8, 64, split=2, swap=True, warps=2)
+DEEP = Config(8, 32, depth=2, warps=2)
+DEEP_SPLIT = Config(4, 32, split=2, depth=4)
+SWAPPED = Config(8, 64, split=2, swap=True, warps=2)
 PLAIN = Config(16, 64)
 SCALED = Config(16, 64, split=2, prescale=True)
 
@@ -46,10 +49,11 @@ def check(bits, group, symmetric, dtype, config, *, rows=3, out=72, width=416, b
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_formats(bits, group, symmetric):
     """The last tile is not whole, and neither is the last block of output channels or the last piece."""
-    check(bits, group, symmetric, FLOAT16, FEW)
+    check(bits, group, symmetric, FLOAT16, DEEP)
+    check(bits, group, symmetric, FLOAT16, SWAPPED)
 
 
-@pytest.mark.parametrize("config", [PLAIN, SCALED, FEW], ids=str)
+@pytest.mark.parametrize("config", [PLAIN, SCALED, SWAPPED, DEEP_SPLIT], ids=str)
 @pytest.mark.parametrize(("bits", "group"), [(4, 64), (3, 96), (8, None), (2, 128)])
 def test_variants(bits, group, config):
     check(bits, group, False, BFLOAT16, config)
@@ -59,7 +63,7 @@ def test_variants(bits, group, config):
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, FLOAT16, BFLOAT16])
 def test_scales_of_any_dtype(scale_dtype, dtype):
-    for config in (FEW, SCALED):
+    for config in (DEEP, SCALED):
         check(4, 32, True, dtype, config, width=128, scale_dtype=scale_dtype)
 
 
@@ -68,12 +72,13 @@ def test_scales_of_any_dtype(scale_dtype, dtype):
     [(1, 1, 32, None), (2, 3, 40, None), (5, 64, 100, None), (1, 16, 8, None), (3, 17, 160, 128), (2, 65, 128, 96)],
 )
 def test_odd_shapes(rows, out, width, group):
-    for config in (FEW, SCALED):
+    for config in (DEEP_SPLIT, SCALED):
         check(4, group, False, FLOAT16, config, rows=rows, out=out, width=width)
 
 
 def test_more_pieces_than_tiles():
     check(4, 64, True, FLOAT16, Config(16, 64, split=16), width=256)
+    check(4, 64, True, FLOAT16, Config(4, 32, split=16, depth=8, warps=8), width=256)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -120,10 +125,11 @@ def test_misaligned_tensors_are_refused(position):
 def test_results_do_not_depend_on_what_memory_held(monkeypatch):
     """Partial sums, output and unused rows of blocks: nothing is read before it is written."""
     given = operands(torch.randn(3, 256).to(DEVICE, FLOAT16))
-    expected = launch(*given, 4, 64, FEW)
+    expected = {config: launch(*given, 4, 64, config) for config in (DEEP_SPLIT, SWAPPED)}
     real = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: real(*size, **options).fill_(float("nan")))
-    assert torch.equal(launch(*given, 4, 64, FEW), expected)
+    for config, result in expected.items():
+        assert torch.equal(launch(*given, 4, 64, config), result)
 
 
 def compiled(match: str) -> dict[str, list[str]]:
@@ -145,7 +151,7 @@ def expected_cases(kind: str) -> int:
 
 def test_usual_cases_compile_within_their_budgets():
     found = compiled("usual")
-    assert len(found) == expected_cases("usual") > 40
+    assert len(found) == expected_cases("usual") > 35
     assert {name: failures for name, failures in found.items() if failures} == {}
 
 
@@ -153,7 +159,7 @@ def test_usual_cases_compile_within_their_budgets():
 @pytest.mark.timeout(1800)
 def test_other_cases_compile_within_their_budgets():
     found = compiled("other")
-    assert len(found) == expected_cases("other") > 300
+    assert len(found) == expected_cases("other") > 250
     assert {name: failures for name, failures in found.items() if failures} == {}
 
 
@@ -165,7 +171,7 @@ def test_every_configuration_that_can_be_launched_is_compiled():
             for config in shapes_for(capability):
                 mark = f" {weight_only_triton._config_name(config)} sm_{capability}"
                 found = [name for name in names if name.endswith(mark) and f" w{bits} " in name]
-                assert len(found) >= 24
+                assert len(found) >= 24 or not fits(config, Layout.of(bits, 4096, 4096), capability)
 
 
 # ---- on a GPU
