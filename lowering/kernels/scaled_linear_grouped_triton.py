@@ -44,7 +44,7 @@ class GroupedConfig:
 
 def default_config(rows: int, outputs: int, width: int, group: int) -> GroupedConfig:
     """What is launched where nothing was tuned."""
-    tile = min(64, max(16, 1 << (rows - 1).bit_length()))
+    tile = min(16 if width % 16 else 64, max(16, 1 << (rows - 1).bit_length()))  # bytes read singly take registers
     tiles, splits = -(-outputs // 64) * -(-rows // tile), 1
     while tiles * splits < 100 and splits < 8 and width >= splits * 1024:
         splits *= 2
@@ -54,6 +54,8 @@ def default_config(rows: int, outputs: int, width: int, group: int) -> GroupedCo
 def configs(rows: int, outputs: int, width: int, group: int) -> tuple[GroupedConfig, ...]:
     """What a search tries, the default first."""
     first = default_config(rows, outputs, width, group)
+    if width % 16:
+        return (first,)
     found = [
         GroupedConfig(first.rows, columns, splits, 4, stages)
         for columns, stages in ((64, 3), (64, 5), (128, 4))
@@ -249,13 +251,20 @@ def grouped_cases() -> Iterator[KernelCase]:
         for group in (32, 64, 128, 256):
             cases.add((replace(default_config(rows, 65536, 4096, group), splits=1), group, False))
     for config, group, is_packed in sorted(cases, key=str):
-        yield _case(config, group, is_packed)
+        yield _case(config, group, is_packed, is_odd=False)
+    for is_split in (False, True):
+        odd = replace(default_config(64, 4095, 4095, 128), splits=2 if is_split else 1)
+        for group in (0, 32, 64, 128, 256):
+            yield _case(odd, group, True, is_odd=True)
+            if group:
+                yield _case(odd, group, False, is_odd=True)
 
 
-def case_name(config: GroupedConfig, group: int, is_packed: bool) -> str:
+def case_name(config: GroupedConfig, group: int, is_packed: bool, *, is_odd: bool = False) -> str:
     """How the case of a configuration is called, without ``default-``."""
     tags = [config.rows, config.columns, config.stages, "split" if config.splits > 1 else "whole", f"g{group}"]
-    return "-".join(["grouped", "int4" if is_packed else "int8", *map(str, tags)])
+    kind = ["grouped", "int4" if is_packed else "int8", *(["odd"] if is_odd else [])]
+    return "-".join([*kind, *map(str, tags)])
 
 
 def _case(config: GroupedConfig, group: int, is_packed: bool) -> KernelCase:
@@ -265,7 +274,7 @@ def _case(config: GroupedConfig, group: int, is_packed: bool) -> KernelCase:
     half = half_of(group) if is_packed else min(group, 128)
     is_split = config.splits > 1
     return KernelCase(
-        name=f"{'default-' if is_default else ''}{case_name(config, group, is_packed)}",
+        name=f"{'default-' if is_default else ''}{case_name(config, group, is_packed, is_odd=is_odd)}",
         kernel=_grouped_kernel,
         types={**types_of("i8", "u8" if is_packed else "i8", "fp32" if is_split else "bf16"), "splits": "i32"},
         constants={
@@ -276,7 +285,7 @@ def _case(config: GroupedConfig, group: int, is_packed: bool) -> KernelCase:
             "IS_SPLIT": is_split,
             "PACKED": is_packed,
             "INLINE": True,
-            "EVEN": True,
+            "EVEN": not is_odd,
             "TOKENS": True,
             "ZERO": 0,
             "BIAS": True,
@@ -284,6 +293,6 @@ def _case(config: GroupedConfig, group: int, is_packed: bool) -> KernelCase:
         options={"num_warps": config.warps, "num_stages": config.stages},
         mma={80: "IMMA", 90: "IGMMA"},
         weights_per_iteration=config.columns * half * (2 if is_packed else 1),
-        budget=3.6 if is_packed and (group == 0 or group >= 128) else 0.0,
-        unaligned=frozenset({"splits"}),
+        budget=3.6 if not is_odd and is_packed and (group == 0 or group >= 128) else 0.0,
+        unaligned=frozenset({"splits", "K", "N"} if is_odd else {"splits"}),
     )

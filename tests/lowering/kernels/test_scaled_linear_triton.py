@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -251,8 +252,12 @@ def test_all_configurations_use_tensor_cores_and_do_not_spill():
     names = names_of(machine_code())
     for rows in (1, 9, 32, 64, 4096):
         for shape in ((1024, 4096), (4096, 4096), (28672, 8192), (1000, 999)):
+            is_odd = shape[1] % 16 != 0
             for config in grouped.configs(rows, *shape, 128):
-                assert grouped.case_name(config, 128, True) in names
+                assert grouped.case_name(config, 128, True, is_odd=is_odd) in names
+            for group in (32, 64, 256):
+                config = replace(grouped.default_config(rows, *shape, group), splits=1)
+                assert grouped.case_name(config, group, False, is_odd=is_odd) in names
             for codes in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
                 for capability in (80, 90):
                     for has_blocks in (False, True) if codes == torch.float8_e4m3fn else (False,):
