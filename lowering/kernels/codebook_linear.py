@@ -294,7 +294,8 @@ def _cuda(
 ) -> Tensor:
     from qcompiler.lowering.kernels import codebook_linear_triton
 
-    return codebook_linear_triton.launch(x, codes, table, bias, values, columns, row_offsets, out_features)
+    with torch.cuda.device(x.device):
+        return codebook_linear_triton.launch(x, codes, table, bias, values, columns, row_offsets, out_features)
 
 
 library.define(
