@@ -267,9 +267,14 @@ def case_name(config: GroupedConfig, group: int, is_packed: bool, *, is_odd: boo
     return "-".join([*kind, *map(str, tags)])
 
 
-def _case(config: GroupedConfig, group: int, is_packed: bool) -> KernelCase:
+def _case(config: GroupedConfig, group: int, is_packed: bool, *, is_odd: bool) -> KernelCase:
+    """``is_odd``: 16 does not divide the width."""
     is_default = (
-        is_packed and group == 128 and config == default_config(config.rows, 65536, 4096, 128) and config.rows != 32
+        not is_odd
+        and is_packed
+        and group == 128
+        and config == default_config(config.rows, 65536, 4096, 128)
+        and config.rows != 32
     )
     half = half_of(group) if is_packed else min(group, 128)
     is_split = config.splits > 1
