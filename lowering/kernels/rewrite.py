@@ -245,7 +245,7 @@ class _Rewriter:
     def _append(self, cache: AppendedCache) -> None:
         buffers = [self._buffers[node] for node in cache.past]
         value = self._value(cache.value)
-        if cache.spec is None:
+        if cache.spec is None and self._floats.get(value) != self._dtype:
             self._rounded.add(cache.value)
         if cache.spec is None or cache.spec.scales == "static":
             scales = [None if n is None else self._value(n) for n in (cache.scale, cache.zero_point)]
@@ -330,6 +330,8 @@ class _Rewriter:
         described = node.meta.get("dtype")
         if described is not None and (not described.is_floating_point or described.itemsize == 1):
             result = None
+        if not _gives_tensors(node):
+            result = None
         if node.target is operator.getitem and result is not None and described is None:
             result = self._floats.get(self._value(given[0]))
         return self._made(made, result)
@@ -402,6 +404,13 @@ class _Rewriter:
         """Notes what a new node is: its dtype, None if it is not floating point."""
         self._floats[node] = dtype
         return node
+
+
+def _gives_tensors(node: Node) -> bool:
+    """Whether a call is no arithmetic on sizes."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    return any("Tensor" in str(item.type) for item in node.target._schema.returns)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -23,6 +23,7 @@ from qcompiler.qtensor import Affine, Codebook
 from tests.tiny_graphs import language_model
 
 _aten, _canonical = torch.ops.aten, torch.ops.qcompiler
+GROUPED = ("w4a16-g8", "w4a16-g5", "w4a16-g8-asym", "w2a16-g16")
 TOKENS = torch.randint(32, (8, 12), generator=torch.Generator().manual_seed(1))
 
 
@@ -38,7 +39,7 @@ def linears(graph: Graph) -> list[Node]:
 
 @pytest.mark.parametrize(
     "scheme",
-    "w8a16 w4a16-g8 w4a16-g5 w4a16-g8-asym w3a16-channel w2a16-g16 w8a16-tensor-asym fp8 fp8-block fp8-e5m2".split(),
+    [*GROUPED, "w8a16", "w3a16-channel", "w8a16-tensor-asym", "fp8", "fp8-block", "fp8-e5m2"],
 )
 def test_weights_come_back_as_they_were_given(scheme):
     graph = quantized(scheme, RTN(), *([InsertQDQ(observer="minmax")] if scheme.startswith("fp8") else []))

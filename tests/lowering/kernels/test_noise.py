@@ -1,0 +1,68 @@
+"""The graph with errors as large as those of a dtype."""
+
+import math
+
+import pytest
+import torch
+
+from qcompiler.feed import feed
+from qcompiler.graph import is_op
+from qcompiler.lowering.kernels.noise import with_noise
+from qcompiler.lowering.kernels.rewrite import rewrite
+from qcompiler.native import NativeArtifact
+from tests.tiny_graphs import interpret, language_model
+
+IDS = torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(1))
+_canonical = torch.ops.qcompiler
+
+
+def names(graph, target):
+    return [node.name for node in graph.fx.nodes if is_op(node, target)]
+
+
+def test_errors_are_as_large_as_a_rounding_and_stand_where_they_are_asked_for():
+    graph = language_model(width=64)
+    (first, *_) = names(graph, _canonical.rms_norm.default)
+    before = interpret(graph, feed(graph, IDS))
+    noisy = with_noise(graph, {first}, torch.bfloat16)
+    after = interpret(noisy, feed(noisy, IDS))
+    added = next(n.name for n in noisy.fx.nodes if n.op == "call_function" and "noise" in n.name)
+    error = ((after[added] - before[first]) / before[first]).abs()
+    half_a_step = torch.finfo(torch.bfloat16).eps / 2
+    assert 0.9 * half_a_step < error.max() <= 1.001 * half_a_step
+    assert torch.equal(after[first], before[first])
+    assert sum(node.op == "call_function" for node in noisy.fx.nodes) == 1 + sum(
+        node.op == "call_function" for node in graph.fx.nodes
+    )
+
+
+def test_products_have_errors_of_the_size_of_their_rows():
+    graph = language_model(width=64)
+    (first, *_) = names(graph, _canonical.linear.default)
+    before = interpret(graph, feed(graph, IDS))
+    noisy = with_noise(graph, {first}, torch.float32)
+    after = interpret(noisy, feed(noisy, IDS))
+    added = next(n.name for n in noisy.fx.nodes if n.op == "call_function" and "noise" in n.name)
+    size = before[first].square().mean(-1, keepdim=True).sqrt()
+    error = ((after[added] - before[first]) / size).abs().max().item()
+    expected = torch.finfo(torch.float32).eps / 2 * math.sqrt(128)
+    assert error == pytest.approx(expected, rel=0.5)
+
+
+def test_the_same_errors_every_time_and_the_graph_is_not_changed():
+    graph = language_model()
+    rounded = rewrite(graph, torch.device("cpu"), torch.bfloat16).rounded
+    fields = graph.to_dict()
+    one, other = (NativeArtifact(with_noise(graph, rounded, torch.bfloat16)).forward(IDS) for _ in range(2))
+    assert torch.equal(one, other)
+    assert graph.to_dict() == fields
+    assert not torch.equal(one, NativeArtifact(graph).forward(IDS))
+
+
+def test_what_is_rounded():
+    graph = language_model()
+    rounded = rewrite(graph, torch.device("cpu"), torch.bfloat16).rounded
+    for target in (_canonical.linear, _canonical.attention, _canonical.rms_norm, torch.ops.aten.silu):
+        assert set(names(graph, target.default)) <= rounded
+    moved = set(names(graph, torch.ops.aten.transpose.int)) | set(names(graph, torch.ops.aten.unsqueeze.default))
+    assert not moved & rounded

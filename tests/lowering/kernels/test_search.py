@@ -1,0 +1,62 @@
+"""The search over a model's own operators, with kernels that do nothing but ask for their configuration."""
+
+import operator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import qcompiler as qc
+from qcompiler.lowering.kernels import search
+from qcompiler.lowering.kernels.model import KernelModel
+from qcompiler.lowering.kernels.search import tune
+from qcompiler.lowering.kernels.tuning import TuningCache, cache_path, found, row_bucket
+from qcompiler.passes import RTN
+from tests.tiny_graphs import language_model
+
+
+@dataclass(frozen=True)
+class Config:
+    block: int
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
+    graph = qc.compile(language_model(width=32), [RTN(bits=8)]).graph
+    model = KernelModel(graph, torch.device("cpu"), torch.bfloat16)
+    model.max_positions = 64
+    return model
+
+
+def test_every_kernel_is_searched_for_once_at_every_number_of_rows(model, monkeypatch):
+    launched = []
+
+    def launch(x, *arguments):
+        config = found(x.device, "product", (row_bucket(len(x)),), Config, lambda: [Config(8), Config(16)])
+        launched.append((len(x), config.block if config else 0))
+        return x.new_zeros(len(x), arguments[0].shape[0])
+
+    real = torch.ops.qcompiler_kernels.weight_only_linear
+    monkeypatch.setattr(torch.ops.qcompiler_kernels, "weight_only_linear", launch)
+    times = []
+
+    def measure(run):
+        times.append(run())
+        return float(len(times) % 2)  # the second is the fastest
+
+    chosen = tune(model, measure, rows=(1, 4, 1000), device="gpu")
+    assert chosen == {"product|1": Config(16), "product|4": Config(16)}
+    assert len(times) == 4  # two candidates at two numbers of rows, in the first of fourteen layers
+    assert sum(block == 0 for _, block in launched) >= 2 * 14
+    assert TuningCache(cache_path()).get("gpu", "product", (4,), Config) == Config(16)
+    monkeypatch.setattr(torch.ops.qcompiler_kernels, "weight_only_linear", real)
+    assert torch.isfinite(model(torch.tensor([[1, 2]]))).all()
+
+
+def test_a_launch_that_fails_takes_for_ever(monkeypatch):
+    benchmarked = []
+    monkeypatch.setattr("triton.testing.do_bench", lambda run, **options: benchmarked.append(run()) or 2.5)
+    assert search.seconds_on_cuda(lambda: 1) == 2.5e-3
+    assert search.seconds_on_cuda(lambda: operator.truediv(1, 0)) == float("inf")
+    assert benchmarked == [1]
