@@ -202,7 +202,7 @@ def launch(
         config = tuning.found(
             x.device, "scaled_linear_grouped", key, GroupedConfig, lambda: configs(rows, outputs, width, group)
         ) or default_config(rows, outputs, width, group)
-    half = half_of(group) if is_packed else min(group, 128)
+    half = _depth(group, is_packed, is_odd=width % 16 != 0)
     y = torch.empty((rows, outputs), dtype=dtype, device=x.device)
     parts = y
     if config.splits > 1:
@@ -238,6 +238,11 @@ def launch(
     if config.splits > 1:
         finish(parts, y, scale, zero_point, weight_scale if group == 0 else None, weight_sums, bias)
     return y
+
+
+def _depth(group: int, is_packed: bool, *, is_odd: bool) -> int:
+    """Elements of K, or of each of the two tiles that 4-bit codes are unpacked to, at once."""
+    return half_of(group) if is_packed else min(group, 64 if is_odd else 128)
 
 
 def grouped_cases() -> Iterator[KernelCase]:
@@ -276,7 +281,7 @@ def _case(config: GroupedConfig, group: int, is_packed: bool, *, is_odd: bool) -
         and config == default_config(config.rows, 65536, 4096, 128)
         and config.rows != 32
     )
-    half = half_of(group) if is_packed else min(group, 128)
+    half = _depth(group, is_packed, is_odd=is_odd)
     is_split = config.splits > 1
     return KernelCase(
         name=f"{'default-' if is_default else ''}{case_name(config, group, is_packed, is_odd=is_odd)}",
