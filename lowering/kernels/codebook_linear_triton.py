@@ -92,6 +92,8 @@ def launch(
         return F.linear(x, _written_out(x, codes, table, sparse, out_features), bias)
     split, per_split = _pieces(config.split, codes.shape[1])
     a = F.pad(x.reshape(rows, width), (0, codes.shape[1] * COLUMNS_PER_BLOCK - width))  # x itself where that is nothing
+    if a.data_ptr() % 16:
+        a = a.clone()
     is_final = split == 1 and sparse is None
     target = y if is_final else torch.empty(split * rows * out_features, dtype=torch.float32, device=x.device)
     _run(
@@ -320,19 +322,20 @@ def _other_cases(dtype: str) -> Iterator[KernelCase]:
     anywhere: dict[int, str | None] = {80: None, 90: None}
     matrix = {"values": f"*{dtype}", "columns": "*i16", "row_offsets": "*i32"}
     for bits in (2, 3, 4):
-        yield KernelCase(
-            name=f"dequantize-{'default' if dtype == 'fp16' else 'other'}-{bits}-{dtype}",
-            kernel=dequantize,
-            types={
-                **{"weight": f"*{dtype}", "codes": "*u8", "table": "*i32"},
-                **dict.fromkeys(("out", "width", "padded", "blocks"), "i32"),
-            },
-            constants={"BITS": bits, "OUT": _WRITTEN_ROWS, "PTX": True},
-            options={},
-            mma=anywhere,
-            unaligned=frozenset({"out", "width", "blocks"}),
-            flaw=rows_are_apart,
-        )
+        for kind in ("default" if dtype == "fp16" else "other", "odd"):
+            yield KernelCase(
+                name=f"dequantize-{kind}-{bits}-{dtype}",
+                kernel=dequantize,
+                types={
+                    **{"weight": f"*{dtype}", "codes": "*u8", "table": "*i32"},
+                    **dict.fromkeys(("out", "width", "padded", "blocks"), "i32"),
+                },
+                constants={"BITS": bits, "OUT": _WRITTEN_ROWS, "PTX": True},
+                options={},
+                mma=anywhere,
+                unaligned=frozenset({"out", "blocks"} | ({"width"} if kind == "odd" else set())),
+                flaw=rows_are_apart,
+            )
     yield KernelCase(
         name=f"add-sparse-{dtype}",
         kernel=add_sparse,

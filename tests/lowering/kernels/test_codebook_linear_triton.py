@@ -114,6 +114,13 @@ def test_leading_dimensions_and_none() -> None:
     assert module.launch(x[:0], *rest).shape == (0, 20)
 
 
+def test_inputs_at_odd_addresses() -> None:
+    x, *rest = arguments(2, 20, 256, 4, torch.float16)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape).copy_(x)
+    assert shifted.data_ptr() % 16
+    assert torch.equal(module.launch(shifted, *rest), module.launch(x, *rest))
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     x, codes, table, bias, *rest = arguments(2, 20, 256, 4, torch.float16)
     with pytest.raises(InputError, match="cannot take"):
