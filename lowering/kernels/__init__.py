@@ -1,6 +1,6 @@
 """The ``kernels`` target: a quantized graph as a callable module whose layers are fused low-bit operators.
 
-`model.lower` makes a `KernelModel` of a graph; `KernelsTarget` says what becomes of a scheme. Every operator is a
+`lower` makes a `KernelModel` of a graph; `KernelsTarget` says what becomes of a scheme. Every operator is a
 ``torch.library`` operator of the namespace ``qcompiler_kernels`` with a shape function, a reference (the arithmetic of
 quantize and dequantize nodes, any device), a CPU implementation and a CUDA one in Triton.
 An operator lives in its own file, with its reference, its layout and its CPU implementation; the Triton kernel in
@@ -14,9 +14,16 @@ needs Triton to be installed.
 | ``rewrite.py``, ``precision.py`` | the module that is made of it all, and which dtype its operators run in |
 | ``cached_attention.py`` | attention over caches, for few and for many new tokens |
 | ``model.py`` | `KernelModel`: that module with its caches, an artifact |
+| ``noise.py`` | how far it may be from its graph |
+| ``search.py`` | launch configurations, searched for with its own operators |
 | ``target.py`` | `KernelsTarget` |
 | ``library.py`` | the namespace |
 | ``device.py`` | what an operator asks of the device it runs on, and which implementation it chose |
 | ``tuning.py`` | launch configurations: defaults, search, the cache on disk |
 | ``machine_code.py`` | kernels compiled ahead of time for a GPU that is not there, and what their instructions are |
 """
+
+from qcompiler.lowering.kernels.model import KernelModel, lower
+from qcompiler.lowering.kernels.target import KernelsTarget
+
+__all__ = ["KernelModel", "KernelsTarget", "lower"]

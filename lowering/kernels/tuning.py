@@ -38,7 +38,8 @@ def row_bucket(rows: int) -> int:
 
 def device_name(device: torch.device) -> str:
     """What configurations are kept under: the name of a CUDA device, and the version of Triton."""
-    return _device_name(device.index if device.index is not None else torch.cuda.current_device())
+    index: int | None = device.index
+    return _device_name(torch.cuda.current_device() if index is None else index)
 
 
 @cache

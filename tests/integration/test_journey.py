@@ -154,6 +154,22 @@ def test_generates(journey: Journey, place: str) -> None:
     assert plain.output == "The captain said" + result["text"] + "\n"
 
 
+def test_kernels_run_the_native_artifact(journey: Journey) -> None:
+    arguments = (journey.out, "--engine", "kernels", "--device", "cpu", "--json")
+    result = command("evaluate", *arguments, "--text", journey.text, "--max-tokens", 512).result
+    assert set(result) == EVALUATE_KEYS | {"engine"}
+    native = qc.evaluate(journey.out, text=journey.text, max_tokens=512)
+    assert result["perplexity"] == pytest.approx(native.perplexity, rel=1e-2)
+    engine = result["engine"]
+    assert (engine["device"], engine["dtype"], engine["references"]) == ("cpu", "bfloat16", {})
+    assert engine["sites"] == {"cpu": SITES, "float": 1}
+    generated = command("generate", *arguments, "--prompt", "The captain said", "--max-new-tokens", 6).result
+    assert len(generated["tokens"]) == 6
+    assert generated["engine"]["sites"] == engine["sites"]
+    refused = command("evaluate", journey.out / "onnx", "--engine", "kernels", "--json")
+    assert (refused.status, refused.error["type"]) == (2, "TargetError")
+
+
 def test_inspect_shows_schemes(journey: Journey) -> None:
     before, after = (command("inspect", path, "--json").result for path in (journey.model, journey.out))
     assert [site["site"] for site in before["sites"]] == [site["site"] for site in after["sites"]]

@@ -149,8 +149,9 @@ FORMATS = [
 
 def cached(spec: CacheFormat | None, *, rotated: bool = False) -> tuple[Graph, list[AppendedCache]]:
     graph = language_model(layers=2)
-    for cache in find_float_caches(graph) if spec is not None else []:
-        quantize_cache(graph, cache, spec, rotated=rotated and cache.can_rotate)
+    if spec is not None:
+        for cache in find_float_caches(graph):
+            quantize_cache(graph, cache, spec, rotated=rotated and cache.can_rotate)
     return graph, appended_caches(graph)
 
 

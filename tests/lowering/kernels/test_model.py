@@ -165,7 +165,6 @@ def test_weights_are_buffers_that_can_be_saved():
 @pytest.mark.parametrize("name", RECIPES)
 def test_on_cuda(name, tmp_path, monkeypatch):
     monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
-    monkeypatch.setattr(search, "ROWS", (1, 4))
     graph = graph_of(name)
     native = NativeArtifact(graph)
     for dtype in ("float16", "bfloat16"):
@@ -176,3 +175,6 @@ def test_on_cuda(name, tmp_path, monkeypatch):
         rest, _ = model.step(IDS[:, 4:], cache)
         assert (torch.cat((first, rest), 1).cpu() - found).abs().max() < 0.2 * expected.abs().max()
     assert all(site["implementation"] in ("triton", "library", "float") for site in model.report["sites"])
+    before = model.forward(IDS)
+    assert search.tune(model, rows=(1, 4))
+    assert (model.forward(IDS) - before).abs().max() < 0.2 * before.abs().max()
