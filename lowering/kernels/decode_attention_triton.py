@@ -130,7 +130,8 @@ def launch(
     rows = query_heads // heads * queries
     tile = Tile.of(rows, keys, values)
     if config is None:
-        key = (str(keys.spec), str(values.spec), keys.width, values.width, rows, batch * heads, capacity)
+        sizes = (rows, batch * heads, tuning.row_bucket(capacity))
+        key = (str(keys.spec), str(values.spec), keys.width, values.width, *sizes)
         found = tuning.found(q.device, "decode_attention", key, Config, lambda: configs(tile))
         config = found or default_config(tile)
     blocks = triton.cdiv(rows, tile.rows)
@@ -178,6 +179,7 @@ def launch(
         MODE=_mode(q.device),
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=_registers(keys, values, config),
     )
     if splits > 1:
         merge_kernel[(all_rows,)](partial, stats, out, all_rows, **_merge_constants(values.width, splits), num_warps=4)
@@ -189,6 +191,15 @@ def _splits(capacity: int, programs: int, config: Config, device: torch.device) 
     count = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else _MULTIPROCESSORS
     wanted = triton.cdiv(count * config.programs, programs)
     return int(max(1, min(wanted, triton.cdiv(capacity, 2 * config.tokens), _MOST_SPLITS)))
+
+
+def _registers(keys: Side, values: Side, config: Config) -> int:
+    """Most registers of a thread: 128, where they suffice, for four programs of 128 threads on a multiprocessor.
+
+    Left to itself, the compiler gives up a register or two for less.
+    """
+    is_large = config.warps < 4 or max(keys.width, values.width) > 128
+    return 255 if is_large or any(side.groups > 1 or side.zero is not None for side in (keys, values)) else 128
 
 
 def _mode(device: torch.device) -> int:
@@ -278,10 +289,10 @@ _BUDGETS = {"int8": 4.0, "int4": 3.6, "fp8": 4.5, "int4 g16": 6.5}
 
 
 def ahead_of_time() -> Iterator[KernelCase]:
-    """Every form with its default configuration; every configuration for the common forms, more rows, other widths."""
+    """Every form with every configuration for 128 channels, and with the default for more rows and other widths."""
     for form in _FORMS:
         tile = _tile(form, 128, 4)
-        for config in configs(tile) if form in _BUDGETS else configs(tile)[:1]:
+        for config in configs(tile):
             first = form in _BUDGETS and config == default_config(tile)
             yield from _cases(form, 128, 4, config, "common" if first else "other", _BUDGETS.get(form, 0.0) * first)
         for rows, width in ((32, 128), (4, 64), (8, 80), (4, 256), (32, 256)):
@@ -367,7 +378,11 @@ def _cases(
             split_kernel,
             types | dict.fromkeys(integers, "i32"),
             constants | given | fixed,
-            {"num_warps": config.warps, "num_stages": config.stages},
+            {
+                "num_warps": config.warps,
+                "num_stages": config.stages,
+                "maxnreg": _registers(keys, values, config),
+            },
             {capability: "HMMA"},
             config.tokens * (keys.width + values.width),
             budget,

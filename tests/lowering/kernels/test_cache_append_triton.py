@@ -57,6 +57,20 @@ def test_float32_and_a_view_are_taken():
     assert equal(part, reference)
 
 
+@pytest.mark.parametrize("name", ["fp8-static", "int8-static"])
+def test_every_float16_is_rounded_as_torch_rounds_it(name):
+    """With a scale of 1 ties of both kinds occur, and numbers beyond the largest code."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    new = torch.where(values.isnan(), 0.0, values).reshape(1, 1, 512, 128)
+    reference = empty_cache(FORMATS[name], 1, 1, 512, 128)
+    reference.scale.fill_(1.0)
+    cache = reference.copy().to(device)
+    launch(new.to(device), *cache.tensors, int32(0).to(device), cache.spec, Config(32, 4))
+    append_reference(reference, new, int32(0))
+    assert equal(cache.to("cpu"), reference)
+
+
 @interpreted
 def test_not_a_number_stays_visible():
     for name in ("int8", "int4-asymmetric", "fp8"):
@@ -90,6 +104,7 @@ def test_machine_code_of_the_common_forms():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_machine_code_of_every_configuration():
     reports = inspect("cache_append_triton")
     assert len(reports) == 2 * len(list(cache_append_triton.ahead_of_time()))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from qcompiler.lowering.kernels import cache_codes_triton as codes_triton
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from qcompiler.kv_cache import CacheFormat
 from qcompiler.lowering.kernels import decode_attention_cpu
 from qcompiler.lowering.kernels.decode_attention import decode_attention_reference
 from tests.lowering.kernels.filled_caches import FORMATS, KERNELS, filled_cache, int32
@@ -56,10 +55,11 @@ def test_sixteen_bit_queries_are_computed_in_float32():
     compare(q, keys, keys, (17,), tolerance=4e-3)
 
 
-def test_a_value_that_is_not_a_number_stays_visible():
+@pytest.mark.parametrize("name", ["fp8", "fp8-static"])
+def test_a_value_that_is_not_a_number_stays_visible(name):
     new = torch.randn(1, 1, 4, 32)
     new[0, 0, 2, 5] = torch.nan
-    cache = filled_cache(CacheFormat("float8_e4m3fn"), 1, 1, 4, 32, (0,))
+    cache = filled_cache(FORMATS[name], 1, 1, 4, 32, (0,))
     cache.append(new, int32(0))
     out = KERNELS.decode_attention(new[:, :, :1], *cache.tensors, *cache.tensors, int32(4), *[cache.dtype] * 2, 0.2)
     assert out.isnan().any()

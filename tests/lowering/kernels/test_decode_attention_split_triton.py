@@ -43,9 +43,8 @@ def check(
     q = torch.randn(batch, queries, heads * ratio, width).to(dtype).transpose(1, 2)
     length = int32(*lengths)
     scale = 1.5 / width**0.5
-    want = decode_attention_reference(
-        q.float(), *sides[0].tensors, *sides[1].tensors, length, *[s.dtype for s in sides], scale, window, softcap
-    )
+    tensors, dtypes = (*sides[0].tensors, *sides[1].tensors), (sides[0].dtype, sides[1].dtype)
+    want = decode_attention_reference(q.float(), *tensors, length, *dtypes, scale, window, softcap)
     k, v = (Side.of("kv", *side.to(DEVICE).tensors, side.dtype) for side in sides)
     given = (q.to(DEVICE), k, v, length.to(DEVICE), scale, window, softcap)
     got = launch(*given, config=config, splits=splits)

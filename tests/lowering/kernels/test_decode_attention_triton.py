@@ -128,6 +128,7 @@ def test_every_configuration_of_the_common_forms_is_among_the_cases():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_machine_code_of_everything():
     wanted = list(decode_attention_triton.ahead_of_time())
     reports = inspect("decode_attention_triton")
