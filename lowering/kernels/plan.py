@@ -133,7 +133,7 @@ class Plan:
             return [source, *(n for n in scales if n is not None and n not in self.owned)]
         if self.fused_caches(node) is not None:
             return [cast(Node, node.args[0])]
-        return [n for n in node.all_input_nodes if node not in self.unmasked or n is not node.args[3]]
+        return node.all_input_nodes  # a mask that hides nothing is left out as dead code
 
     def fused_caches(self, node: Node) -> tuple[AppendedCache, AppendedCache] | None:
         """The keys and values that attention reads, where the fused operator computes what it says."""

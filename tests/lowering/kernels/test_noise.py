@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
+import qcompiler as qc
 from qcompiler.feed import feed
 from qcompiler.graph import is_op
 from qcompiler.lowering.kernels.noise import with_noise
 from qcompiler.lowering.kernels.rewrite import rewrite
 from qcompiler.native import NativeArtifact
+from qcompiler.passes import RTN, Assign, InsertQDQ
 from tests.tiny_graphs import interpret, language_model
 
 IDS = torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -66,3 +68,12 @@ def test_what_is_rounded():
         assert set(names(graph, target.default)) <= rounded
     moved = set(names(graph, torch.ops.aten.transpose.int)) | set(names(graph, torch.ops.aten.unsqueeze.default))
     assert not moved & rounded
+
+
+def test_a_norm_that_quantizes_its_result_is_rounded_first():
+    calibration = qc.Calibration.from_tokens(torch.randint(32, (4, 8)))
+    passes = [Assign("w8a8-dynamic"), RTN(), InsertQDQ(observer=None)]
+    graph = qc.compile(language_model(), passes, calibration).graph
+    made = rewrite(graph, torch.device("cpu"), torch.bfloat16)
+    assert made.fused_norms == 4
+    assert set(names(graph, _canonical.rms_norm.default)) <= made.rounded
