@@ -174,7 +174,7 @@ def test_output_stays_when_the_last_rename_fails(tmp_path: Path, monkeypatch: py
 
 def test_many_layers_left_alone_are_a_number_on_the_terminal(capsys):
     def printed(count):
-        summary = {key: 1 for key in ("bytes_before", "bytes_after", "bits_per_weight", "seconds", "peak_rss_bytes")}
+        summary = dict.fromkeys(("bytes_before", "bytes_after", "bits_per_weight", "seconds", "peak_rss_bytes"), 1)
         summary |= {"sites": [], "notes": [], "artifacts": {"native": "out/native"}, "held_out": None}
         summary["skipped"] = [{"site": f"layer.{i}", "reason": "no"} for i in range(count)]
         cli._print_compiled(summary)
