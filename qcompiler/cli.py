@@ -144,10 +144,10 @@ def evaluate(
             max_tokens=max_tokens,
             progress=lambda done, total: progress(done, total, "windows"),
         ).to_dict()
-    if engine is not None:
-        found["engine"] = _engine(opened)
+    found["engine"] = None if engine is None else _engine(opened)
     if not as_json:
-        print_table({key: value for key, value in found.items() if value is not None})
+        shown = found if engine is None else {**found, "engine": _in_short(found["engine"])}
+        print_table({key: value for key, value in shown.items() if value is not None})
     return found
 
 
@@ -174,7 +174,7 @@ def generate(
     )
     if not as_json:
         print(prompt + result.text)
-    return result.to_dict() if engine is None else {**result.to_dict(), "engine": _engine(opened)}
+    return {**result.to_dict(), "engine": None if engine is None else _engine(opened)}
 
 
 @app.command()
@@ -336,6 +336,11 @@ def _engine(artifact: Any) -> dict[str, Any]:
     found = {key: report[key] for key in ("device", "dtype", "fused_norms", "caches")}
     reasons = {site["site"]: site["reason"] for site in report["sites"] if site["implementation"] == "reference"}
     return {**found, "sites": dict(sites), "references": reasons}
+
+
+def _in_short(engine: dict[str, Any]) -> str:
+    layers = ", ".join(f"{count} {implementation}" for implementation, count in engine["sites"].items())
+    return f"kernels on {engine['device']} in {engine['dtype']}; layers: {layers}"
 
 
 def _bytes(text: str) -> int:

@@ -19,6 +19,7 @@ COMPILE_KEYS = {
     "bytes_after",
     "bits_per_weight",
     "cache_bytes_per_token",
+    "held_out",
     "skipped",
     "sites",
     "notes",
@@ -34,6 +35,7 @@ EVALUATE_KEYS = {
     "cache_bytes_per_token",
     "cached",
     "seconds",
+    "engine",
 }
 SITES = 14  # 2 layers of q, k, v, o, gate, up, down
 
@@ -68,6 +70,7 @@ def test_compile_prints_one_object_with_every_key(journey: Journey) -> None:
     assert result["seconds"] > 0
     assert result["peak_rss_bytes"] > 1 << 26
     assert [skip["site"] for skip in result["skipped"]] == ["lm_head"]
+    assert result["held_out"]["kl_divergence"] > 0
     schemes = {site["site"]: site["scheme"] for site in result["sites"]}
     assert len(schemes) == SITES
     assert {s for name, s in schemes.items() if name.endswith("down_proj")} == {"int8 per_channel symmetric"}
@@ -125,6 +128,7 @@ def test_without_text_the_held_out_tokens_are_used(journey: Journey) -> None:
         "reference_perplexity",
         "kl_divergence",
         "top1_agreement",
+        "engine",
     ]
     held_out = qc.load(journey.out).held_out
     assert held_out is not None
@@ -157,7 +161,7 @@ def test_generates(journey: Journey, place: str) -> None:
 def test_kernels_run_the_native_artifact(journey: Journey) -> None:
     arguments = (journey.out, "--engine", "kernels", "--device", "cpu", "--json")
     result = command("evaluate", *arguments, "--text", journey.text, "--max-tokens", 512).result
-    assert set(result) == EVALUATE_KEYS | {"engine"}
+    assert set(result) == EVALUATE_KEYS
     native = qc.evaluate(journey.out, text=journey.text, max_tokens=512)
     assert result["perplexity"] == pytest.approx(native.perplexity, rel=1e-2)
     engine = result["engine"]
