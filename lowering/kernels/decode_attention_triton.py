@@ -75,7 +75,7 @@ def default_config(tile: Tile) -> Config:
 def configs(tile: Tile) -> tuple[Config, ...]:
     """What a search tries, the default first."""
     if tile.words <= tile.rows:  # several warps would compute the same
-        shapes = [(64, 1, 3, 8), (64, 1, 4, 8), (64, 1, 3, 16)]
+        shapes = [(32, 1, 4, 8), (32, 1, 3, 8), (32, 1, 4, 16)]
     elif tile.rows == 32:
         shapes = [(64, 8, 3, 2), (64, 8, 2, 2), (64, 8, 4, 2)]
     else:
@@ -296,6 +296,8 @@ def ahead_of_time() -> Iterator[KernelCase]:
             first = form in _BUDGETS and config == default_config(tile)
             yield from _cases(form, 128, 4, config, "common" if first else "other", _BUDGETS.get(form, 0.0) * first)
         for rows, width in ((32, 128), (4, 64), (8, 80), (4, 256), (32, 256)):
+            if any(spec is not None and width % spec.block(width) for spec in _FORMS[form]):
+                continue
             yield from _cases(form, width, rows, default_config(_tile(form, width, rows)), "other")
     for options in ({"WINDOW": True}, {"SOFTCAP": True}, {"SPLITS": 1}, {"bfloat16": True}):
         yield from _cases(

@@ -102,6 +102,20 @@ def test_shares_of_the_tokens(splits):
     check("int8", "int8", (150,), splits=splits, batch=1)
 
 
+@pytest.mark.parametrize("size", [1e6, 1e-7])
+@pytest.mark.parametrize("name", ["int8", "int4-static"])
+def test_queries_beyond_the_range_of_float16(name, size):
+    cache = filled_cache(FORMATS[name], 1, 1, 64, 32, (60,))
+    q = (torch.randn(1, 2, 1, 32) * size).to(torch.bfloat16)
+    scale = 0.2 / size
+    want = decode_attention_reference(
+        q.float(), *cache.tensors, *cache.tensors, int32(60), cache.dtype, cache.dtype, scale
+    )
+    side = Side.of("kv", *cache.to(DEVICE).tensors, cache.dtype)
+    got = launch(q.to(DEVICE), side, side, int32(60).to(DEVICE), scale, None, None, config=SMALL, splits=2)
+    assert (got.cpu().float() - want).abs().max() <= TOLERANCE[torch.bfloat16] * want.abs().max()
+
+
 def test_bfloat16():
     check("int4-g16-asymmetric", "int8", (90,), dtype=torch.bfloat16)
     check("float", "float", (90,), dtype=torch.bfloat16)
