@@ -241,7 +241,8 @@ def _append_quantized_cuda(
     if choose(spec, new.shape[3], Device.of(new.device)).implementation == "triton":
         from qcompiler.lowering.kernels import cache_append_triton
 
-        cache_append_triton.launch(new, codes, scale, zero_point, start, spec)
+        with torch.cuda.device(new.device):
+            cache_append_triton.launch(new, codes, scale, zero_point, start, spec)
     else:
         append_quantized_reference(new, codes, scale, zero_point, start, dtype, block, symmetric)
 
@@ -255,7 +256,8 @@ def _append_static_cuda(
     if choose(spec, new.shape[3], Device.of(new.device)).implementation == "triton":
         from qcompiler.lowering.kernels import cache_append_triton
 
-        cache_append_triton.launch(new, codes, scale, zero_point, start, spec)
+        with torch.cuda.device(new.device):
+            cache_append_triton.launch(new, codes, scale, zero_point, start, spec)
     else:
         append_static_reference(new, codes, scale, zero_point, start, dtype)
 

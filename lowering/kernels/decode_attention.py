@@ -256,7 +256,8 @@ def _decode_attention_cuda(
     if choices == ["triton", "triton"] and torch.float32 not in (k_codes.dtype, v_codes.dtype):
         from qcompiler.lowering.kernels import decode_attention_triton
 
-        return decode_attention_triton.launch(q, keys, values, length, sm_scale, window, softcap)
+        with torch.cuda.device(q.device):
+            return decode_attention_triton.launch(q, keys, values, length, sm_scale, window, softcap)
     caches = (k_codes, k_scale, k_zero, v_codes, v_scale, v_zero)
     return decode_attention_reference(q, *caches, length, k_dtype, v_dtype, sm_scale, window, softcap)
 

@@ -100,7 +100,7 @@ def test_a_found_configuration_is_launched(monkeypatch):
     assert (got.float() - want).abs().max() < 2e-3 * want.abs().max()
     ((kernel, key, candidates),) = asked
     assert (kernel, candidates) == ("decode_attention", configs(Tile.of(2, keys, keys)))
-    assert key == ("int8 per token g32 symmetric", "int8 per token g32 symmetric", 32, 32, 2, 1, 70)
+    assert key == ("int8 per token g32 symmetric", "int8 per token g32 symmetric", 32, 32, 2, 1, 128)
 
 
 def test_machine_code_of_the_common_forms():
