@@ -118,6 +118,8 @@ def check(x: Tensor, dtype: torch.dtype, bits: int, *, has_zero_point: bool, wei
         raise InputError(
             "the weight of a norm has one element per channel", got=list(weight.shape), expected=[x.shape[-1]]
         )
+    if weight is not None and weight.device != x.device:
+        raise InputError("norm and values lie on different devices", got=weight.device, expected=x.device)
 
 
 def _check_rows(dtype: torch.dtype, clip: float) -> None:
@@ -204,12 +206,18 @@ def _norm_static_cpu(
     return _static_cpu(_canonical.rms_norm(x, weight, eps), scale, dtype, zero_point, bits)
 
 
+def _current(x: Tensor) -> torch.cuda.device:
+    """Makes the device of ``x`` the current one, which Triton launches on."""
+    return torch.cuda.device(x.device)
+
+
 def _rows_cuda(x: Tensor, dtype: torch.dtype, clip: float = 1.0, bits: int = 8) -> tuple[Tensor, Tensor]:
     from qcompiler.lowering.kernels.quantize_rows_triton import launch
 
     check(x, dtype, bits, has_zero_point=False)
     _check_rows(dtype, clip)
-    codes, scale, _ = launch(x, dtype, clip=clip, bits=bits)
+    with _current(x):
+        codes, scale, _ = launch(x, dtype, clip=clip, bits=bits)
     return codes, scale
 
 
@@ -218,7 +226,8 @@ def _rows_affine_cuda(x: Tensor, clip: float = 1.0, bits: int = 8) -> tuple[Tens
 
     check(x, torch.uint8, bits, has_zero_point=True)
     _check_rows(torch.int8, clip)
-    codes, scale, zero = launch(x, torch.uint8, clip=clip, bits=bits)
+    with _current(x):
+        codes, scale, zero = launch(x, torch.uint8, clip=clip, bits=bits)
     assert zero is not None
     return codes, scale, zero
 
@@ -230,7 +239,8 @@ def _static_cuda(
 
     check(x, dtype, bits, has_zero_point=zero_point is not None)
     _check_static(scale, zero_point, x)
-    return launch_static(x, scale, zero_point, dtype, bits=bits)
+    with _current(x):
+        return launch_static(x, scale, zero_point, dtype, bits=bits)
 
 
 def _norm_rows_cuda(
@@ -240,7 +250,8 @@ def _norm_rows_cuda(
 
     check(x, dtype, bits, has_zero_point=False, weight=weight)
     _check_rows(dtype, clip)
-    codes, scale, _ = launch(x, dtype, clip=clip, bits=bits, norm=(weight, eps))
+    with _current(x):
+        codes, scale, _ = launch(x, dtype, clip=clip, bits=bits, norm=(weight, eps))
     return codes, scale
 
 
@@ -257,7 +268,8 @@ def _norm_static_cuda(
 
     check(x, dtype, bits, has_zero_point=zero_point is not None, weight=weight)
     _check_static(scale, zero_point, x)
-    return launch_static(x, scale, zero_point, dtype, bits=bits, norm=(weight, eps))
+    with _current(x):
+        return launch_static(x, scale, zero_point, dtype, bits=bits, norm=(weight, eps))
 
 
 def _scale_like(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -141,7 +141,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
                 part = tl.load(x_ptr + start + columns, mask=start + columns < width, other=0.0).to(tl.float32)
                 squares += part * part
             square = tl.sum(squares, 0)
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square, width.to(tl.float32)) + eps))
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square, tl.cast(width, tl.float32)) + eps))
         if ONE_PASS:
             x = _normed(x, weight_ptr, columns, mask, inverse, NORM, dtype)
     zero = 0

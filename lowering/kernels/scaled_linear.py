@@ -108,7 +108,8 @@ def _cuda(*arguments: Any) -> Tensor:
     from qcompiler.lowering.kernels.scaled_linear_triton import launch
 
     check(*arguments)
-    return launch(*arguments)
+    with torch.cuda.device(arguments[0].device):  # Triton launches on the current device
+        return launch(*arguments)
 
 
 def _fake(*arguments: Any) -> Tensor:

@@ -81,7 +81,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
     n = (tl.program_id(0) % tiles_n * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (m < M) & (n < N)
     places = m.to(tl.int64) * N + n
-    size = M.to(tl.int64) * N
+    size = tl.cast(M, tl.int64) * N  # no ``M.to``: Triton makes a constant of a single row
     acc = tl.load(parts_ptr + places, mask=inside, other=0)
     for part in tl.static_range(1, SPLITS):
         acc += tl.load(parts_ptr + part * size + places, mask=inside, other=0)

@@ -132,7 +132,14 @@ def check(
         raise InputError("one bias per output channel", got=list(bias.shape), expected=[outputs])
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise InputError("no dtype of results", got=dtype, expected="float32, float16 or bfloat16")
-    if any(t is not None and t.device != codes.device for t in (scale, zero_point, weight, weight_scale, bias)):
+    if weight_sums is not None and (weight_sums.dtype != torch.float32 or tuple(weight_sums.shape) != (outputs,)):
+        raise InputError(
+            "one sum per output channel",
+            got=f"{weight_sums.dtype} {list(weight_sums.shape)}",
+            expected=f"float32 {[outputs]}",
+        )
+    tensors = (scale, zero_point, weight, weight_scale, weight_sums, bias)
+    if any(tensor is not None and tensor.device != codes.device for tensor in tensors):
         raise InputError("tensors on different devices", got=f"{codes.device} and {weight.device}")
 
 

@@ -30,6 +30,8 @@ from qcompiler.lowering.kernels.scaled_linear_layout import FLOAT8
 
 __all__ = ["ahead_of_time", "case_name", "launch"]
 
+_SCALED_ROWS = 256  # up to which PyTorch's product is not asked to scale rows and columns
+
 E4M3_TO_HALF = (
     # Bytes to the upper halves of 16 bits; sign where it is, the rest one place down. NaN has all seven bits set: one
     # more at the lowest of them carries into bit 14, and with it the number is a NaN of float16.
@@ -204,6 +206,9 @@ def launch(
     zero_shift = 0
     if x.dtype == torch.uint8:
         x, zero_shift = (x ^ 0x80).view(torch.int8), 128
+    if x.data_ptr() % 16:  # a part of a larger tensor: read byte by byte, it would not go through shared memory
+        x = x.clone()
+    scale, zero_point, weight_sums, bias = map(_dense, (scale, zero_point, weight_sums, bias))
     rest = (weight_scale, weight_sums, bias)
     rows, outputs = len(x), len(weight)
     if rows == 0:
@@ -284,11 +289,10 @@ def _library(
     dtype: torch.dtype,
 ) -> Tensor:
     """PyTorch's products; rows and columns are scaled by it (bfloat16 results of 8-bit floats) or by `finish`."""
-    x = x if x.data_ptr() % 16 == 0 else x.clone()
     if x.dtype in FLOAT8:
-        if dtype == torch.bfloat16:
-            per_row = scale.reshape(-1, 1).expand(len(x), 1).contiguous()
-            return torch._scaled_mm(x, weight.t(), per_row, weight_scale[None], bias=bias, out_dtype=dtype)
+        y = _scaled_by_library(x, scale, weight, weight_scale, bias) if dtype == torch.bfloat16 else None
+        if y is not None:
+            return y
         one = torch.ones((), dtype=torch.float32, device=x.device)
         parts = torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.float32)
     else:
@@ -296,6 +300,32 @@ def _library(
     y = torch.empty(parts.shape, dtype=dtype, device=x.device)
     finish(parts[None], y, scale, zero_point, weight_scale, weight_sums, bias)
     return y
+
+
+def _scaled_by_library(
+    x: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """The product in bfloat16 with a scale per row and column; None where cuBLAS has none.
+
+    cuBLAS 12.9 and later refuse some shapes with CUBLAS_STATUS_NOT_SUPPORTED while nothing has been launched yet:
+    on Hopper up to 256 rows where K is large, on consumer Blackwell all. With one scale they take the same shapes.
+    """
+    if len(x) <= _SCALED_ROWS:
+        return None
+    per_row = scale.reshape(-1, 1).expand(len(x), 1).contiguous()
+    offset = None if bias is None else bias.to(torch.bfloat16)  # it takes no other
+    try:
+        y: Tensor = torch._scaled_mm(x, weight.t(), per_row, weight_scale[None], bias=offset, out_dtype=torch.bfloat16)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return None
+    return y
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, as kernels read it: a scale that was expanded, say, is not."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def ahead_of_time() -> Iterator[KernelCase]:

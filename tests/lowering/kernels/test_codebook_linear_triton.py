@@ -19,6 +19,7 @@ from qcompiler.lowering.kernels.codebook_linear_triton import Config
 from qcompiler.lowering.kernels.device import Device
 from qcompiler.qtensor import Codebook, Csr
 from qcompiler.spec import QuantSpec
+from tests.lowering.kernels.as_launched import as_launched, flaws
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODULE = "qcompiler.lowering.kernels.codebook_linear_triton"
@@ -197,6 +198,38 @@ def test_every_configuration_that_can_be_launched_is_compiled() -> None:
                 kind = "x".join(map(str, (config.rows, config.out))) + ("" if config.swap else "p")
                 shape = f"{kind}-{config.warps}x{config.stages}-sm{capability}"
                 assert not config.rows or all(any(f"-{b}-{shape}" in name for name in names) for b in (2, 3, 4))
+
+
+def launches(capability: int, rows: tuple[int, ...] = (1,), bits: tuple[int, ...] = (4,)) -> None:
+    """What `as_launched` compiles: a single row of input, with and without a sparse matrix, and one channel alone."""
+    Device.of = classmethod(lambda cls, device: Device("cuda", "a GPU", capability, True))  # type: ignore[method-assign]
+    for b in bits:
+        for count in rows:
+            for out, width in ((4096, 4096), (1, 300)):
+                blocks, nothing = -(-out // 16), (None, None, None)
+                codes = torch.zeros(blocks, -(-width // 256), b, 16, 32, dtype=torch.uint8)
+                table = torch.zeros((1 << b) // 2, blocks * 16, dtype=torch.int32)
+                columns, offsets = torch.zeros(16, dtype=torch.int16), torch.zeros(out + 1, dtype=torch.int32)
+                x, bias = torch.zeros(count, width, dtype=torch.float16), torch.zeros(out, dtype=torch.float16)
+                for parts in ((torch.zeros(16, dtype=torch.float16), columns, offsets), nothing):
+                    module.launch(x, codes, table, bias, *parts, out)
+
+
+def many_launches(capability: int) -> None:
+    launches(capability, (1, 8, 16, 20, 32, 48, 64, 200), (2, 3, 4))
+
+
+def test_launches_of_a_single_row_compile() -> None:
+    found = as_launched("test_codebook_linear_triton")
+    assert flaws(found) == []
+    assert {"multiply", "finish"} == {one["kernel"] for one in found}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_launches_of_many_shapes_compile(capability: int) -> None:
+    assert flaws(as_launched("test_codebook_linear_triton", "many_launches", capability), capability) == []
 
 
 @pytest.mark.gpu

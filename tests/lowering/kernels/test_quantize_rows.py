@@ -148,6 +148,12 @@ def test_shapes_without_values():
             "no zero point",
         ),
         (lambda: kernels.rms_norm_quantize_rows(torch.ones(2, 3), torch.ones(4), 1e-6, torch.int8), "norm"),
+        (
+            lambda: module.check(
+                torch.ones(2, 3), torch.int8, 8, has_zero_point=False, weight=torch.ones(3, device="meta")
+            ),
+            "different devices",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(call, says):

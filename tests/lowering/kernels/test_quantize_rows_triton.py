@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 from qcompiler.lowering.kernels import quantize_rows as plain
 from qcompiler.lowering.kernels import quantize_rows_triton as module
+from tests.lowering.kernels.as_launched import as_launched, flaws
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -181,6 +182,38 @@ def test_all_configurations_compile_without_spills():
         for config in module.configs(width):
             kind = "rows" if width <= config.block else "loop"
             assert any(f"{kind}{middle}-{config.block}-{config.warps}-" in names for middle in ("", "-default"))
+
+
+def launches(capability: int, widths: tuple[int, ...] = (1, 4096)) -> None:
+    """What `as_launched` compiles: the weight of a norm is float32, whatever the values are."""
+    for width in widths:
+        x, weight = torch.zeros(1, width, dtype=torch.bfloat16), torch.zeros(width)
+        one = torch.ones(())
+        for codes in (torch.int8, torch.float8_e4m3fn):
+            for config in module.configs(width) if len(widths) > 2 else (None,):
+                module.launch(x, codes, config=config)
+                module.launch(x, codes, norm=(weight, 1e-6), config=config)
+                module.launch(x, torch.uint8, config=config)
+            module.launch_static(x, one, None, codes, norm=(weight, 1e-6))
+            module.launch_static(x, one, None, codes)
+        module.launch_static(x, one, torch.zeros((), dtype=torch.int8), torch.int8, norm=(weight, 1e-6))
+
+
+def many_launches(capability: int) -> None:
+    launches(capability, (64, 2048, 3584, 5120, 8192, 11008, 14336, 18944, 32768, 40000))
+
+
+def test_launches_of_a_single_row_compile():
+    found = as_launched("test_quantize_rows_triton")
+    assert flaws(found) == []
+    assert [1] in [one["integers"] for one in found]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_launches_of_many_widths_compile(capability):
+    assert flaws(as_launched("test_quantize_rows_triton", "many_launches", capability), capability) == []
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from qcompiler.errors import InputError, TargetError
 from qcompiler.lowering.kernels import quantize_rows, scaled_linear  # noqa: F401 (defines the operators)
 from qcompiler.lowering.kernels.device import Device
 from qcompiler.lowering.kernels.scaled_linear import ScaledLinear, choose
+from qcompiler.lowering.kernels.scaled_linear_layout import check
 from qcompiler.qtensor import Affine
 from qcompiler.spec import QuantSpec, Scheme
 
@@ -234,6 +235,8 @@ def arguments(**changes):
         ({"zero_point": torch.zeros(3, 1)}, "of its dtype"),
         ({"zero_point": torch.zeros(3, 1, dtype=torch.int8), "weight_sums": None}, "sums of the weight's rows"),
         ({"weight_scale": torch.ones(23)}, "another shape"),
+        ({"weight_sums": torch.ones(23)}, "one sum per output"),
+        ({"weight_sums": torch.ones(24).half()}, "one sum per output"),
         ({"group": 32}, "another shape"),
         ({"bias": torch.ones(23)}, "one bias"),
         ({"dtype": torch.int32}, "no dtype of results"),
@@ -242,6 +245,12 @@ def arguments(**changes):
 def test_arguments_that_do_not_fit(changes, says):
     with pytest.raises(InputError, match=says):
         kernels.scaled_linear(*arguments(**changes))
+
+
+def test_tensors_on_different_devices():
+    for name in ("scale", "weight_sums"):
+        with pytest.raises(InputError, match="different devices"):
+            check(*arguments(**{name: torch.ones(1 if name == "scale" else 24, device="meta")}))
 
 
 def test_two_kinds_of_floats():

@@ -21,6 +21,7 @@ from qcompiler.lowering.kernels.device import Choice
 from qcompiler.lowering.kernels.scaled_linear_config import Config, configs, default_config
 from qcompiler.qtensor import Affine
 from qcompiler.spec import Scheme
+from tests.lowering.kernels.as_launched import as_launched, flaws
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODULE = "qcompiler.lowering.kernels.scaled_linear_triton"
@@ -264,6 +265,77 @@ def test_all_configurations_use_tensor_cores_and_do_not_spill():
                         for config in configs(rows, *shape, codes, capability, has_blocks=has_blocks):
                             name = module.case_name(codes, has_blocks, capability, config)
                             assert config.library or name in names
+
+
+def launches(capability: int, shapes: tuple[tuple[int, ...], ...] = ((1, 1024, 4096), (16, 512, 1040))) -> None:
+    """What `as_launched` compiles: a single row, split along K; a width that no tile divides."""
+    for rows, outputs, width in shapes:
+        for dtype in (torch.int8, torch.float8_e4m3fn):
+            x, weight = (torch.zeros(n, width, dtype=torch.uint8).view(dtype) for n in (rows, outputs))
+            zero = torch.zeros(rows, 1, dtype=torch.int8) if dtype == torch.int8 else None
+            sums, bias = torch.zeros(outputs), torch.zeros(outputs, dtype=torch.bfloat16)
+            rest = (weight, torch.ones(outputs), sums, bias, 0, torch.bfloat16)
+            module.launch(x, torch.ones(rows, 1), zero, *rest, capability=capability)
+        packed = torch.zeros(outputs, 64 * -(-width // 128), dtype=torch.uint8)
+        x, scales = torch.zeros(rows, width, dtype=torch.int8), torch.ones(-(-width // 128), outputs)
+        module.launch(x, torch.ones(rows, 1), None, packed, scales, None, None, 128, torch.bfloat16)
+
+
+def many_launches(capability: int) -> None:
+    shapes = ((4096, 4096), (4096, 11008), (3584, 18944), (999, 4099), (64, 1))
+    launches(capability, tuple((rows, *shape) for rows in (1, 2, 16, 64) for shape in shapes))
+    launches(capability, ((1, 1, 1), (64, 1, 4096)))
+
+
+def test_launches_of_a_single_row_compile():
+    found = as_launched("test_scaled_linear_triton")
+    assert flaws(found) == []
+    assert {"_kernel", "_grouped_kernel", "_finish_kernel"} == {one["kernel"] for one in found}
+    assert any(one["kernel"] == "_finish_kernel" and one["integers"][0] == 1 for one in found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_launches_of_many_shapes_compile(capability):
+    assert flaws(as_launched("test_scaled_linear_triton", "many_launches", capability), capability) == []
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic-actasym", "fp8-dynamic", "w4a8-dynamic"])
+def test_scales_and_codes_that_are_parts_of_other_tensors(scheme):
+    """Expanded or strided scales, codes at an odd address: copied, not read as if they were whole tensors."""
+    codes, scale, zero, *rest = arguments(laid_out(scheme, 70, 128), 5, 128)
+    expected = module.launch(codes, scale, zero, *rest)
+    shifted = torch.empty(codes.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(codes.shape)
+    shifted.copy_(codes.view(torch.uint8))
+    wide = torch.stack([scale, torch.full_like(scale, torch.nan)], -1)[..., 0]
+    assert not wide.is_contiguous()
+    wide_zero = None if zero is None else torch.stack([zero, zero + 1], -1)[..., 0]
+    assert torch.equal(module.launch(shifted.view(codes.dtype), wide, wide_zero, *rest), expected)
+    one = scale[:1].clone()
+    ends = (one.new_full((9,), torch.nan), one, one.new_full((9,), torch.nan))
+    expanded = torch.cat([end.reshape(-1) for end in ends])[9:10].expand(5)[:, None]
+    assert torch.equal(module.launch(codes, expanded, zero, *rest), module.launch(codes, one.repeat(5, 1), zero, *rest))
+
+
+@pytest.mark.parametrize(("rows", "refuses", "calls"), [(256, False, 1), (257, False, 1), (257, True, 2)])
+def test_products_that_the_library_cannot_scale_are_scaled_behind(rows, refuses, calls, monkeypatch):
+    layer = laid_out("fp8-dynamic", 64, 128)
+    given = (*arguments(layer, rows, 128)[:-3], layer.bias, 0, torch.bfloat16)
+    product, seen = torch._scaled_mm, []
+
+    def scaled_mm(x, weight, a, b, **options):
+        seen.append(a.numel())
+        if refuses and a.numel() > 1:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        return product(x, weight, a, b, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    y = module.launch(*given, config=Config(library=True))
+    expected = plain.scaled_linear_reference(*given[:-1], torch.float32)
+    assert (y.float() - expected).abs().max() <= expected.abs().max() * 1e-2
+    assert len(seen) == calls
+    assert seen[-1] == (rows if rows > 256 and not refuses else 1)
 
 
 @pytest.mark.gpu
