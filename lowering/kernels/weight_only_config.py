@@ -62,7 +62,7 @@ _FEW_ROWS = (
 )
 _HOPPER = (Config(64, prescale=True, stages=3), Config(128, prescale=True, stages=3))
 """For more rows on devices with products of 64 rows that read shared memory themselves (``wgmma``)."""
-_AMPERE = (Config(32, swap=True), Config(64, swap=True, prescale=True, stages=3))
+_AMPERE = (Config(32, swap=True, prescale=True), Config(64, swap=True, prescale=True, stages=3))
 """For more rows on all others."""
 _ALTERNATIVES = (
     Config(8, 64, swap=True, warps=2),
@@ -71,8 +71,8 @@ _ALTERNATIVES = (
     Config(16, 256, warps=8, stages=3),
 )
 """What else a search tries."""
-_FUSED_ROWS = {True: 384, False: 128}
-"""By `is_hopper`: beyond, unpacking for every block of rows costs more than writing the weight once."""
+_FUSED_BLOCKS = {True: 3, False: 2}
+"""By `is_hopper`: with more blocks of rows, unpacking for each costs more than writing the weight once."""
 
 
 def default_config(
@@ -88,14 +88,14 @@ def default_config(
         capability: of the device.
         processors: multiprocessors of the device.
     """
-    if rows > _FUSED_ROWS[is_hopper(capability)]:
-        return _DEQUANTIZED
     layout = Layout.of(bits, width, width)
     if rows <= 16:
         config = next(c for c in _preferred(rows, out, processors) if fits(c, layout, capability))
         wanted = processors / 4  # a block has all the warps and bytes in flight that a multiprocessor needs
     else:
-        shapes = _many_rows(capability)
+        shapes = [shape for shape in _many_rows(capability) if fits(shape, layout, capability)]
+        if rows > _FUSED_BLOCKS[is_hopper(capability)] * shapes[-1].rows:
+            return _DEQUANTIZED
         config = next((shape for shape in shapes if shape.rows >= rows), shapes[-1])
         ahead = (config.stages - 1) * config.out * layout.tile_bytes
         wanted = 0.75 * processors * (max(1.0, _IN_FLIGHT / ahead) if config.rows <= 64 else 1.0)
@@ -146,10 +146,14 @@ def is_default(config: Config) -> bool:
 
 
 def fits(config: Config, layout: Layout, capability: int) -> bool:
-    """Whether the tiles that are under way fit a block's shared memory."""
-    tiles = max(1, config.depth) * (2 * config.rows * layout.tile + config.out * layout.tile_bytes)
-    limit = SHARED_MEMORY.get(capability, _SMALLEST_SHARED_MEMORY)
-    return (config.stages - 1) * tiles + _SPARE <= limit
+    """Whether the tiles that are under way fit a block's shared memory, and what is unpacked its registers."""
+    if layout.bits == 3 and config.depth and config.rows * config.out > 16 * 32:
+        return False  # eight parts at once, and as many scales: spills
+    step = max(1, config.depth) * (2 * config.rows * layout.tile + config.out * layout.tile_bytes)
+    needed = (config.stages - 1) * step + _SPARE
+    if is_hopper(capability) and config.rows >= 64:  # products read both operands from there
+        needed += step + 2 * config.out * layout.tile
+    return needed <= SHARED_MEMORY.get(capability, _SMALLEST_SHARED_MEMORY)
 
 
 def is_hopper(capability: int) -> bool:

@@ -33,6 +33,7 @@ _ALL = 1 << 30  # a group that no weight is as wide as
 _ALIGNED = (
     16  # input channels that rows of activations are a multiple of, or are filled up to: whole vectors are loaded
 )
+_REGISTERS = 255  # as many as there are: left alone, the assembler stops at fewer, and spills to keep to them
 _PTX = isinstance(kernels.multiply, triton.JITFunction)  # False where kernels are interpreted
 
 
@@ -107,6 +108,7 @@ def launch(
         **_block(config, split > 1),
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=_REGISTERS,
     )
     if split > 1:
         kernels.reduce[(-(-rows * out // _REDUCE_BLOCK),)](
@@ -262,7 +264,7 @@ def _multiply_case(
     bits, group, has_zero, dtype = form
     layout = Layout.of(bits, group or _ALL, _ALL)
     uses_wgmma = is_hopper(capability) and config.rows >= 64
-    budget = _BUDGET[bits] + 0.7 * has_zero + 1.4 * (0 < group < 128) + 2.5 * (config.rows > 16)
+    budget = _BUDGET[bits] + 0.7 * has_zero + 1.4 * (0 < group < 128) + (6.0 if bits == 8 else 2.5) * (config.rows > 16)
     return KernelCase(
         f"{kind} multiply {_format_name(*form)} {_config_name(config)} sm_{capability}",
         kernels.multiply_few if config.depth else kernels.multiply,
@@ -281,7 +283,7 @@ def _multiply_case(
             "EVEN": not is_whole,
             **_block(config, not is_whole, ptx=True),
         },
-        {"num_warps": config.warps, "num_stages": config.stages},
+        {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": _REGISTERS},
         {capability: "HGMMA" if uses_wgmma else "HMMA"},
         weights_per_iteration=config.out * layout.tile * max(1, config.depth),
         budget=0 if is_whole else budget,

@@ -154,6 +154,14 @@ _B4 = tl.constexpr(assembly(4, True))
 _B3_0 = tl.constexpr(assembly(3, True, 0))
 _B3_1 = tl.constexpr(assembly(3, True, 1))
 _B2 = tl.constexpr(assembly(2, True))
+_F8_MAGIC = tl.constexpr(magic(8, False))
+_B8_MAGIC = tl.constexpr(magic(8, True))
+_F4_MAGIC = tl.constexpr(magic(4, False))
+_B4_MAGIC = tl.constexpr(magic(4, True))
+_F3_MAGIC = tl.constexpr(magic(3, False))
+_B3_MAGIC = tl.constexpr(magic(3, True))
+_F2_MAGIC = tl.constexpr(magic(2, False))
+_B2_MAGIC = tl.constexpr(magic(2, True))
 _F_SCALE = tl.constexpr("mul.f16x2 $0, $1, $2;")
 _B_SCALE = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }")
 
@@ -208,11 +216,11 @@ def unpack_8(b, zero, HAS_ZERO: tl.constexpr, PTX: tl.constexpr):
     if PTX:
         if zero.dtype == tl.float16:
             return tl.inline_asm_elementwise(
-                _F8, _C8, [b, _addend(zero, b, 1024)], dtype=tl.float16, is_pure=True, pack=4
+                _F8, _C8, [b, _addend(zero, b, _F8_MAGIC[0])], dtype=tl.float16, is_pure=True, pack=4
             )
         elif HAS_ZERO:
             return tl.inline_asm_elementwise(
-                _B8, _C8, [b, _addend(zero, b, -128)], dtype=tl.bfloat16, is_pure=True, pack=4
+                _B8, _C8, [b, _addend(zero, b, _B8_MAGIC[0])], dtype=tl.bfloat16, is_pure=True, pack=4
             )
         else:
             return tl.inline_asm_elementwise(_B8_PLAIN, _C8_PLAIN, [b], dtype=tl.bfloat16, is_pure=True, pack=4)
@@ -225,14 +233,14 @@ def unpack_4(b, zeros, RUN: tl.constexpr, PTX: tl.constexpr):
     """uint8 ``[BN, part]`` → two tiles; ``zeros`` one ``[BN]`` for every ``RUN`` of them, in the dtype of weights."""
     if PTX:
         if zeros[0].dtype == tl.float16:
-            a0 = _addend(zeros[0], b, 1024)
-            a1 = _addend(zeros[1 // RUN], b, 64)
+            a0 = _addend(zeros[0], b, _F4_MAGIC[0])
+            a1 = _addend(zeros[1 // RUN], b, _F4_MAGIC[1])
             return tl.inline_asm_elementwise(
                 _F4, _C4, [b, a0, a1], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
             )
         else:
-            a0 = _addend(zeros[0], b, 128)
-            a1 = _addend(zeros[1 // RUN], b, 128)
+            a0 = _addend(zeros[0], b, _B4_MAGIC[0])
+            a1 = _addend(zeros[1 // RUN], b, _B4_MAGIC[1])
             return tl.inline_asm_elementwise(
                 _B4, _C4, [b, a0, a1], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
             )
@@ -251,18 +259,18 @@ def unpack_2(b, zeros, RUN: tl.constexpr, PTX: tl.constexpr):
     """uint8 ``[BN, part]`` → four tiles; as `unpack_4`."""
     if PTX:
         if zeros[0].dtype == tl.float16:
-            a0 = _addend(zeros[0], b, 1024)
-            a1 = _addend(zeros[1 // RUN], b, 256)
-            a2 = _addend(zeros[2 // RUN], b, 64)
-            a3 = _addend(zeros[3 // RUN], b, 16)
+            a0 = _addend(zeros[0], b, _F2_MAGIC[0])
+            a1 = _addend(zeros[1 // RUN], b, _F2_MAGIC[1])
+            a2 = _addend(zeros[2 // RUN], b, _F2_MAGIC[2])
+            a3 = _addend(zeros[3 // RUN], b, _F2_MAGIC[3])
             return tl.inline_asm_elementwise(
                 _F2, _C2, [b, a0, a1, a2, a3], dtype=(tl.float16,) * 4, is_pure=True, pack=4
             )
         else:
-            a0 = _addend(zeros[0], b, 128)
-            a1 = _addend(zeros[1 // RUN], b, 32)
-            a2 = _addend(zeros[2 // RUN], b, 8)
-            a3 = _addend(zeros[3 // RUN], b, 32)
+            a0 = _addend(zeros[0], b, _B2_MAGIC[0])
+            a1 = _addend(zeros[1 // RUN], b, _B2_MAGIC[1])
+            a2 = _addend(zeros[2 // RUN], b, _B2_MAGIC[2])
+            a3 = _addend(zeros[3 // RUN], b, _B2_MAGIC[3])
             return tl.inline_asm_elementwise(
                 _B2, _C2, [b, a0, a1, a2, a3], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=4
             )
@@ -284,10 +292,10 @@ def unpack_3(b, high, zeros, HALF: tl.constexpr, RUN: tl.constexpr, PTX: tl.cons
     z3 = zeros[(4 * HALF + 3) // RUN]
     if PTX:
         if z0.dtype == tl.float16:
-            a0 = _addend(z0, b, 1024)
-            a1 = _addend(z1, b, 256)
-            a2 = _addend(z2, b, 64)
-            a3 = _addend(z3, b, 16)
+            a0 = _addend(z0, b, _F3_MAGIC[0])
+            a1 = _addend(z1, b, _F3_MAGIC[1])
+            a2 = _addend(z2, b, _F3_MAGIC[2])
+            a3 = _addend(z3, b, _F3_MAGIC[3])
             if HALF == 0:
                 return tl.inline_asm_elementwise(
                     _F3_0, _C3, [b, high, a0, a1, a2, a3], dtype=(tl.float16,) * 4, is_pure=True, pack=4
@@ -297,10 +305,10 @@ def unpack_3(b, high, zeros, HALF: tl.constexpr, RUN: tl.constexpr, PTX: tl.cons
                     _F3_1, _C3, [b, high, a0, a1, a2, a3], dtype=(tl.float16,) * 4, is_pure=True, pack=4
                 )
         else:
-            a0 = _addend(z0, b, 128)
-            a1 = _addend(z1, b, 32)
-            a2 = _addend(z2, b, 8)
-            a3 = _addend(z3, b, 32)
+            a0 = _addend(z0, b, _B3_MAGIC[0])
+            a1 = _addend(z1, b, _B3_MAGIC[1])
+            a2 = _addend(z2, b, _B3_MAGIC[2])
+            a3 = _addend(z3, b, _B3_MAGIC[3])
             if HALF == 0:
                 return tl.inline_asm_elementwise(
                     _B3_0, _C3, [b, high, a0, a1, a2, a3], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=4

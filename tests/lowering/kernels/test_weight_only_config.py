@@ -51,6 +51,7 @@ def test_shared_memory_is_that_of_the_tiles_under_way():
 def test_rows_decide():
     found = [default_config(rows, 8192, 8192, 4).rows for rows in (1, 4, 5, 8, 9, 16, 17, 64, 65, 384, 385, 4096)]
     assert found == [4, 4, 8, 8, 16, 16, 64, 64, 128, 128, 0, 0]
+    assert [default_config(rows, 8192, 8192, 3).rows for rows in (64, 65, 192, 193)] == [64, 64, 64, 0]
     found = [default_config(rows, 8192, 8192, 4, capability=80).rows for rows in (8, 16, 32, 33, 128, 129)]
     assert found == [8, 16, 32, 64, 64, 0]
 
