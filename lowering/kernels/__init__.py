@@ -11,7 +11,8 @@ needs Triton to be installed.
 |---|---|
 | ``forms.py`` | what of a graph has a kernel, proved on its nodes |
 | ``plan.py``, ``layers.py`` | what becomes of every node, and the module of every linear layer |
-| ``rewrite.py``, ``precision.py`` | the module that is made of it all, and which dtype its operators run in |
+| ``rewrite.py``, ``module_values.py`` | the module that is made of it all |
+| ``precision.py`` | which dtype its operators run in |
 | ``cached_attention.py`` | attention over caches, for few and for many new tokens |
 | ``model.py`` | `KernelModel`: that module with its caches, an artifact |
 | ``noise.py`` | how far it may be from its graph |

@@ -21,18 +21,19 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 from torch.fx import Node
 
 import qcompiler.lowering.kernels.quantize_rows  # noqa: F401  (defines operators)
-from qcompiler.execute import Stretch, makes_a_tensor
-from qcompiler.graph import Graph, ancestors, is_op
+from qcompiler.execute import makes_a_tensor
+from qcompiler.graph import Graph, is_op
 from qcompiler.kv_cache import CacheFormat
 from qcompiler.lowering.kernels import cache_append
 from qcompiler.lowering.kernels.cached_attention import CachedAttention
 from qcompiler.lowering.kernels.device import Choice, Device
 from qcompiler.lowering.kernels.forms import AppendedCache, Rounding
 from qcompiler.lowering.kernels.layers import Rotation, SiteLayer, make_layer
+from qcompiler.lowering.kernels.module_values import WIDE, ModuleValues, dtype_name
 from qcompiler.lowering.kernels.plan import Plan
 from qcompiler.lowering.kernels.precision import is_moving, precision_of
 from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL
@@ -40,7 +41,6 @@ from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL
 __all__ = ["Rewritten", "Slot", "rewrite"]
 
 _aten, _canonical, _kernels = torch.ops.aten, torch.ops.qcompiler, torch.ops.qcompiler_kernels
-_WIDE = torch.float32
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,8 @@ class _Rewriter:
     def __init__(self, graph: Graph, device: torch.device, dtype: torch.dtype) -> None:
         self._graph, self._device, self._dtype = graph, device, dtype
         self._plan = Plan(graph)
-        self._fx = fx.Graph()
-        self._members: dict[str, nn.Module | Tensor] = {}
-        self._values: dict[Node, Any] = {}  # of the graph's nodes, in the new one
-        self._floats: dict[Node, torch.dtype | None] = {}  # of new nodes; None: not floating point
-        self._rounded: set[Node] = set()  # of the graph's nodes
-        self._casts: dict[tuple[Node, torch.dtype], Node] = {}
-        self._stored: dict[tuple[Node, torch.dtype], Node] = {}
+        self._values = ModuleValues(graph, self._plan, device, dtype)
+        self._fx = self._values.fx
         self._sizes: dict[str, Any] = {}
         self._buffers: dict[Node, Node] = {}  # by placeholder
         self._slots: list[Slot] = []
@@ -123,17 +118,17 @@ class _Rewriter:
         outputs = list(zip(self._graph.outputs, self._graph.signature.outputs, strict=True))
         logits = next(node for node, port in outputs if port.role == "logits")
         loose = [n for n, port in outputs if port.role == "present" and n not in plan.appends]
-        kept = [self._cast(self._value(logits), _WIDE), *(self._value(node) for node in loose)]
+        kept = [self._values.cast(self._values[logits], WIDE), *(self._values[node] for node in loose)]
         self._fx.output(tuple(kept))
-        module = fx.GraphModule(self._members, self._fx, "LoweredModel")
+        module = fx.GraphModule(self._values.members, self._fx, "LoweredModel")
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
-        slots, rounded = tuple(self._slots), frozenset(node.name for node in self._rounded)
+        slots, rounded = tuple(self._slots), frozenset(node.name for node in self._values.rounded)
         return Rewritten(module, slots, plan.sites, self._notes, self._fused_norms, rounded)
 
     def _make_layer(self, weight: Any, bias: Node | None, rounding: Rounding | None) -> SiteLayer:
-        offset = None if bias is None else self._evaluated(bias)
+        offset = None if bias is None else self._values.evaluated(bias)
         return make_layer(weight, offset, rounding, device=self._device, dtype=self._dtype)
 
     # --- inputs -------------------------------------------------------------------------------------------------------
@@ -145,14 +140,13 @@ class _Rewriter:
                 continue
             is_buffer = any(node in cache.past for cache in self._plan.caches)
             dtype: torch.dtype = getattr(torch, port.dtype)
-            is_float = is_buffer and dtype == _WIDE
+            is_float = is_buffer and dtype == WIDE
             self._slots.append(
                 Slot(self._dtype if is_float else dtype, int(port.shape[1]), int(port.shape[3]), is_buffer)
             )
             self._buffers[node] = self._values[node] = self._fx.placeholder(port.name.replace(".", "_"))
-            self._floats[self._buffers[node]] = (
-                self._slots[-1].dtype if self._slots[-1].dtype.is_floating_point else None
-            )
+            stored = self._slots[-1].dtype
+            self._values.made(self._buffers[node], stored if stored.is_floating_point else None)
         size = self._fx.call_function
         self._sizes = {PAST: past}
         self._sizes |= {name: size(_aten.sym_size.int, (ids, i)) for i, name in enumerate((BATCH, SEQUENCE))}
@@ -189,67 +183,68 @@ class _Rewriter:
         else:
             self._values[node] = self._call(node)
         value = self._values[node]
-        if isinstance(value, Node) and self._floats.get(value) == self._dtype and not is_moving(node.target):
-            self._rounded.add(node)
+        if isinstance(value, Node) and self._values.dtype_of(value) == self._dtype and not is_moving(node.target):
+            self._values.rounded.add(node)
 
     def _linear(self, node: Node) -> Node:
         x, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
         layer = self._plan.layers[node].module
         if layer is None:
-            bias = [self._constant_value(n, self._dtype) for n in node.args[2:3] if isinstance(n, Node)]
-            given = (self._narrow(x), self._narrow(weight), *bias)
-            return self._made(self._fx.call_function(_canonical.linear.default, given), self._dtype)
-        name = self._member(weight.name, layer)
+            bias = [self._values.stored(n, self._dtype) for n in node.args[2:3] if isinstance(n, Node)]
+            given = (self._values.narrow(x), self._values.narrow(weight), *bias)
+            return self._values.made(self._fx.call_function(_canonical.linear.default, given), self._dtype)
+        name = self._values.member(weight.name, layer)
         if node in self._plan.taken:
             rounding = self._plan.taken[node]
-            parts = [self._value(rounding.codes), self._value(rounding.scale)]
+            parts = [self._values[rounding.codes], self._values[rounding.scale]]
             if rounding.zero_point is not None:
-                parts.append(self._value(rounding.zero_point))
-            return self._made(self._fx.call_module(name, tuple(parts)), self._dtype)
-        given = (self._narrow(x),)
-        return self._made(self._fx.call_module(name, given), self._dtype)
+                parts.append(self._values[rounding.zero_point])
+            return self._values.made(self._fx.call_module(name, tuple(parts)), self._dtype)
+        given = (self._values.narrow(x),)
+        return self._values.made(self._fx.call_module(name, given), self._dtype)
 
     def _rotation(self, node: Node) -> Node:
-        name = self._member(f"hadamard_{node.args[1]}", Rotation(cast(int, node.args[1]), self._device))
-        return self._made(self._fx.call_module(name, (self._as(cast(Node, node.args[0]), _WIDE),)), _WIDE)
+        name = self._values.member(f"hadamard_{node.args[1]}", Rotation(cast(int, node.args[1]), self._device))
+        given = (self._values.in_dtype(cast(Node, node.args[0]), WIDE),)
+        return self._values.made(self._fx.call_module(name, given), WIDE)
 
     def _emit_rounding(self, rounding: Rounding) -> None:
         """One operator for all that read the codes; what it gives besides is found under the graph's own nodes."""
         spec, norm = rounding.spec, rounding.norm
         before = "" if norm is None else "rms_norm_"
         source = cast(Node, rounding.value if norm is None else norm.args[0])
-        x: list[Any] = [self._value(source)]
+        x: list[Any] = [self._values[source]]
         if norm is not None:
-            x += [self._constant_value(cast(Node, norm.args[1]), _WIDE), norm.args[2]]
+            x += [self._values.stored(cast(Node, norm.args[1]), WIDE), norm.args[2]]
             self._fused_norms += 1
-            self._rounded.add(norm)
+            self._values.rounded.add(norm)
         per_token = spec.granularity == "per_token"
         zero = rounding.zero_point
         if not per_token:
-            scale = self._value(rounding.scale)
-            given = (*x, scale, spec.code_dtype, None if zero is None else self._value(zero), spec.bits)
+            scale = self._values[rounding.scale]
+            given = (*x, scale, spec.code_dtype, None if zero is None else self._values[zero], spec.bits)
             target = getattr(_kernels, f"{before}quantize_static").default
-            self._values[rounding.codes] = self._made(self._fx.call_function(target, given), None)
+            self._values[rounding.codes] = self._values.made(self._fx.call_function(target, given), None)
             return
         if zero is None:
             target = getattr(_kernels, f"{before}quantize_rows").default
             made = self._fx.call_function(target, (*x, spec.code_dtype, spec.clip, spec.bits))
         else:
             made = self._fx.call_function(_kernels.quantize_rows_affine.default, (*x, spec.clip, spec.bits))
-        self._made(made, None)
+        self._values.made(made, None)
         for index, place in enumerate((rounding.codes, rounding.scale, zero)):
             if place is not None:
                 part = self._fx.call_function(operator.getitem, (made, index))
-                self._values[place] = self._made(part, _WIDE if index == 1 else None)
+                self._values[place] = self._values.made(part, WIDE if index == 1 else None)
 
     def _append(self, cache: AppendedCache) -> None:
         buffers = [self._buffers[node] for node in cache.past]
-        value = self._value(cache.value)
-        if cache.spec is None and self._floats.get(value) != self._dtype:
-            self._rounded.add(cache.value)
+        value = self._values[cache.value]
+        if cache.spec is None and self._values.dtype_of(value) != self._dtype:
+            self._values.rounded.add(cache.value)
         if cache.spec is None or cache.spec.scales == "static":
-            scales = [None if n is None else self._value(n) for n in (cache.scale, cache.zero_point)]
-            name = _name(self._dtype) if cache.spec is None else cache.spec.dtype
+            scales = [None if n is None else self._values[n] for n in (cache.scale, cache.zero_point)]
+            name = dtype_name(self._dtype) if cache.spec is None else cache.spec.dtype
             given = (value, buffers[0], *scales, self._start, name)
             self._fx.call_function(_kernels.append_static.default, given)
             return
@@ -263,7 +258,7 @@ class _Rewriter:
         """All of a cache that is in use, for what does not read buffers."""
         buffer = self._buffers[cast(Node, append.args[0])]
         used = self._fx.call_function(_aten.narrow.default, (buffer, 2, 0, self._sizes[TOTAL]))
-        return self._made(used, self._floats[buffer])
+        return self._values.made(used, self._values.dtype_of(buffer))
 
     def _attention(self, node: Node, keys: AppendedCache, values: AppendedCache) -> Node:
         scale, _, *rest = node.args[4:]
@@ -278,16 +273,16 @@ class _Rewriter:
             device=self._device,
             dtype=self._dtype,
         )
-        q = self._narrow(cast(Node, node.args[0]))
+        q = self._values.narrow(cast(Node, node.args[0]))
         sides = [part for cache in (keys, values) for part in self._side(cache)]
         self._note(keys, values, layer.choice)
         given = (q, self._length, self._sizes[TOTAL], *sides)
-        return self._made(self._fx.call_module(self._member(node.name, layer), given), self._dtype)
+        return self._values.made(self._fx.call_module(self._values.member(node.name, layer), given), self._dtype)
 
     def _side(self, cache: AppendedCache) -> list[Any]:
         buffers: list[Any] = [self._buffers[node] for node in cache.past]
         if cache.spec is not None and cache.spec.scales == "static":
-            buffers += [None if n is None else self._value(n) for n in (cache.scale, cache.zero_point)]
+            buffers += [None if n is None else self._values[n] for n in (cache.scale, cache.zero_point)]
         return [*buffers, None, None][:3]
 
     def _note(self, keys: AppendedCache, values: AppendedCache, choice: Choice) -> None:
@@ -308,33 +303,33 @@ class _Rewriter:
     def _call(self, node: Node) -> Node:
         kind = precision_of(node.target)
         given = self._given(node)
-        floats = [dtype for n in given if (dtype := self._float_of(n)) is not None]
+        floats = [dtype for n in given if (dtype := self._values.dtype_behind(n)) is not None]
         is_narrow = kind == "narrow" or (
             kind in ("follow", "mixed") and self._dtype in floats[: 1 if kind == "mixed" else None]
         )
-        target_dtype = self._dtype if is_narrow and kind != "mixed" else _WIDE
+        target_dtype = self._dtype if is_narrow and kind != "mixed" else WIDE
         first = given[0] if given else None
 
         def place(argument: Node) -> Any:
             if kind == "mixed" and argument is first:
-                return self._value(argument)
-            return self._as(argument, target_dtype)
+                return self._values[argument]
+            return self._values.in_dtype(argument, target_dtype)
 
         args, kwargs = fx.node.map_arg((self._arguments(node), node.kwargs), place)
         if makes_a_tensor(node):
             kwargs = {**kwargs, "device": self._device}
         made = self._fx.call_function(cast(Callable[..., Any], node.target), args, kwargs)
-        result: torch.dtype | None = self._dtype if is_narrow else _WIDE
+        result: torch.dtype | None = self._dtype if is_narrow else WIDE
         if node.target is _canonical.rotary.default:
-            result = _WIDE  # the product with wide cosines
+            result = WIDE  # the product with wide cosines
         described = node.meta.get("dtype")
         if described is not None and (not described.is_floating_point or described.itemsize == 1):
             result = None
         if not _gives_tensors(node):
             result = None
         if node.target is operator.getitem and result is not None and described is None:
-            result = self._floats.get(self._value(given[0]))
-        return self._made(made, result)
+            result = self._values.dtype_of(self._values[given[0]])
+        return self._values.made(made, result)
 
     def _given(self, node: Node) -> list[Node]:
         found: list[Node] = []
@@ -345,66 +340,6 @@ class _Rewriter:
         """A node's arguments, without a mask that hides nothing."""
         return (*node.args[:3], None, *node.args[4:]) if node in self._plan.unmasked else node.args
 
-    def _float_of(self, node: Node) -> torch.dtype | None:
-        """What a stored tensor is makes nobody narrow."""
-        return None if node in self._plan.constant else self._floats.get(self._value(node))
-
-    def _value(self, node: Node) -> Any:
-        return self._constant_value(node, _WIDE) if node in self._plan.constant else self._values[node]
-
-    def _narrow(self, node: Node) -> Any:
-        return self._as(node, self._dtype)
-
-    def _as(self, node: Node, dtype: torch.dtype) -> Any:
-        """A value in a dtype, if it is floating point."""
-        if node in self._plan.constant:
-            return self._constant_value(node, dtype)
-        value = self._values[node]
-        if not isinstance(value, Node) or self._floats.get(value) in (None, dtype):
-            return value
-        if dtype == self._dtype:
-            self._rounded.add(node)
-        return self._cast(value, dtype)
-
-    def _cast(self, value: Node, dtype: torch.dtype) -> Node:
-        if self._floats.get(value) in (None, dtype):
-            return value
-        if (value, dtype) not in self._casts:
-            made = self._fx.call_function(_aten.to.dtype, (value, dtype))
-            self._casts[value, dtype] = self._made(made, dtype)
-        return self._casts[value, dtype]
-
-    def _constant_value(self, node: Node, dtype: torch.dtype) -> Node:
-        """A stored tensor, or what is computed from some, as a buffer; floating point in the given dtype."""
-        if (node, dtype) not in self._stored:
-            value = self._evaluated(node)
-            is_float = value.is_floating_point() and value.dtype.itemsize > 1
-            if is_float and dtype != value.dtype:
-                value = value.to(dtype)
-            name = self._member(f"{node.name}_{_name(dtype)}" if is_float else node.name, value.contiguous())
-            made = self._fx.create_node("get_attr", name)
-            self._floats[made] = value.dtype if is_float else None
-            self._stored[node, dtype] = self._stored[node, value.dtype] = made
-        return self._stored[node, dtype]
-
-    def _evaluated(self, node: Node) -> Tensor:
-        """Computed in float32, on the device."""
-        before = ancestors([node])
-        stretch = Stretch([n for n in self._graph.fx.nodes if n in before], [node])
-        value: Tensor = stretch.load(self._graph.weights.read, self._device)[node]
-        return value
-
-    def _member(self, name: str, member: nn.Module | Tensor) -> str:
-        if self._members.setdefault(name, member) is not member:
-            name = f"{name}_{len(self._members)}"
-            self._members[name] = member
-        return name
-
-    def _made(self, node: Node, dtype: torch.dtype | None) -> Node:
-        """Notes what a new node is: its dtype, None if it is not floating point."""
-        self._floats[node] = dtype
-        return node
-
 
 def _gives_tensors(node: Node) -> bool:
     """Whether a call is no arithmetic on sizes."""
@@ -413,9 +348,5 @@ def _gives_tensors(node: Node) -> bool:
     return any("Tensor" in str(item.type) for item in node.target._schema.returns)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _format(spec: CacheFormat | None, dtype: torch.dtype) -> str:
-    return _name(dtype) if spec is None else str(spec)
+    return dtype_name(dtype) if spec is None else str(spec)
