@@ -13,6 +13,7 @@ needs Triton to be installed.
 | ``plan.py``, ``layers.py`` | what becomes of every node, and the module of every linear layer |
 | ``rewrite.py``, ``module_values.py`` | the module that is made of it all |
 | ``precision.py`` | which dtype its operators run in |
+| ``neighbours.py`` | norms, gated activations and rotary embeddings as one launch each |
 | ``cached_attention.py`` | attention over caches, for few and for many new tokens |
 | ``model.py`` | `KernelModel`: that module with its caches, an artifact |
 | ``noise.py`` | how far it may be from its graph |

@@ -51,7 +51,7 @@ class KernelModel(nn.Module):
         module: the `torch.fx.GraphModule`: ``(ids, start, past, *caches)`` to ``(logits, *longer caches)``.
         slots: the caches that it takes.
         report: ``device``, ``dtype``, ``sites`` (how each linear layer is computed, and why not better), ``caches``,
-            ``fused_norms``, ``notes``, and ``tuned`` where configurations were searched for.
+            ``fused_norms``, ``neighbours``, ``notes``, and ``tuned`` where configurations were searched for.
         rounded: names of the graph's nodes whose values are rounded to ``dtype``; see `noise`.
 
     Raises:
@@ -77,6 +77,7 @@ class KernelModel(nn.Module):
             "sites": rewritten.sites,
             "caches": rewritten.caches,
             "fused_norms": rewritten.fused_norms,
+            "neighbours": rewritten.neighbours,
             "notes": [],
         }
         companions = graph.provenance.get("companions")

@@ -8,6 +8,7 @@
 | ``linear(x, sparse_add(codebook_dequantize(...)))`` | a `CodebookLinear` |
 | ``kv_append`` of a cache, quantized ahead of it or not | written into a buffer in place |
 | ``attention`` over such caches | a `CachedAttention` |
+| norms, gated activations, rotary embeddings, on CUDA | one launch each, see `neighbours` |
 | weights in another form | dequantized once |
 | masks that hide only padding | left out: no token is padding |
 
@@ -17,7 +18,7 @@ and ``past`` say how many tokens the caches hold, which `Slot` describes, in the
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,7 @@ from qcompiler.lowering.kernels.device import Choice, Device
 from qcompiler.lowering.kernels.forms import AppendedCache, Rounding
 from qcompiler.lowering.kernels.layers import Rotation, SiteLayer, make_layer
 from qcompiler.lowering.kernels.module_values import WIDE, ModuleValues, dtype_name
+from qcompiler.lowering.kernels.neighbours import Neighbours
 from qcompiler.lowering.kernels.plan import Plan
 from qcompiler.lowering.kernels.precision import is_moving, precision_of
 from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL
@@ -70,6 +72,8 @@ class Rewritten:
         sites: for every linear layer, how it is computed.
         caches: for every pair of caches, how it is appended to and read.
         fused_norms: norms that quantize their result themselves.
+        neighbours: the implementation of other norms, gated activations and rotary embeddings, why not a better one,
+            and how many launches there are of each operator of `qcompiler.lowering.kernels.neighbours`.
         rounded: names of the graph's nodes whose values are rounded to the module's dtype.
     """
 
@@ -78,6 +82,7 @@ class Rewritten:
     sites: list[dict[str, Any]]
     caches: list[dict[str, Any]]
     fused_norms: int
+    neighbours: dict[str, Any]
     rounded: frozenset[str]
 
 
@@ -98,6 +103,7 @@ class _Rewriter:
         self._plan = Plan(graph)
         self._values = ModuleValues(graph, self._plan, device, dtype)
         self._fx = self._values.fx
+        self._neighbours = Neighbours(self._values, self._plan, device, dtype)
         self._sizes: dict[str, Any] = {}
         self._buffers: dict[Node, Node] = {}  # by placeholder
         self._slots: list[Slot] = []
@@ -125,7 +131,8 @@ class _Rewriter:
         module.graph.lint()
         module.recompile()
         slots, rounded = tuple(self._slots), frozenset(node.name for node in self._values.rounded)
-        return Rewritten(module, slots, plan.sites, self._notes, self._fused_norms, rounded)
+        neighbours = {**asdict(self._neighbours.choice), "launches": dict(self._neighbours.counts)}
+        return Rewritten(module, slots, plan.sites, self._notes, self._fused_norms, neighbours, rounded)
 
     def _make_layer(self, weight: Any, bias: Node | None, rounding: Rounding | None) -> SiteLayer:
         offset = None if bias is None else self._values.evaluated(bias)
@@ -180,6 +187,8 @@ class _Rewriter:
             self._values[node] = self._rotation(node)
         elif (caches := self._plan.fused_caches(node)) is not None:
             self._values[node] = self._attention(node, *caches)
+        elif (made := self._neighbours.emit(node)) is not None:
+            self._values[node] = made
         else:
             self._values[node] = self._call(node)
         value = self._values[node]
