@@ -77,7 +77,7 @@ def draw(found: list[Point], path: Path, title: str) -> None:
         )
     axes.set(yscale="log", xlabel="bits per weight of quantized layers, scales and tables included", title=title)
     axes.set_ylabel("KL divergence to the original, nats per token")
-    axes.margins(x=0.18)
+    axes.margins(x=0.24)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,15 +86,17 @@ def draw(found: list[Point], path: Path, title: str) -> None:
 
 
 def _places(found: list[Point]) -> list[tuple[int, int]]:
-    """Where labels stand beside their points, in typographic points: right, and left where a neighbour is near."""
+    """Where labels stand, in typographic points from theirs: right, left where a neighbour's is near, else above it."""
+    right, above = (7, -3), (7, 5)
     places: list[tuple[int, int]] = []
     for index, point in enumerate(found):
-        near = [
+        left = (-6 - 5 * len(point.recipe), -3)
+        taken = {
             places[other][0] > 0
             for other in range(index)
             if abs(found[other].bits - point.bits) < 0.6 and point.divergence / found[other].divergence < 1.18
-        ]
-        places.append((-6 - 5 * len(point.recipe), -3) if near and near[-1] else (7, -3))
+        }
+        places.append(right if True not in taken else left if False not in taken else above)
     return places
 
 
