@@ -209,6 +209,7 @@ def _config(device: torch.device, dtype: torch.dtype, rows: int, out: int, width
     return kept or default_config(rows, out, width, bits, capability=capability)
 
 
+@cache  # asked at every launch
 def default_config(rows: int, out: int, width: int, bits: int, *, capability: int = 90) -> Config:
     """What is launched where no search was run.
 

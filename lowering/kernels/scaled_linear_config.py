@@ -1,6 +1,7 @@
 """How products of 8-bit codes are split over a GPU: defaults, and what a search tries."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -42,6 +43,7 @@ class Config:
         return self.stages * (self.rows + self.columns) * self.depth
 
 
+@cache  # asked at every launch
 def default_config(
     rows: int, outputs: int, width: int, codes: torch.dtype, capability: int, *, has_blocks: bool = False
 ) -> Config:

@@ -7,6 +7,7 @@ three instructions for eight codes; the sixteenth is in the scale.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -42,6 +43,7 @@ class GroupedConfig:
     stages: int
 
 
+@cache  # asked at every launch
 def default_config(rows: int, outputs: int, width: int, group: int) -> GroupedConfig:
     """What is launched where nothing was tuned."""
     tile = min(16 if width % 16 else 64, max(16, 1 << (rows - 1).bit_length()))  # bytes read singly take registers
@@ -207,7 +209,7 @@ def launch(
     parts = y
     if config.splits > 1:
         parts = torch.empty((config.splits, rows, outputs), dtype=torch.float32, device=x.device)
-    tiles = triton.cdiv(rows, config.rows) * triton.cdiv(outputs, config.columns)
+    tiles = -(-rows // config.rows) * -(-outputs // config.columns)
     _grouped_kernel[(tiles, config.splits)](
         x,
         weight,

@@ -208,7 +208,8 @@ def launch(
         x, zero_shift = (x ^ 0x80).view(torch.int8), 128
     if x.data_ptr() % 16:  # a part of a larger tensor: read byte by byte, it would not go through shared memory
         x = x.clone()
-    scale, zero_point, weight_sums, bias = map(_dense, (scale, zero_point, weight_sums, bias))
+    scale = scale.contiguous()
+    zero_point, weight_sums, bias = map(_dense, (zero_point, weight_sums, bias))
     rest = (weight_scale, weight_sums, bias)
     rows, outputs = len(x), len(weight)
     if rows == 0:
@@ -238,7 +239,7 @@ def launch(
     if is_split:
         wide = torch.int32 if kind == 0 else torch.float32
         parts = torch.empty((config.splits, rows, outputs), dtype=wide, device=x.device)
-    tiles = triton.cdiv(rows, config.rows) * triton.cdiv(outputs, config.columns)
+    tiles = -(-rows // config.rows) * -(-outputs // config.columns)
     _kernel[(tiles, config.splits)](
         x,
         weight,

@@ -27,8 +27,12 @@ Key = tuple[object, ...]
 
 def cache_path() -> Path:
     """The file that found configurations are kept in."""
-    root = os.environ.get("QCOMPILER_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "qcompiler") / "tuning.json"
+    return _path_below(os.environ.get("QCOMPILER_CACHE") or os.path.expanduser("~/.cache/qcompiler"))
+
+
+@cache  # asked at every launch
+def _path_below(root: str) -> Path:
+    return Path(root) / "tuning.json"
 
 
 def row_bucket(rows: int) -> int:

@@ -202,7 +202,7 @@ def test_every_configuration_that_can_be_launched_is_compiled() -> None:
 
 def launches(capability: int, rows: tuple[int, ...] = (1,), bits: tuple[int, ...] = (4,)) -> None:
     """What `as_launched` compiles: a single row of input, with and without a sparse matrix, and one channel alone."""
-    Device.of = classmethod(lambda cls, device: Device("cuda", "a GPU", capability, True))  # type: ignore[method-assign]
+    Device.of = classmethod(lambda cls, device: Device("cuda", "a GPU", capability, True))  # type: ignore[assignment, method-assign]
     for b in bits:
         for count in rows:
             for out, width in ((4096, 4096), (1, 300)):
@@ -211,8 +211,10 @@ def launches(capability: int, rows: tuple[int, ...] = (1,), bits: tuple[int, ...
                 table = torch.zeros((1 << b) // 2, blocks * 16, dtype=torch.int32)
                 columns, offsets = torch.zeros(16, dtype=torch.int16), torch.zeros(out + 1, dtype=torch.int32)
                 x, bias = torch.zeros(count, width, dtype=torch.float16), torch.zeros(out, dtype=torch.float16)
-                for parts in ((torch.zeros(16, dtype=torch.float16), columns, offsets), nothing):
-                    module.launch(x, codes, table, bias, *parts, out)
+                sparse = (torch.zeros(16, dtype=torch.float16), columns, offsets)
+                given: list[tuple[Any, ...]] = [(bias, *parts, out) for parts in (sparse, nothing)]
+                for rest in given:
+                    module.launch(x, codes, table, *rest)
 
 
 def many_launches(capability: int) -> None:
