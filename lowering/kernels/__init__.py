@@ -16,6 +16,7 @@ needs Triton to be installed.
 | ``neighbours.py`` | norms, gated activations and rotary embeddings as one launch each |
 | ``cached_attention.py`` | attention over caches, for few and for many new tokens |
 | ``model.py`` | `KernelModel`: that module with its caches, an artifact |
+| ``captured_step.py`` | decoding steps as CUDA graphs |
 | ``noise.py`` | how far it may be from its graph |
 | ``search.py`` | launch configurations, searched for with its own operators |
 | ``target.py`` | `KernelsTarget` |

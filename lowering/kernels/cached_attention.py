@@ -9,10 +9,11 @@ from qcompiler.kv_cache import CacheFormat
 from qcompiler.lowering.kernels.decode_attention import choose
 from qcompiler.lowering.kernels.device import Choice, Device
 
-__all__ = ["CachedAttention", "dequantized"]
+__all__ = ["MOST_FUSED_QUERIES", "CachedAttention", "dequantized"]
 
 _canonical = torch.ops.qcompiler
-_MOST_FUSED_QUERIES = 16
+MOST_FUSED_QUERIES = 16
+"""New tokens that attention is fused for."""
 
 
 def dequantized(
@@ -93,7 +94,7 @@ class CachedAttention(nn.Module):
         Returns:
             ``[B, Hq, S, Dv]`` of the dtype of ``q``.
         """
-        if self.choice.is_fused and q.shape[2] <= _MOST_FUSED_QUERIES:
+        if self.choice.is_fused and q.shape[2] <= MOST_FUSED_QUERIES:
             fused: Tensor = torch.ops.qcompiler_kernels.decode_attention(
                 q,
                 k_codes,

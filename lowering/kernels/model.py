@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from qcompiler.artifact import Artifact
 from qcompiler.errors import InputError, TargetError
 from qcompiler.graph import Graph
+from qcompiler.lowering.kernels.captured_step import CapturedStep, CapturingModel
 from qcompiler.lowering.kernels.rewrite import Slot, rewrite
 from qcompiler.signature import SEQUENCE
 
@@ -121,22 +123,42 @@ class KernelModel(nn.Module):
     def step(self, ids: Tensor, cache: object) -> tuple[Tensor, object]:
         """Logits of ``ids`` appended to the cache, which is changed in place."""
         assert isinstance(cache, KernelCache)
-        if cache.length + ids.shape[1] > cache.capacity:
-            self._grow(cache, cache.length + ids.shape[1])
+        self.make_room(cache, ids.shape[1])
         return self._extend(ids, cache), cache
 
-    def generate(self, prompt: str, **options: Any) -> Any:
+    def make_room(self, cache: KernelCache, new: int) -> None:
+        """Replaces the buffers of a cache if ``new`` tokens do not fit behind those it holds."""
+        if cache.length + new > cache.capacity:
+            self._grow(cache, cache.length + new)
+
+    def capture_step(self, cache: object) -> CapturedStep:
+        """Appends tokens to a cache by replaying a CUDA graph; not run on a GPU yet.
+
+        Raises:
+            TargetError: on another device, or if a step of this model asks something of the host.
+        """
+        assert isinstance(cache, KernelCache)
+        return CapturedStep(self, cache)
+
+    def generate(self, prompt: str, *, cuda_graph: bool = False, **options: Any) -> Any:
         """Continues a prompt, see `qcompiler.generate.generate`.
+
+        Args:
+            prompt: text.
+            cuda_graph: replay steps as CUDA graphs, see `capture_step`.
+            options: of `qcompiler.generate.generate`.
 
         Raises:
             InputError: if the model has no tokenizer beside it.
+            TargetError: if steps cannot be captured.
         """
         from qcompiler.generate import generate
         from qcompiler.hf import load_tokenizer
 
         if self.path is None:
             raise InputError("this model has no tokenizer beside it", remedy="use qcompiler.generate.generate")
-        return generate(self, load_tokenizer(self.path), prompt, **options)
+        artifact = cast(Artifact, CapturingModel(self)) if cuda_graph else self
+        return generate(artifact, load_tokenizer(self.path), prompt, **options)
 
     def stored_bytes(self) -> int:
         """Bytes of all weight tensors of the graph as stored, tied ones once."""

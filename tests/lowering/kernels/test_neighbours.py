@@ -38,7 +38,7 @@ def calls(made: Rewritten) -> Counter[Any]:
     return Counter(node.target for node in made.module.graph.nodes if node.op == "call_function")
 
 
-def node_of(graph: Graph, target: Any) -> torch.fx.Node:
+def node_of(graph: Graph, target: Any) -> Any:
     return next(node for node in graph.fx.nodes if node.target is target)
 
 
