@@ -331,6 +331,28 @@ class ScaledLinear(nn.Module):
         wide = numerics.dequantize(weight, self.weight_scale, self.weight_zero, spec)
         return F.linear(x * scale, wide, None if self.bias is None else self.bias.float()).to(self.dtype)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._packed is not None:
+            destination[f"{prefix}weight"] = self._packed.to_dense().t().contiguous()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
+        if self._packed is not None:
+            name, state_dict = f"{prefix}weight", dict(state_dict)
+            if name in state_dict:
+                self._packed = _prepack(state_dict.pop(name))
+            elif strict:
+                missing_keys.append(name)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if self._packed is not None:

@@ -144,6 +144,31 @@ def test_a_layer_can_be_copied():
         assert copied._packed.is_mkldnn
 
 
+@pytest.mark.parametrize("has_vnni", [True, False])
+def test_a_state_holds_the_weight(has_vnni, monkeypatch):
+    if has_vnni and not scaled_linear._has_vnni():
+        pytest.skip("this processor has no VNNI")
+    monkeypatch.setattr(scaled_linear, "_has_vnni", lambda: has_vnni)
+    found = Scheme.parse("w8a8-dynamic")
+    first, second = (
+        ScaledLinear.from_weight(
+            quantized(found.weight, 24, 40), None, activation=found.activation, device=CPU, dtype=torch.float32
+        )
+        for _ in range(2)
+    )
+    codes, scale = torch.randint(-128, 128, (3, 40), dtype=torch.int8), torch.rand(3, 1)
+    zero = torch.randint(-9, 9, (3, 1), dtype=torch.int8)
+    expected = first(codes, scale, zero)
+    assert not torch.equal(second(codes, scale, zero), expected)
+    state = torch.nn.ModuleList([first]).state_dict()
+    assert state["0.weight"].dtype == torch.int8
+    torch.nn.ModuleList([second]).load_state_dict(state)
+    assert torch.equal(second(codes, scale, zero), expected)
+    del state["0.weight"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        torch.nn.ModuleList([second]).load_state_dict(state)
+
+
 def test_shapes_without_values():
     with FakeTensorMode():
         y = kernels.scaled_linear(

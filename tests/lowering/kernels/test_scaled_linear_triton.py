@@ -352,3 +352,22 @@ def test_random_shapes_on_a_gpu(seed):
     poison = torch.full((64 << 20,), 0x7F, dtype=torch.uint8, device=DEVICE)
     del poison
     assert torch.equal(y, module.launch(*given))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "fp8-dynamic", "w4a8-dynamic"])
+@pytest.mark.parametrize("rows", [1, 65, 300])
+def test_the_operator_in_a_cuda_graph_on_a_gpu(scheme, rows):
+    """K and N at which cuBLAS has been seen to refuse scales per row and column, up to 256 rows of them."""
+    layer = laid_out(scheme, 3072, 9216)
+    given = (*arguments(layer, rows, 9216)[:-3], layer.bias.bfloat16(), layer.group, torch.bfloat16)
+    run = torch.ops.qcompiler_kernels.scaled_linear
+    expected = run(*given)
+    wanted = plain.scaled_linear_reference(*given[:-1], torch.float32)
+    assert (expected.float() - wanted).abs().max() <= wanted.abs().max() * 1e-2
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(*given)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
