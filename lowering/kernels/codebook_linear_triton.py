@@ -91,8 +91,10 @@ def launch(
     if not config.rows:
         return F.linear(x, _written_out(x, codes, table, sparse, out_features), bias)
     split, per_split = _pieces(config.split, codes.shape[1])
-    a = F.pad(x.reshape(rows, width), (0, codes.shape[1] * COLUMNS_PER_BLOCK - width))  # x itself where that is nothing
-    if a.data_ptr() % 16:
+    a, missing = x.reshape(rows, width), codes.shape[1] * COLUMNS_PER_BLOCK - width
+    if missing:  # to pad by nothing would be a copy, too
+        a = F.pad(a, (0, missing))
+    elif a.data_ptr() % 16:
         a = a.clone()
     is_final = split == 1 and sparse is None
     target = y if is_final else torch.empty(split * rows * out_features, dtype=torch.float32, device=x.device)

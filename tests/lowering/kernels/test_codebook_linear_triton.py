@@ -122,6 +122,19 @@ def test_inputs_at_odd_addresses() -> None:
     assert torch.equal(module.launch(shifted, *rest), module.launch(x, *rest))
 
 
+def test_whole_blocks_of_channels_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    run = module._run
+    monkeypatch.setattr(
+        module,
+        "_run",
+        lambda kernel, grid, tensors, *rest: (read.append(tensors[0].data_ptr()), run(kernel, grid, tensors, *rest)),
+    )
+    given = arguments(2, 20, 512, 4, torch.float16)
+    assert error(module.launch(*given), given) < TOLERANCE[torch.float16]
+    assert read == [given[0].data_ptr()]
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     x, codes, table, bias, *rest = arguments(2, 20, 256, 4, torch.float16)
     with pytest.raises(InputError, match="cannot take"):
