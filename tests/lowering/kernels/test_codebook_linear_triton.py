@@ -125,11 +125,12 @@ def test_inputs_at_odd_addresses() -> None:
 def test_whole_blocks_of_channels_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     run = module._run
-    monkeypatch.setattr(
-        module,
-        "_run",
-        lambda kernel, grid, tensors, *rest: (read.append(tensors[0].data_ptr()), run(kernel, grid, tensors, *rest)),
-    )
+
+    def recorded(kernel: Any, grid: Any, tensors: tuple[Tensor, ...], *rest: Any) -> None:
+        read.append(tensors[0].data_ptr())
+        run(kernel, grid, tensors, *rest)
+
+    monkeypatch.setattr(module, "_run", recorded)
     given = arguments(2, 20, 512, 4, torch.float16)
     assert error(module.launch(*given), given) < TOLERANCE[torch.float16]
     assert read == [given[0].data_ptr()]
