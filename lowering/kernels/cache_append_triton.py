@@ -128,7 +128,7 @@ def append_kernel(  # type: ignore[no-untyped-def]
     inner = tl.arange(0, CHANNELS)
     channel = group[None, :, None] * BLOCK + inner[None, None, :]
     mask = inside[:, None, None] & (inner[None, None, :] < BLOCK) & (channel < WIDTH)
-    from_row = new + batch * new_b + head * new_h + token * new_t
+    from_row = new + batch * new_b + head * new_h + token.to(tl.int64) * new_t
     to_row = codes + batch * codes_b + head * codes_h + place * codes_t
     x = tl.load(from_row[:, None, None] + channel, mask=mask, other=0.0)
     if KIND == 0:

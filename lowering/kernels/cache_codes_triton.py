@@ -94,7 +94,9 @@ def two_codes(words, KIND: tl.constexpr, MODE: tl.constexpr):  # type: ignore[no
         floats: tl.constexpr = FLOAT8_WORDS if MODE == 2 else FLOAT8_BITS
         integers: tl.constexpr = INT8_WORDS if KIND == "int8" else UINT8_WORDS
         code: tl.constexpr = floats if KIND == "fp8" else integers
-        a, b = tl.inline_asm_elementwise(code, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
+        a, b = tl.inline_asm_elementwise(
+            code, "=&r,=&r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
     return a, b
 
 
@@ -107,7 +109,7 @@ def four_codes(words, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
     else:
         a, b, c, d = tl.inline_asm_elementwise(
             INT4_WORDS,
-            "=r,=r,=r,=r,r",
+            "=&r,=&r,=&r,=&r,r",  # '&': outputs are written before the input is read for the last time
             [words],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,

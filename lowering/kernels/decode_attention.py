@@ -115,7 +115,9 @@ class Side:
         if codes.dim() != 4:
             raise InputError("a cache has four axes", where=where, got=list(codes.shape), expected="[B, H, T, D]")
         batch, heads, capacity, _ = codes.shape
-        static = scale is None or scale.dim() == 0 or (scale.shape[0], scale.shape[2]) != (batch, capacity)
+        static = scale is None or scale.dim() != 4 or (scale.shape[0], scale.shape[2]) != (batch, capacity)
+        if scale is not None and batch == capacity == 1:  # both forms have these shapes
+            static = static or scale.dtype == torch.float32
         spec = format_of(dtype, static=True, block=None, symmetric=zero is None)
         if spec is None:
             if scale is not None or zero is not None:
@@ -203,7 +205,7 @@ def decode_attention_reference(
     used = token[:, None] < lengths  # [1 or B, 1, capacity, 1]
     k, v = (torch.where(used, side.dequantized(), 0.0) for side in (keys, values))
     out = _canonical.attention(q.to(torch.float32), k, v, seen, sm_scale, False, None, softcap)
-    return torch.where(seen.any(-1, keepdim=True), out, 0.0).to(q.dtype)
+    return torch.where(seen.any(-1, keepdim=True), out, 0.0).to(q.dtype).contiguous()
 
 
 def _decode_attention_cpu(

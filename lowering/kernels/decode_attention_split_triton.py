@@ -151,10 +151,13 @@ def split_kernel(  # type: ignore[no-untyped-def]
     MODE: tl.constexpr,
 ):
     """One share of the tokens of one head; of stored scales, ``_t`` is the step between channels."""
-    split = tl.program_id(0)
-    batch = (tl.program_id(1) // HEADS).to(tl.int64)
-    head = (tl.program_id(1) % HEADS).to(tl.int64)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    # Blocks of queries that read the same tokens run at the same time: all but one find them in the L2 cache.
+    blocks = tl.cdiv(RATIO * queries, ROWS)
+    place_of_head = tl.program_id(0) // blocks
+    split = tl.program_id(1)
+    batch = (place_of_head // HEADS).to(tl.int64)
+    head = (place_of_head % HEADS).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     is_row = row < RATIO * queries
     used = tl.minimum(tl.maximum(tl.load(length + batch * length_step), 0), capacity)
     place = tl.where(is_row, used - queries + row % queries, -1)  # the last token that a row sees
@@ -289,8 +292,8 @@ def split_kernel(  # type: ignore[no-untyped-def]
         over /= tl.where(total > 0, total, 1.0)
     if V_KIND == "fp8" and MODE != 2:
         over *= 256.0
-    flat = (tl.program_id(1) * RATIO * queries + row).to(tl.int64)
-    rows = tl.num_programs(1) * RATIO * queries
+    flat = (place_of_head * RATIO * queries + row).to(tl.int64)
+    rows = tl.num_programs(0) // blocks * RATIO * queries
     if SPLITS == 1:
         to = out
         to_row = flat
@@ -299,7 +302,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
         to_row = split.to(tl.int64) * rows + flat
         tl.store(stats + to_row, most, mask=is_row)
         tl.store(stats + SPLITS * rows.to(tl.int64) + to_row, total, mask=is_row)
-        is_row = is_row & (most > 0.5 * NOTHING)
+        is_row = is_row & (total != 0.0)  # what is not a number differs from 0, but need not be in the maximum
     for part in tl.static_range(V_PER):
         if part == 0:
             acc = acc0
@@ -340,9 +343,10 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     for start in tl.static_range(0, PADDED, CHUNK):
         split = start + tl.arange(0, CHUNK).to(tl.int64)
         own = tl.load(stats + split * rows + row, mask=split < SPLITS, other=NOTHING)
-        there = own > 0.5 * NOTHING
+        weight = tl.load(stats + (SPLITS + split) * rows + row, mask=split < SPLITS, other=0.0)
+        there = weight != 0.0  # 0: it has seen nothing, and written no result
         share = tl.where(there, tl.exp2(own - most), 0.0)
-        whole += tl.load(stats + (SPLITS + split) * rows + row, mask=there, other=0.0) * share
+        whole += weight * share
         where = partial + (split * rows + row)[:, None] * WIDTH + channel[None, :]
         acc += tl.load(where, mask=there[:, None] & (channel < WIDTH)[None, :], other=0.0) * share[:, None]
     total = tl.sum(whole, 0)

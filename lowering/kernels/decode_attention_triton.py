@@ -142,7 +142,7 @@ def launch(
     if splits > 1:
         partial = q.new_empty(splits, all_rows, values.width, dtype=torch.float32)
         stats = q.new_empty(2, splits, all_rows, dtype=torch.float32)
-    split_kernel[(splits, batch * heads, blocks)](
+    split_kernel[(batch * heads * blocks, splits)](
         q,
         k_words,
         k_words if keys.scale is None else keys.scale,
@@ -158,7 +158,7 @@ def launch(
         0.0 if softcap is None else softcap * _LOG2_E,
         queries,
         capacity,
-        window or 0,
+        0 if window is None else min(window, capacity),  # larger ones show all, and may be no int32
         0 if length.shape[0] == 1 else length.stride(0),
         *q.stride()[:3],
         *k_steps,

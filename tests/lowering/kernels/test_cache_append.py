@@ -218,3 +218,17 @@ def test_formats_by_name():
     assert format_of("bfloat16", static=True, block=None, symmetric=True) is None
     with pytest.raises(InputError, match="unknown format"):
         format_of("uint8", static=False, block=16, symmetric=True)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-asymmetric", "int8-static"])
+def test_tracing_sees_what_is_written(name):
+    cache = empty_cache(FORMATS[name], 2, 2, 12, 32)
+    for tensor in (cache.scale, cache.zero):
+        if tensor is not None:
+            tensor.fill_(1)  # what is not a number differs from itself
+    new = torch.randn(2, 3, 2, 32).transpose(1, 2)
+    if cache.spec.scales == "static":
+        torch.library.opcheck(KERNELS.append_static.default, (new, *cache.tensors, int32(4), cache.dtype))
+    else:
+        form = (cache.dtype, cache.block, cache.spec.symmetric)
+        torch.library.opcheck(KERNELS.append_quantized.default, (new, *cache.tensors, int32(4), *form))

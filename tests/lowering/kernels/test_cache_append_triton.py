@@ -57,6 +57,20 @@ def test_float32_and_a_view_are_taken():
     assert equal(part, reference)
 
 
+@interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_tokens_may_lie_further_apart_than_an_int32_counts():
+    """A long input of many heads; what is reserved for it is never touched, but for three rows."""
+    step = 1 << 30
+    new = torch.empty(2 * step + 32, dtype=torch.float16).as_strided((1, 1, 3, 32), (32, 32, step, 1))
+    new.copy_(torch.randn(1, 1, 3, 32))
+    cache = empty_cache(FORMATS["int8"], 1, 1, 4, 32)
+    reference = cache.copy()
+    launch(new, *cache.tensors, int32(0), cache.spec, Config(4, 1))
+    append_reference(reference, new.contiguous(), int32(0))
+    assert equal(cache, reference)
+
+
 @pytest.mark.parametrize("name", ["fp8-static", "int8-static"])
 def test_every_float16_is_rounded_as_torch_rounds_it(name):
     """With a scale of 1 ties of both kinds occur, and numbers beyond the largest code."""

@@ -1,5 +1,6 @@
 """Taking codes out of words: the inline assembly, emulated instruction by instruction, and its plain twin."""
 
+import inspect
 import re
 
 import numpy as np
@@ -128,3 +129,11 @@ def test_the_plain_twin_gives_the_same(kind):
     want = torch.from_numpy(exact(kind).astype(np.float32)).T
     number = ~want.isnan()
     assert torch.equal(out.float()[number] * (256 if kind == "fp8" else 1), want[number])
+
+
+def test_outputs_share_no_register_with_the_input():
+    """Blocks of assembly read their input after they have written the first output."""
+    for function in (codes_triton.two_codes, codes_triton.four_codes):
+        source = getattr(function, "src", None) or inspect.getsource(function.fn)
+        assert "=&r,=&r," in source
+        assert "=r," not in source

@@ -47,6 +47,11 @@ def test_what_is_recognised_of_a_cache():
     assert (floats.spec, floats.width, floats.groups) == (None, 32, 0)
     one = Side.of("v", torch.zeros(1, 3, 8, 32).to(torch.float8_e4m3fn), torch.tensor(0.5), None, "float8_e4m3fn")
     assert (one.spec, one.groups) == (CacheFormat("float8_e4m3fn", "static"), 0)
+    for form, scale in (("static", torch.ones(1, 3, 1, 32)), ("per_token", torch.ones(1, 3, 1, 32).half())):
+        found = Side.of("k", codes[:1, :, :1], scale, None, "int8").spec  # room for one token
+        assert (found.scales, found.symmetric) == (form, True)
+    with pytest.raises(InputError, match="does not fit"):
+        Side.of("k", codes, torch.ones(32), None, "int8")
 
 
 def arguments(**change):
@@ -134,3 +139,14 @@ def test_groups_that_split_a_byte_take_the_reference():
     q = torch.randn(1, 2, 1, 30)
     given = (q, *cache.tensors, *cache.tensors, int32(6), "int4", "int4", 0.3)
     assert torch.equal(KERNELS.decode_attention(*given), decode_attention_reference(*given))
+
+
+@pytest.mark.parametrize("name", ["int8-static", "int4-asymmetric", "float"])
+def test_results_lie_as_tracing_expects_them(name):
+    """Queries come transposed; compiled code takes strides from the shape function."""
+    cache = filled_cache(FORMATS.get(name), 2, 2, 12, 32, (9,))
+    q = torch.randn(2, 3, 4, 32).half().transpose(1, 2)
+    given = (q, *cache.tensors, *cache.tensors, int32(9), cache.dtype, cache.dtype, 0.2)
+    assert decode_attention_reference(*given).is_contiguous()
+    assert decode_attention_reference(q.float(), *given[1:]).is_contiguous()
+    torch.library.opcheck(KERNELS.decode_attention.default, given)

@@ -151,6 +151,19 @@ def test_a_key_that_is_not_a_number_stays_visible():
         assert got.isnan().any(-1).all()
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|All-NaN slice) encountered:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_query_that_is_not_a_number_stays_visible(splits):
+    """All its scores are none then, which the maximum of a row leaves out."""
+    cache = filled_cache(FORMATS["int8"], 1, 1, 100, 32, (100,))
+    side = Side.of("kv", *cache.to(DEVICE).tensors, "int8")
+    q = torch.randn(1, 3, 1, 32).half()
+    q[0, 1, 0, 5] = torch.nan
+    got = launch(q.to(DEVICE), side, side, int32(100).to(DEVICE), 0.1, None, None, config=SMALL, splits=splits)
+    assert got.isnan().all(-1).flatten().tolist() == [False, True, False]
+    assert not got[:, ::2].isnan().any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", [*FORMATS, "float"])

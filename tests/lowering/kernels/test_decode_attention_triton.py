@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from qcompiler.errors import InputError
 from qcompiler.kv_cache import CacheFormat
-from qcompiler.lowering.kernels import decode_attention_triton, tuning
+from qcompiler.lowering.kernels import decode_attention_split_triton, decode_attention_triton, tuning
 from qcompiler.lowering.kernels.decode_attention import Side, decode_attention_reference
 from qcompiler.lowering.kernels.decode_attention_triton import Config, Tile, configs, default_config, launch
 from tests.lowering.kernels.ahead_of_time import inspect
@@ -81,6 +81,45 @@ def test_nothing_to_compute_gives_zeros():
     cache = Side.of("k", torch.zeros(1, 2, 0, 32, dtype=torch.int8), torch.ones(1, 2, 1, 32), None, "int8")
     out = launch(torch.ones(1, 4, 1, 32).half(), cache, cache, int32(0), 1.0, None, None)
     assert (out.shape, out.any().item()) == ((1, 4, 1, 32), False)
+
+
+class Recorder:
+    """Stands for a kernel, and keeps what it is launched with."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *given, **constants: self.launches.append((grid, given, constants))
+
+
+@pytest.fixture
+def split(monkeypatch):
+    recorders = Recorder(), Recorder()
+    monkeypatch.setattr(decode_attention_triton, "split_kernel", recorders[0])
+    monkeypatch.setattr(decode_attention_triton, "merge_kernel", recorders[1])
+    return recorders[0]
+
+
+def test_more_heads_than_a_second_axis_of_a_grid_has_places(split):
+    """65535; and blocks of queries that read the same tokens are next to each other."""
+    codes = torch.zeros(1, 1, 1, 16, dtype=torch.int8).expand(40000, 2, 256, 16)
+    cache = Side.of("k", codes, torch.ones(1, 2, 1, 16), None, "int8")
+    q = torch.zeros(1, 1, 1, 16).half().expand(40000, 20, 2, 16)
+    launch(q, cache, cache, int32(4), 1.0, None, None, splits=3)
+    ((grid, _, constants),) = split.launches
+    assert grid == (80000 * 2, 3)
+    assert (constants["ROWS"], constants["RATIO"]) == (16, 10)
+
+
+@pytest.mark.parametrize(("window", "passed"), [(None, 0), (3, 3), (256, 256), (2**31 - 1, 256), (2**40, 256)])
+def test_a_window_wider_than_the_cache_is_no_number_that_overflows(split, window, passed):
+    cache = Side.of("k", torch.zeros(1, 1, 256, 16, dtype=torch.int8), torch.ones(1, 1, 1, 16), None, "int8")
+    launch(torch.zeros(1, 1, 1, 16).half(), cache, cache, int32(4), 1.0, window, None)
+    names = decode_attention_split_triton.split_kernel.arg_names
+    ((_, given, constants),) = split.launches
+    assert given[names.index("window")] == passed
+    assert constants["WINDOW"] == (window is not None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
