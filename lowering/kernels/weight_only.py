@@ -325,7 +325,8 @@ def _cuda(
         return weight_only_linear_reference(x, packed, scale, zero_point, bias, bits, group)
     from qcompiler.lowering.kernels import weight_only_triton
 
-    return weight_only_triton.launch(x, packed, scale, zero_point, bias, bits, group)
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        return weight_only_triton.launch(x, packed, scale, zero_point, bias, bits, group)
 
 
 library.define(
