@@ -131,7 +131,14 @@ class Stack:
     """
 
     def __init__(self, bench: Bench, shape: Shape, recipe: Recipe) -> None:
-        from qcompiler.lowering.kernels import cache_append, decode_attention, quantize_rows  # noqa: F401
+        from qcompiler.lowering.kernels import (  # noqa: F401  (they define operators)
+            cache_append,
+            decode_attention,
+            gated,
+            quantize_rows,
+            rms_norm,
+            rotary,
+        )
 
         self.shape, self.recipe, self.device = shape, recipe, bench.device
         self.dtype = torch.float16 if bench.device.type == "cuda" else torch.bfloat16
@@ -176,14 +183,26 @@ class Stack:
             q, k, v = self._behind_norm(layer, ("q", "k", "v"), x)
             x = x + self._alone(layer["o"], self._attend(q, k, v, cache, state))
             gate, up = self._behind_norm(layer, ("gate", "up"), x)
-            x = x + self._alone(layer["down"], F.silu(gate) * up)
-        return F.linear(F.rms_norm(x, (self.shape.hidden,), self.norm, _EPS), self.head)
+            x = x + self._alone(layer["down"], self._gated(gate, up))
+        return F.linear(self._norm(x), self.head)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        if self.recipe.make is None:
+            return F.rms_norm(x, (self.shape.hidden,), self.norm, _EPS)
+        normed: Tensor = torch.ops.qcompiler_kernels.rms_norm(x, self.norm, _EPS)
+        return normed
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.recipe.make is None:
+            return F.silu(gate) * up
+        product: Tensor = torch.ops.qcompiler_kernels.gated(gate, up, "silu")
+        return product
 
     def _behind_norm(self, layer: dict[str, Any], names: tuple[str, ...], x: Tensor) -> list[Tensor]:
         if self.recipe.codes is not None:
             parts = torch.ops.qcompiler_kernels.rms_norm_quantize_rows(x, self.norm, _EPS, self.recipe.codes)
             return [layer[name](*parts) for name in names]
-        normed = F.rms_norm(x, (self.shape.hidden,), self.norm, _EPS)
+        normed = self._norm(x)
         return [self._multiply(layer[name], normed) for name in names]
 
     def _alone(self, linear: Any, x: Tensor) -> Tensor:
@@ -199,13 +218,14 @@ class Stack:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[RandomCache, RandomCache], state: _State) -> Tensor:
         keys, values = cache
         q, k, v = (t.unflatten(-1, (self.shape.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        rotary, ours = torch.ops.qcompiler.rotary, torch.ops.qcompiler_kernels
-        q, k = rotary(q, state.cos, state.sin, False), rotary(k, state.cos, state.sin, False)
+        ours = torch.ops.qcompiler_kernels
         if self.recipe.make is None:
+            q, k = (torch.ops.qcompiler.rotary(t, state.cos, state.sin, False) for t in (q, k))
             keys.codes.index_copy_(2, state.place, k)
             values.codes.index_copy_(2, state.place, v)
             found = F.scaled_dot_product_attention(q, keys.codes, values.codes)
             return found.transpose(1, 2).flatten(2)
+        q, k = ours.rotary_pair(q, k, state.cos, state.sin, False)
         for side, new in ((keys, k), (values, v)):
             if side.scale is None:
                 ours.append_static(new, side.codes, None, None, state.start, side.dtype)

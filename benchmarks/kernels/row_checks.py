@@ -1,4 +1,4 @@
-"""Activation quantizers against the graph's own operators, ``choose_qparams`` and ``quantize``, in float32."""
+"""Operators on rows against the graph's own, in float32: quantizers of activations, norms, gates, rotations."""
 
 import random
 import zlib
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.comparing import compare_codes
+from benchmarks.kernels.comparing import compare, compare_codes
 from benchmarks.kernels.records import Record
 from benchmarks.kernels.sections import Bench, Case
 
@@ -33,7 +33,7 @@ def _case(
     name: str, check: Callable[..., Iterator[tuple[Any, ...]]], dtype: torch.dtype
 ) -> Callable[[Bench], Iterator[Record]]:
     def run(bench: Bench) -> Iterator[Record]:
-        from qcompiler.lowering.kernels import quantize_rows  # noqa: F401  defines the operators
+        from qcompiler.lowering.kernels import gated, quantize_rows, rms_norm, rotary  # noqa: F401  define operators
 
         draw = random.Random(zlib.crc32(name.encode()))
         generator = torch.Generator(bench.device).manual_seed(draw.randrange(1 << 30))
@@ -46,7 +46,10 @@ def _case(
                     x[rows // 2] = 0  # a row without a range
                 for label, call, codes, others in check(x, generator):
                     shape = f"{name}{label}: {rows}x{width}"
-                    yield compare_codes(bench.section.name, shape, call, codes, others)
+                    if codes.dtype == torch.float32:
+                        yield compare(bench.section.name, shape, call, codes)
+                    else:
+                        yield compare_codes(bench.section.name, shape, call, codes, others)
 
     return run
 
@@ -105,12 +108,44 @@ def _rms_norm_quantize_static(x: Tensor, generator: torch.Generator) -> Iterator
         yield f" {_short(dtype)}", run, codes, ()
 
 
+def _rms_norm(x: Tensor, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    from qcompiler.lowering.kernels.rms_norm import rms_norm_reference as reference
+
+    weight = _norm_weight(x, generator).float()
+    yield "", lambda: _ours().rms_norm(x, weight, _EPS), reference(x.float(), weight, _EPS), ()
+
+
+def _gated(x: Tensor, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    from qcompiler.lowering.kernels.gated import ACTIVATIONS
+    from qcompiler.lowering.kernels.gated import gated_reference as reference
+
+    gate, up = torch.cat((x, x.flip(1)), 1).chunk(2, 1)  # halves of one matrix
+    for name in ACTIVATIONS:
+        call = lambda name=name: _ours().gated(gate, up, name)  # noqa: E731
+        yield f" {name}", call, reference(gate.float(), up.float(), name), ()
+
+
+def _rotary(x: Tensor, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    from qcompiler.lowering.kernels.rotary import rotary_reference as reference
+
+    heads = x[:, : x.shape[1] // 2 * 2].unflatten(1, (-1, 2 if x.shape[1] % 8 else 8))[None].transpose(1, 2)
+    angle = torch.rand(1, 1, *heads.shape[2:], generator=generator, device=x.device)
+    cos, sin = angle.cos(), angle.sin()
+    for interleaved in (False, True):
+        call = lambda interleaved=interleaved: _ours().rotary(heads, cos, sin, interleaved)  # noqa: E731
+        label = " neighbours" if interleaved else " halves"
+        yield label, call, reference(heads.float(), cos, sin, interleaved), ()
+
+
 _CHECKS: dict[str, Callable[..., Iterator[tuple[Any, ...]]]] = {
     "quantize_rows": _quantize_rows,
     "rms_norm_quantize_rows": _rms_norm_quantize_rows,
     "quantize_static": _quantize_static,
     "rms_norm_quantize_static": _rms_norm_quantize_static,
     "quantize_rows_affine": _quantize_rows_affine,
+    "rms_norm": _rms_norm,
+    "gated": _gated,
+    "rotary": _rotary,
 }
 
 
