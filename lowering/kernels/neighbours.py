@@ -148,8 +148,7 @@ class Neighbours:
     def _rounds(self, user: Node, value: Node) -> bool:
         """Whether a reader rounds a value to the module's dtype before anything is computed from it."""
         if user in self._plan.appends:
-            cache = self._plan.appends[user]
-            return cache.spec is None and cache.value is value
+            return self._plan.appends[user].value is value  # in float: of other caches, quantizers read it
         if is_moving(user.target):
             others = [n for n in user.all_input_nodes if n is not value]
             if any(n in self._values and self._values.dtype_behind(n) == self._dtype for n in others):

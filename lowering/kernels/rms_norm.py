@@ -17,7 +17,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` along the last axis, computed in float32 and rounded once."""
-    normed: Tensor = torch.ops.qcompiler.rms_norm(x, weight.float(), eps)
+    normed: Tensor = torch.ops.qcompiler.rms_norm(x, weight, eps)
     return normed
 
 

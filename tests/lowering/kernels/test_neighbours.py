@@ -76,6 +76,8 @@ def test_families(family, launches, fused, monkeypatch):
     left = calls(made)
     assert left[_canonical.rms_norm.default] == left[_canonical.rotary.default] == 0
     assert {name: left[getattr(_kernels, name).default] for name in launches} == launches
+    names = {node.args[2] for node in made.module.graph.nodes if node.target is _kernels.gated.default}
+    assert names == ({"gelu_tanh" if family == "gemma2" else "silu"} if "gated" in launches else set())
     assert (run(made, ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
     narrow = run(rewrite(graph, CPU, torch.bfloat16), ids)
     monkeypatch.setattr(neighbours, "choose", lambda device: Choice("reference", "asked for"))
@@ -123,9 +125,11 @@ def changed(change: str) -> Graph:
     graph = copy_graph(canonical_graph("llama"))
     if change == "a gate that is read twice":
         silu = node_of(graph, _aten.silu.default)
-        with graph.fx.inserting_after(silu):
-            more = graph.fx.call_function(_aten.add.Tensor, (silu, silu))
-        next(user for user in silu.users if user is not more).replace_input_with(silu, more)
+        (mul,) = silu.users
+        (reader,) = mul.users
+        with graph.fx.inserting_after(mul):
+            more = graph.fx.call_function(_aten.add.Tensor, (mul, silu))
+        reader.replace_input_with(mul, more)
         more.meta = dict(silu.meta)
     elif change == "a product of other shapes":
         mul = next(iter(node_of(graph, _aten.silu.default).users))

@@ -22,6 +22,7 @@ def test_it_is_the_canonical_operator(dtype):
 def test_a_weight_of_few_bits_is_not_multiplied_in_them():
     x, weight = torch.randn(5, 40).bfloat16(), torch.rand(40).bfloat16()
     assert torch.equal(_ours.rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight.float(), 1e-5))
+    assert torch.equal(rms_norm_reference(x, weight, 1e-5), rms_norm_reference(x, weight.float(), 1e-5))
 
 
 def test_shapes_when_traced():
