@@ -17,7 +17,7 @@ class Device:
     """A device, as far as the choice of a kernel depends on it.
 
     Attributes:
-        kind: ``cpu`` or ``cuda``.
+        kind: ``cpu``, ``cuda``, or another; PyTorch calls AMD's devices ``cuda`` too, they are ``hip`` here.
         name: as the driver calls it; empty for a CPU.
         capability: CUDA compute capability as one number, 90 for 9.0; 0 for a CPU.
         has_triton: whether Triton can be imported.
@@ -39,6 +39,8 @@ def _described(device: torch.device) -> Device:
     has_triton = importlib.util.find_spec("triton") is not None
     if device.type != "cuda":
         return Device(device.type, has_triton=has_triton)
+    if torch.version.hip is not None:  # inline assembly is NVIDIA's
+        return Device("hip", torch.cuda.get_device_name(device), has_triton=has_triton)
     major, minor = torch.cuda.get_device_capability(device)
     return Device("cuda", torch.cuda.get_device_name(device), 10 * major + minor, has_triton)
 

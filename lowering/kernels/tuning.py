@@ -6,8 +6,8 @@ to see which kernels it launches, then with every candidate of each. Results are
 in one JSON file, ``$QCOMPILER_CACHE/tuning.json`` (default ``~/.cache/qcompiler``), rewritten whole and then renamed.
 """
 
-import importlib.metadata
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Container, Sequence
@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 
 __all__ = ["TuningCache", "cache_path", "device_name", "found", "row_bucket", "search_launches"]
+
+_log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 Key = tuple[object, ...]
@@ -48,7 +50,9 @@ def device_name(device: torch.device) -> str:
 
 @cache
 def _device_name(index: int) -> str:
-    return f"{torch.cuda.get_device_name(index)}, triton {importlib.metadata.version('triton')}"
+    import triton  # distributed under several names
+
+    return f"{torch.cuda.get_device_name(index)}, triton {triton.__version__}"
 
 
 @dataclass
@@ -57,13 +61,15 @@ class TuningCache:
 
     Attributes:
         path: of the file; read when first needed. One that is damaged counts as empty: it holds nothing that cannot be
-            found again.
+            found again. Where it cannot be written, what was found serves this process.
     """
 
     path: Path
 
     def __post_init__(self) -> None:
         self._entries: dict[str, dict[str, Any]] | None = None
+        self._own: dict[str, dict[str, Any]] = {}
+        self._known: dict[tuple[str, str, Key], Any] = {}
 
     def get(self, device: str, kernel: str, key: Key, make: Callable[..., Config]) -> Config | None:
         """What was found for a kernel and key: ``make(**fields)``; None if nothing, or of fields it does not take."""
@@ -72,6 +78,26 @@ class TuningCache:
             return None if fields is None else make(**fields)
         except TypeError:
             return None
+
+    def get_once(
+        self,
+        device: str,
+        kernel: str,
+        key: Key,
+        make: Callable[..., Config],
+        candidates: Callable[[], Sequence[Config]],
+    ) -> Config | None:
+        """As `get`, looked up once, and only what is among the candidates, if there are any.
+
+        Candidates are known to fit; an earlier version may have had others.
+        """
+        place = device, kernel, key
+        if place not in self._known:
+            config = self.get(device, kernel, key, make)
+            allowed = candidates() if config is not None else ()
+            self._known[place] = config if not allowed or config in allowed else None
+        known: Config | None = self._known[place]
+        return known
 
     def search(
         self,
@@ -91,10 +117,13 @@ class TuningCache:
             measure: seconds, or infinity for one that does not run.
         """
         best = min(candidates, key=measure)
+        self._own[_name(device, kernel, key)] = asdict(best)  # type: ignore[call-overload]
         self._entries = None  # another process may have written meanwhile
-        self._read()[_name(device, kernel, key)] = asdict(best)  # type: ignore[call-overload]
-        self._write()
-        _kept.cache_clear()
+        self._known.clear()
+        try:
+            self._write()
+        except OSError as error:
+            _log.warning("launch configurations serve this process alone, %s cannot be written: %s", self.path, error)
         return best
 
     def _read(self) -> dict[str, dict[str, Any]]:
@@ -103,15 +132,18 @@ class TuningCache:
                 content = json.loads(self.path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 content = {}
-            self._entries = content if isinstance(content, dict) else {}
+            self._entries = (content if isinstance(content, dict) else {}) | self._own
         return self._entries
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".tuning-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(self._read(), file, indent=1, sort_keys=True)
-        os.replace(name, self.path)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self._read(), file, indent=1, sort_keys=True)
+            os.replace(name, self.path)
+        finally:
+            Path(name).unlink(missing_ok=True)
 
 
 def _name(device: str, kernel: str, key: Key) -> str:
@@ -148,7 +180,7 @@ def found(
         kernel: its name.
         key: hashable; what the best configuration depends on: shape with rows as `row_bucket`, dtype, bits.
         make: the dataclass of the kernel's configurations.
-        candidates: what a search would try, if one is under way; not called otherwise.
+        candidates: what a search would try, if one is under way; what it kept counts only if it is among them.
     """
     search = _SEARCH.get()
     if search is not None:
@@ -159,13 +191,7 @@ def found(
             search.seen[kernel, key] = candidates()
     if device.type != "cuda":
         return None
-    found: Config | None = _kept(cache_path(), device_name(device), kernel, key, make)
-    return found
-
-
-@cache
-def _kept(path: Path, device: str, kernel: str, key: Key, make: Callable[..., Any]) -> Any:
-    return _cache_at(path).get(device, kernel, key, make)
+    return _cache_at(cache_path()).get_once(device_name(device), kernel, key, make, candidates)
 
 
 @cache

@@ -1,5 +1,6 @@
 """The search over a model's own operators, with kernels that do nothing but ask for their configuration."""
 
+import contextlib
 import operator
 from dataclasses import dataclass
 
@@ -60,3 +61,33 @@ def test_a_launch_that_fails_takes_for_ever(monkeypatch):
     assert search.seconds_on_cuda(lambda: 1) == 2.5e-3
     assert search.seconds_on_cuda(lambda: operator.truediv(1, 0)) == float("inf")
     assert benchmarked == [1]
+
+
+def test_launches_are_timed_without_what_python_takes_for_them(monkeypatch):
+    events, timed = [], []
+
+    class Graph:
+        def replay(self):
+            events.append("replayed")
+
+    @contextlib.contextmanager
+    def record(graph):
+        events.append("recording")
+        yield
+        events.append("recorded")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr("triton.testing.do_bench", lambda run, **options: timed.append(run()) or 2.0)
+    assert search.seconds_on_cuda(lambda: events.append("launched")) == 2e-3
+    assert events == ["launched", "recording", "launched", "recorded", "replayed"]
+
+    @contextlib.contextmanager
+    def refuse(graph):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    del events[:]
+    assert search.seconds_on_cuda(lambda: events.append("launched")) == 2e-3
+    assert events == ["launched"] * 3

@@ -133,3 +133,36 @@ def test_a_failing_search_leaves_nothing_behind():
     log = []
     launcher(log, 1)
     assert log == [("product", 1, 128)]
+
+
+def test_a_place_that_cannot_be_written_serves_the_process(folder, monkeypatch, caplog):
+    (folder / "file").write_text("no folder")
+    monkeypatch.setenv("QCOMPILER_CACHE", str(folder / "file"))
+    monkeypatch.setattr(tuning, "device_name", lambda device: "gpu")
+    run = lambda: (launcher([], 1), launcher([], 4))  # noqa: E731
+    assert set(search_launches(run, lambda f: f() and 1.0, "gpu")) == {"product|1", "product|4"}
+    assert "serve this process alone" in caplog.text
+    cuda = torch.device("cuda")
+    assert [found(cuda, "product", (rows,), Config, lambda: CANDIDATES) for rows in (1, 4)] == [Config(16)] * 2
+
+
+def test_a_file_that_is_not_replaced_leaves_nothing_beside_it(folder, monkeypatch):
+    monkeypatch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(PermissionError("denied")))
+    TuningCache(cache_path()).search("gpu", "product", (), CANDIDATES, lambda c: c.block)
+    assert list(folder.iterdir()) == []
+
+
+def test_what_is_no_candidate_any_more_is_not_launched(monkeypatch):
+    monkeypatch.setattr(tuning, "device_name", lambda device: "gpu")
+    for row, kept in ((1, Config(7)), (2, CANDIDATES[1])):
+        TuningCache(cache_path()).search("gpu", "product", (row,), [kept], lambda c: 1.0)
+    cuda = torch.device("cuda")
+    assert found(cuda, "product", (1,), Config, lambda: CANDIDATES) is None
+    assert found(cuda, "product", (2,), Config, lambda: CANDIDATES) == CANDIDATES[1]
+
+
+def test_the_version_of_triton_does_not_depend_on_the_name_it_was_installed_under(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: (_ for _ in ()).throw(LookupError(name)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+    assert tuning.device_name(torch.device("cuda", 71)) == f"a card, triton {triton.__version__}"
