@@ -121,6 +121,22 @@ def test_parts_of_vectors_are_rounded_as_what_they_are_put_beside(family, fused)
     assert all(user.target is _aten.cat.default for pair in pairs for part in pair.users for user in part.users)
 
 
+def test_readers_behind_what_only_moves_values_are_asked(fused):
+    graph = copy_graph(canonical_graph("llama"))
+    rotary = node_of(graph, _canonical.rotary.default)
+    with graph.fx.inserting_after(rotary):
+        moved = graph.fx.call_function(_aten.clone.default, (rotary,))
+    moved.meta = dict(rotary.meta)
+    rotary.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
+    dtypes = []
+    for _ in range(2):
+        made = rewrite(graph, CPU, torch.bfloat16).module.graph.nodes
+        dtypes.append(next(node.args[5] for node in made if node.target is _kernels.rotary_pair.default))
+        with graph.fx.inserting_after(moved):  # something that computes from it, too
+            graph.fx.call_function(_aten.exp.default, (moved,))
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
 def changed(change: str) -> Graph:
     graph = copy_graph(canonical_graph("llama"))
     if change == "a gate that is read twice":
