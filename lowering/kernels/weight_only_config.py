@@ -17,6 +17,7 @@ measured on a device: they follow from bytes in flight, warps per multiprocessor
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from qcompiler.lowering.kernels.machine_code import SHARED_MEMORY
 from qcompiler.lowering.kernels.weight_only_layout import Layout
@@ -75,6 +76,7 @@ _FUSED_BLOCKS = {True: 3, False: 2}
 """By `is_hopper`: with more blocks of rows, unpacking for each costs more than writing the weight once."""
 
 
+@cache  # asked at every launch
 def default_config(
     rows: int, out: int, width: int, bits: int, *, capability: int = 90, processors: int = 132
 ) -> Config:

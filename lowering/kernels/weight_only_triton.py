@@ -60,15 +60,10 @@ def launch(
         config: how to launch; None: what a search kept for the shape, or the default.
 
     Raises:
-        InputError: if a tensor does not begin at a multiple of 16 bytes.
+        InputError: if a tensor of the weight does not begin at a multiple of 16 bytes.
     """
     (rows, width), out = x.shape, packed.shape[1]
-    for name, tensor in (
-        ("activations", x),
-        ("packed weights", packed),
-        ("scales", scale),
-        ("zero points", zero_point),
-    ):
+    for name, tensor in (("packed weights", packed), ("scales", scale), ("zero points", zero_point)):
         if tensor is not None and tensor.data_ptr() % 16:
             raise InputError(
                 "weight_only_linear: a tensor is misaligned",
@@ -88,11 +83,17 @@ def launch(
     piece = -(-tiles // (config.split * depth)) * depth
     split = -(-tiles // piece)
     missing = -width % _ALIGNED
+    if missing:
+        x = F.pad(x, (0, missing))
+    elif x.data_ptr() % 16:  # a part of a larger tensor: read number by number, it would take another kernel
+        x = x.clone()
+    if bias is not None:
+        bias = bias.contiguous()  # one number for all channels may be expanded
     y = x.new_empty(rows, out)
     target = y if split == 1 else torch.empty(split, rows, out, dtype=torch.float32, device=x.device)
     kernel = kernels.multiply_few if config.depth else kernels.multiply
     kernel[(-(-rows // config.rows), -(-out // config.out), split)](
-        F.pad(x, (0, missing)) if missing else x,
+        x,
         packed,
         scale,
         packed if zero_point is None else zero_point,
