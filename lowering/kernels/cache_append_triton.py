@@ -200,8 +200,8 @@ def _constants(spec: CacheFormat | None, width: int, config: Config) -> dict[str
         "WIDTH": width,
         "BLOCK": block,
         "ROWS": config.rows,
-        "GROUPS": triton.next_power_of_2(width // block),
-        "CHANNELS": triton.next_power_of_2(block),
+        "GROUPS": _power_of_2(width // block),
+        "CHANNELS": _power_of_2(block),
         "KIND": kind,
         "BITS": 16 if spec is None else spec.bits,
         "PER_TOKEN": spec is not None and spec.scales == "per_token",
@@ -209,9 +209,14 @@ def _constants(spec: CacheFormat | None, width: int, config: Config) -> dict[str
     }
 
 
+def _power_of_2(least: int) -> int:
+    """The next; Triton's own takes microseconds, at every launch."""
+    return 1 << (least - 1).bit_length()
+
+
 def _padded(spec: CacheFormat | None, width: int) -> int:
     block = width if spec is None else spec.block(width)
-    return int(triton.next_power_of_2(width // block) * triton.next_power_of_2(block))
+    return _power_of_2(width // block) * _power_of_2(block)
 
 
 def launch(
@@ -239,7 +244,7 @@ def launch(
         config = found or default_config(rows, padded)
     stored = codes if spec is None else codes.view(torch.uint8)
     scale_steps, zero_steps = _steps(scale, spec), _steps(zero_point, spec)
-    append_kernel[(triton.cdiv(rows, config.rows),)](
+    append_kernel[(-(-rows // config.rows),)](
         new,
         stored,
         stored if scale is None else scale,

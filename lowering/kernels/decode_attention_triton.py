@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from qcompiler.errors import InputError
@@ -67,11 +67,13 @@ class Tile:
         return cls(32 if is_wide else 16, words, token_bytes)
 
 
+@cache
 def default_config(tile: Tile) -> Config:
     """The first that fits of larger and smaller tiles."""
     return configs(tile)[0]
 
 
+@cache
 def configs(tile: Tile) -> tuple[Config, ...]:
     """What a search tries, the default first."""
     if tile.words <= tile.rows:  # several warps would compute the same
@@ -134,7 +136,7 @@ def launch(
         key = (str(keys.spec), str(values.spec), keys.width, values.width, *sizes)
         found = tuning.found(q.device, "decode_attention", key, Config, lambda: configs(tile))
         config = found or default_config(tile)
-    blocks = triton.cdiv(rows, tile.rows)
+    blocks = -(-rows // tile.rows)
     if splits is None:
         splits = _splits(capacity, batch * heads * blocks, config, q.device)
     all_rows = batch * heads * rows
@@ -187,10 +189,14 @@ def launch(
 
 
 def _splits(capacity: int, programs: int, config: Config, device: torch.device) -> int:
+    wanted = -(-_multiprocessors(device) * config.programs // programs)
+    return int(max(1, min(wanted, -(-capacity // (2 * config.tokens)), _MOST_SPLITS)))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
     is_cuda = device.type == "cuda"
-    count = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else _MULTIPROCESSORS
-    wanted = triton.cdiv(count * config.programs, programs)
-    return int(max(1, min(wanted, triton.cdiv(capacity, 2 * config.tokens), _MOST_SPLITS)))
+    return torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else _MULTIPROCESSORS
 
 
 def _registers(keys: Side, values: Side, config: Config) -> int:
@@ -202,6 +208,7 @@ def _registers(keys: Side, values: Side, config: Config) -> int:
     return 255 if is_large or any(side.groups > 1 or side.zero is not None for side in (keys, values)) else 128
 
 
+@cache
 def _mode(device: torch.device) -> int:
     """How codes are taken apart, as ``cache_codes_triton`` has it."""
     if device.type != "cuda":
@@ -218,8 +225,13 @@ def _kind(side: Side) -> tuple[str, int]:
     return ("fp8" if side.spec.is_float else "int8" if side.spec.symmetric else "uint8"), 2
 
 
+def _power_of_2(least: int) -> int:
+    """The next; Triton's own takes microseconds, at every launch."""
+    return 1 << (least - 1).bit_length()
+
+
 def _padded_words(side: Side) -> int:
-    return max(16, int(triton.next_power_of_2(side.width)) // _kind(side)[1])
+    return max(16, _power_of_2(side.width) // _kind(side)[1])
 
 
 def _side_constants(prefix: str, side: Side, unit: int) -> dict[str, Any]:
@@ -238,7 +250,7 @@ def _side_constants(prefix: str, side: Side, unit: int) -> dict[str, Any]:
 
 
 def _merge_constants(width: int, splits: int) -> dict[str, int]:
-    padded, channels = int(triton.next_power_of_2(splits)), int(triton.next_power_of_2(width))
+    padded, channels = _power_of_2(splits), _power_of_2(width)
     return {"WIDTH": width, "CHANNELS": channels, "SPLITS": splits, "PADDED": padded, "CHUNK": min(padded, 16)}
 
 
