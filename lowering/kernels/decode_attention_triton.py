@@ -205,6 +205,7 @@ def _registers(keys: Side, values: Side, config: Config) -> int:
     Left to itself, the compiler gives up a register or two for less.
     """
     is_large = config.warps < 4 or max(keys.width, values.width) > 128
+    is_large |= any(side.spec is None and side.width & (side.width - 1) for side in (keys, values))  # masks of padding
     return 255 if is_large or any(side.groups > 1 or side.zero is not None for side in (keys, values)) else 128
 
 

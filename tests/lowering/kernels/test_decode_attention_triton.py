@@ -11,6 +11,7 @@ from qcompiler.lowering.kernels import decode_attention_split_triton, decode_att
 from qcompiler.lowering.kernels.decode_attention import Side, decode_attention_reference
 from qcompiler.lowering.kernels.decode_attention_triton import Config, Tile, configs, default_config, launch
 from tests.lowering.kernels.ahead_of_time import inspect
+from tests.lowering.kernels.as_launched import as_launched, flaws
 from tests.lowering.kernels.filled_caches import FORMATS, KERNELS, filled_cache, int32
 
 SHARED_OF_THE_SMALLEST = 99 * 1024
@@ -173,6 +174,31 @@ def test_machine_code_of_everything():
     reports = inspect("decode_attention_triton")
     assert sorted((r["name"], r["capability"]) for r in reports) == sorted((c.name, n) for c in wanted for n in c.mma)
     assert [(r["name"], r["failures"]) for r in reports if r["failures"] or r["spilled_bytes"]] == []
+
+
+def launches(capability: int) -> None:
+    """Forms, widths and options that are not among the cases; for `as_launched`."""
+    decode_attention_triton._mode = lambda device: 2 if capability >= 89 else 1
+    shapes = [(None, 96, 4, 1, None, None, None), (FORMATS["int4-g16-asymmetric"], 96, 8, 4, 700, 20.0, None)]
+    shapes += [
+        (CacheFormat("int8"), 128, 4, 1, 700, 20.0, 1),
+        (CacheFormat("float8_e4m3fn"), 80, 8, 16, None, 3.0, None),
+    ]
+    for spec, width, ratio, queries, window, softcap, splits in shapes:
+        like = side(spec, width)
+        empty = (
+            None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (like.codes, like.scale, like.zero)
+        )
+        cache = Side(spec, *empty)
+        q = torch.empty(1, queries, 8 * ratio, width, dtype=torch.float16).transpose(1, 2)
+        launch(q, cache, cache, int32(4), 0.1, window, softcap, splits=splits)
+
+
+@pytest.mark.parametrize("capability", [86, 90])
+def test_what_is_launched_leaves_no_registers_in_memory(capability):
+    found = as_launched("test_decode_attention_triton", "launches", capability)
+    assert [one["kernel"] for one in found].count("split_kernel") == 4
+    assert flaws(found, capability) == []
 
 
 @pytest.mark.gpu
