@@ -186,7 +186,8 @@ def multiply(
         total = tl.trans(total)
     if HAS_BIAS and not PARTIAL:
         total += tl.load(bias + columns).to(tl.float32)[None, :]
-    at = (piece * M + m[:, None]).to(tl.int64) * N + n[None, :]
+    y += (piece * M + tl.program_id(0) * BM).to(tl.int64) * N  # so that 32 bits are left to be added for each number
+    at = tl.arange(0, BM)[:, None] * N + n[None, :]
     tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 

@@ -1,5 +1,6 @@
 """Weight-only kernels: interpreted against the reference, compiled for GPUs that are not here, and on one that is."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,9 +14,10 @@ pytest.importorskip("triton")
 from qcompiler.errors import InputError
 from qcompiler.lowering.kernels import weight_only_triton
 from qcompiler.lowering.kernels.weight_only import WeightOnlyLinear, pack_tiles, weight_only_linear_reference
-from qcompiler.lowering.kernels.weight_only_config import Config, configs, fits, shapes_for
+from qcompiler.lowering.kernels.weight_only_config import Config, configs, default_config, fits, shapes_for
 from qcompiler.lowering.kernels.weight_only_layout import Layout
 from qcompiler.lowering.kernels.weight_only_triton import dequantize, launch
+from tests.lowering.kernels.as_launched import as_launched, flaws
 from tests.lowering.kernels.weight_only_cases import random_weight, spec_of, worst
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -113,8 +115,23 @@ def operands(x):
     return x, packed, scale, zero, None
 
 
-@pytest.mark.parametrize("position", range(4))
-def test_misaligned_tensors_are_refused(position):
+@pytest.mark.parametrize("config", [DEEP_SPLIT, SWAPPED, Config(0)], ids=str)
+def test_activations_and_biases_that_are_parts_of_other_tensors(config):
+    """Activations at an odd address, biases that are strided or one number: copied, not read as if they were whole."""
+    x, packed, scale, zero, _ = operands(torch.randn(3, 256).to(DEVICE, FLOAT16))
+    bias = torch.randn(32).to(DEVICE, FLOAT16)
+    shifted = torch.cat([bias[:1], x.reshape(-1)])[1:].view(3, 256)
+    assert shifted.data_ptr() % 16
+    strided = torch.stack([bias, torch.full_like(bias, torch.nan)], -1)[:, 0]
+    expected = launch(x, packed, scale, zero, bias, 4, 64, config)
+    assert torch.equal(launch(shifted, packed, scale, zero, strided, 4, 64, config), expected)
+    expected = launch(x, packed, scale, zero, bias[:1].repeat(32), 4, 64, config)
+    one = torch.cat([bias[:1], torch.full_like(bias, torch.nan)])[:1].expand(32)
+    assert torch.equal(launch(x, packed, scale, zero, one, 4, 64, config), expected)
+
+
+@pytest.mark.parametrize("position", range(1, 4))
+def test_weights_that_are_misaligned_are_refused(position):
     given = list(operands(torch.randn(2, 256).to(DEVICE, FLOAT16)))
     shifted = torch.empty(given[position].numel() + 1, dtype=given[position].dtype, device=DEVICE)[1:]
     given[position] = shifted.view(given[position].shape)
@@ -172,6 +189,67 @@ def test_every_configuration_that_can_be_launched_is_compiled():
                 mark = f" {weight_only_triton._config_name(config)} sm_{capability}"
                 found = [name for name in names if name.endswith(mark) and f" w{bits} " in name]
                 assert len(found) >= 24 or not fits(config, Layout.of(bits, 4096, 4096), capability)
+
+
+Form = tuple[int, int | None, bool, bool, torch.dtype]  # bits, group, symmetric, biased, dtype
+FORMS: tuple[Form, ...] = (
+    (4, 128, True, True, BFLOAT16),
+    (4, 128, False, False, FLOAT16),
+    (8, None, True, False, FLOAT16),
+    (3, None, False, True, BFLOAT16),
+    (2, 128, False, True, FLOAT16),
+)
+# rows, output channels, input channels, which of FORMS. A single row, channel or input; sizes that no tile divides.
+FEW_LAUNCHES = (
+    (1, 1024, 4096, 0),
+    (3, 1, 416, 3),
+    (16, 1000, 1040, 1),
+    (64, 512, 1000, 2),
+    (128, 70, 4096, 0),
+    (256, 72, 416, 4),
+    (2048, 50, 1, 1),
+)
+
+
+def launches(capability: int, cases: tuple[tuple[int, int, int, int], ...] = FEW_LAUNCHES) -> None:
+    """What `as_launched` compiles."""
+    for rows, out, width, form in cases:
+        launch_zeros(capability, rows, out, width, FORMS[form])
+
+
+def many_launches(capability: int) -> None:
+    """Every number of rows with every format; of the shapes, each with some."""
+    shapes = ((1024, 4096), (1, 416), (1000, 1000), (4099, 1), (70, 1040))
+    forms = itertools.product((2, 3, 4, 8), (128, None), (True, False), (True, False), (FLOAT16, BFLOAT16))
+    for i, form in enumerate(forms):
+        for j, rows in enumerate((1, 3, 16, 64, 128, 256, 2048)):
+            launch_zeros(capability, rows, *shapes[(i + j) % len(shapes)], form)
+
+
+def launch_zeros(capability: int, rows: int, out: int, width: int, form: Form) -> None:
+    bits, group, symmetric, biased, dtype = form
+    group = group or width
+    layout = Layout.of(bits, group, width)
+    packed = torch.zeros(layout.tiles(width), out, layout.tile_bytes, dtype=torch.uint8)
+    scale = torch.zeros(-(-width // group), out, dtype=torch.float32 if biased else dtype)
+    bias = torch.zeros(out, dtype=dtype) if biased else None
+    zero = None if symmetric else torch.zeros(scale.shape, dtype=torch.uint8)
+    config = default_config(rows, out, width, bits, capability=capability)
+    launch(torch.zeros(rows, width, dtype=dtype), packed, scale, zero, bias, bits, group, config)
+
+
+def test_launches_compile():
+    found = as_launched("test_weight_only_triton")
+    assert flaws(found) == []
+    assert {"multiply", "multiply_few", "reduce", "dequantize"} == {one["kernel"] for one in found}
+    assert any(one["kernel"] == "multiply_few" and one["integers"][0] == 1 for one in found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_launches_of_many_shapes_compile(capability):
+    assert flaws(as_launched("test_weight_only_triton", "many_launches", capability), capability) == []
 
 
 # ---- on a GPU
