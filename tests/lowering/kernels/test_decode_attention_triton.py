@@ -198,7 +198,7 @@ def launches(capability: int) -> None:
 def test_what_is_launched_leaves_no_registers_in_memory(capability):
     found = as_launched("test_decode_attention_triton", "launches", capability)
     assert [one["kernel"] for one in found].count("split_kernel") == 4
-    assert flaws(found, capability) == []
+    assert flaws(found, capability) == [one for one in found if one["spilled"]] == []
 
 
 @pytest.mark.gpu
