@@ -256,8 +256,9 @@ def _check(
         ("packed weights", packed),
         ("scales", scale),
         ("zero points", zero_point),
+        ("bias", bias),
     ):
-        if tensor is not None and not tensor.is_contiguous():
+        if tensor is not None and tensor is not bias and not tensor.is_contiguous():
             raise InputError(
                 "weight_only_linear: a tensor is not contiguous", where=name, got=f"strides {list(tensor.stride())}"
             )

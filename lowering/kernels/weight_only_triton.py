@@ -1,7 +1,7 @@
 """Launches the weight-only kernels, and lists what of them can be launched, to be compiled ahead of time."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -142,16 +142,24 @@ def dequantize(
 def _config(x: Tensor, out: int, bits: int, group: int, has_zero: bool) -> Config:
     """What a search kept for these arguments, or the default."""
     rows, width = x.shape
-    device = {}
-    if x.is_cuda:
-        properties = torch.cuda.get_device_properties(x.device)
-        device["capability"] = 10 * properties.major + properties.minor
-        device["processors"] = properties.multi_processor_count
+    device = _limits(x.device)
     key = (bits, min(group, width), out, width, str(x.dtype), has_zero, tuning.row_bucket(rows))
     space = partial(configs, rows, out, width, bits, **device)
     return tuning.found(x.device, "weight_only_linear", key, Config, space) or default_config(
         rows, out, width, bits, **device
     )
+
+
+@cache  # asked at every launch
+def _limits(device: torch.device) -> dict[str, int]:
+    """What configurations depend on; empty for a CPU, which stands for a usual GPU."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "capability": 10 * properties.major + properties.minor,
+        "processors": properties.multi_processor_count,
+    }
 
 
 def _format(layout: Layout, group: int, width: int, has_zero: bool, everything: int = 0) -> dict[str, Any]:

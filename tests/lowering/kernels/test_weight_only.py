@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qcompiler.errors import InputError
+from qcompiler.lowering.kernels import weight_only
 from qcompiler.lowering.kernels.device import Device
 from qcompiler.lowering.kernels.weight_only import WeightOnlyLinear, choose, pack_tiles, weight_only_linear_reference
 from qcompiler.qtensor import Affine
@@ -169,6 +170,17 @@ def test_bad_input_is_refused(name, change, where):
     given[name] = change(given[name])
     with pytest.raises(InputError) as caught:
         OPERATOR(**given, layout="tiles")
+    assert caught.value.where == where
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("packed", "packed weights"), ("zero_point", "zero points"), ("bias", "bias")]
+)
+def test_tensors_on_two_devices_are_refused(name, where):
+    given = arguments()
+    given[name] = given[name].to("meta")
+    with pytest.raises(InputError, match="two devices") as caught:
+        weight_only._check(**given, layout="tiles")
     assert caught.value.where == where
 
 
