@@ -30,7 +30,7 @@ needs Triton to be installed.
 | ``weight_only_linear`` | 2, 3, 4, 8 bits; float16, bfloat16 | ``weight_only*.py`` |
 | ``scaled_linear`` | INT8, FP8, INT4 in groups; INT8 and FP8 activations | ``scaled_linear*.py`` |
 | ``codebook_linear`` | tables of 4 to 16 values and a sparse matrix | ``codebook_*.py`` |
-| ``quantize_rows``, ``quantize_static``, ``rms_norm_...`` | activations to codes, behind a norm too | ``quantize_rows*.py`` |
+| ``quantize_rows``, ``quantize_static``, ... | activations to codes, behind a norm too | ``quantize_rows*.py`` |
 | ``append_quantized``, ``append_static`` | new tokens into a cache | ``cache_*.py`` |
 | ``decode_attention`` | over caches in INT8, FP8, INT4 or float | ``decode_attention*.py`` |
 | ``rms_norm``, ``gated``, ``rotary`` | what stands between them | files of those names |
