@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.execute import Stretch
+from qcompiler.feed import empty_cache
 from qcompiler.graph import Graph, Site, activation_rounding
 from qcompiler.kv_cache import cache_rounding
 from qcompiler.observers import Statistic
@@ -15,10 +16,50 @@ from qcompiler.pass_base import Tap, Wave
 from qcompiler.segments import Segment
 from qcompiler.values import Parked, ValuePark
 
-__all__ = ["Batch", "Position", "Run", "original_name"]
+__all__ = ["Batch", "Outside", "Position", "Run", "original_name"]
 
 Batch = Mapping[fx.Node, Tensor]
 """One value per placeholder of the graph."""
+
+
+class Outside:
+    """Of a batch: the inputs of the graph, and what does not depend on the tokens (masks, positions).
+
+    Args:
+        graph: being rewritten.
+        prologue: the values that do not depend on the tokens.
+        device: where they are computed, once for every shape, mask and positions.
+    """
+
+    def __init__(self, graph: Graph, prologue: Sequence[fx.Node], device: torch.device) -> None:
+        self._graph, self._device = graph, device
+        self._stretch = Stretch(list(graph.fx.nodes), [*prologue])
+        sizes = torch.ops.aten.sym_size.int
+        self._reads = {
+            source for node in self._stretch.nodes if node.target is not sizes for source in node.all_input_nodes
+        }
+        self._computed: dict[tuple[object, ...], dict[fx.Node, Any]] = {}
+        self._weights = self._stretch.load(graph.weights.read, device)
+
+    def __call__(self, batch: Batch) -> dict[fx.Node, Any]:
+        """By node, what segments read that no segment computes."""
+        key: list[object] = []
+        for node, value in batch.items():
+            key.append(value.shape)
+            if node in self._reads:
+                key.append(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        values = self._computed.get(tuple(key))
+        if values is None:
+            values = self._stretch.run(batch, self._weights, self._device)
+            self._computed[tuple(key)] = values
+        return {**batch, **values, **self._new_caches(batch)}
+
+    def _new_caches(self, batch: Batch) -> dict[fx.Node, Tensor]:
+        """What the ports take that a cache was given after the batches were made."""
+        ports = zip(self._graph.inputs, self._graph.signature.inputs, strict=True)
+        missing = {node: port for node, port in ports if port.role == "past" and node not in batch}
+        rows = len(next(iter(batch.values()))) if missing else 0
+        return {node: empty_cache(port, rows, self._device) for node, port in missing.items()}
 
 
 @dataclass(frozen=True)
@@ -32,7 +73,7 @@ class Run:
         batches: one value per placeholder each.
         probes: how many of them, from the first, are for checks alone: no statistic sees them.
         has_reference: whether the model without approximations is run beside.
-        outside_values: of a batch, what segments read that no segment computes.
+        outside: of a batch, what segments read that no segment computes.
     """
 
     graph: Graph
@@ -41,7 +82,7 @@ class Run:
     batches: Sequence[Batch]
     probes: int
     has_reference: bool
-    outside_values: Callable[[Batch], dict[fx.Node, Any]]
+    outside: Callable[[Batch], dict[fx.Node, Any]]
 
 
 def original_name(site: Site) -> str:
@@ -96,7 +137,7 @@ class Position:
         stretch = Stretch(nodes, self.segment.outputs)
         loaded = stretch.load(run.graph.weights.read, run.device)
         held = self._park.get(self._start.values[0])
-        values = stretch.run({**run.outside_values(run.batches[0]), **held}, loaded, run.device)
+        values = stretch.run({**run.outside(run.batches[0]), **held}, loaded, run.device)
         return [values[node] for node in self.segment.outputs]
 
     def rewind_behind(self, wave: Wave, *, upstream: bool) -> None:
@@ -144,7 +185,7 @@ class Position:
         advanced: list[Parked] = []
         reference: list[Parked] = [] if is_forked else advanced
         for index, (batch, parked, parked_reference) in enumerate(zip(run.batches, *self._values.both, strict=True)):
-            outside = run.outside_values(batch)
+            outside = run.outside(batch)
             values = stretch.run({**outside, **self._park.get(parked)}, loaded, run.device)
             expected = values
             if is_forked:

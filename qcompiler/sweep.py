@@ -18,12 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, fx
-
 from qcompiler.errors import CalibrationError, PipelineError, ResourceError
-from qcompiler.execute import Stretch
-from qcompiler.feed import empty_cache
 from qcompiler.graph import Graph, descendants
 from qcompiler.memory import Trimmer
 from qcompiler.observers import Rescalable, Statistic
@@ -40,7 +35,7 @@ from qcompiler.pass_base import (
     Tap,
     Wave,
 )
-from qcompiler.position import Batch, Position, Run, original_name
+from qcompiler.position import Batch, Outside, Position, Run, original_name
 from qcompiler.segments import Segment, SegmentedGraph, segment_graph
 from qcompiler.spec import Scheme
 from qcompiler.values import Parked, ValuePark
@@ -159,13 +154,6 @@ class _Runner:
         """How many of the batches, from the first, are for checks alone: no statistic sees them."""
         self.graph, self.park, self.device = graph, park, context.device
         self._passes, self._context, self._memory = passes, context, Trimmer()
-        self._prologue = Stretch(list(graph.fx.nodes), [*cut.prologue])
-        sizes = torch.ops.aten.sym_size.int
-        self._prologue_reads = {
-            source for node in self._prologue.nodes if node.target is not sizes for source in node.all_input_nodes
-        }
-        self._prologue_values: dict[tuple[object, ...], dict[fx.Node, Any]] = {}
-        self._prologue_weights = self._prologue.load(graph.weights.read, self.device)
         calibrated = [s.index for s in cut.segments if any(self._taps(item, s) for item in passes)] if batches else []
         self._last_run = len(cut.segments) - 1 if probes else max(calibrated, default=-1)
         """Behind this segment nothing is calibrated or checked, so nothing need be computed."""
@@ -177,9 +165,8 @@ class _Runner:
         self.frontier: list[Parked] = [park.put({}) for _ in self.batches]
         self.reference = self.frontier
         """The same values in the model without approximations; the same list until there is one."""
-        self._run = Run(
-            graph, context.device, park, self.batches, self.probes, self.has_reference, self._outside_values
-        )
+        outside = Outside(graph, cut.prologue, self.device)
+        self._run = Run(graph, self.device, park, self.batches, self.probes, self.has_reference, outside)
         self._skip_outside(cut)
 
     def _taps(self, item: Pass, segment: Segment) -> list[Tap]:
@@ -251,26 +238,6 @@ class _Runner:
         for site in wave:
             if site.weight in self.graph.weights and original_name(site) not in self.graph.weights:
                 self.graph.weights.alias(original_name(site), site.weight)
-
-    def _outside_values(self, batch: Batch) -> dict[fx.Node, Any]:
-        """Graph inputs, and what does not depend on the tokens (computed once per shape, mask and positions)."""
-        key: list[object] = []
-        for node, value in batch.items():
-            key.append(value.shape)
-            if node in self._prologue_reads:
-                key.append(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        values = self._prologue_values.get(tuple(key))
-        if values is None:
-            values = self._prologue.run(batch, self._prologue_weights, self.device)
-            self._prologue_values[tuple(key)] = values
-        return {**batch, **values, **self._new_caches(batch)}
-
-    def _new_caches(self, batch: Batch) -> dict[fx.Node, Tensor]:
-        """What the ports take that a cache was given after the batches were made."""
-        ports = zip(self.graph.inputs, self.graph.signature.inputs, strict=True)
-        missing = {node: port for node, port in ports if port.role == "past" and node not in batch}
-        rows = len(next(iter(batch.values()))) if missing else 0
-        return {node: empty_cache(port, rows, self.device) for node, port in missing.items()}
 
 
 def _carried_over(

@@ -1,6 +1,8 @@
 """Every wave must see what a loop over the whole model, written without any of the sweep's economies, would see."""
 
+import gc
 import os
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ from qcompiler.pass_base import (
     Tap,
     Wave,
 )
-from qcompiler.passes import GPTQ, RTN
+from qcompiler.passes import GPTQ, RTN, Assign
 from qcompiler.segments import Segment, segment_graph
 from qcompiler.spec import Scheme
 from qcompiler.sweep import Batch, SweepReport, sweep
@@ -620,3 +622,19 @@ def test_statistics_that_a_pass_drops_are_gathered_anew(tmp_path, updates):
     log: list[Entry] = []
     check_against_whole_model(language_model, token_batches, [FoldDrops(log=log), Watch(log=log)], log, tmp_path)
     assert updates == {Gram: 3 * (distinct_inputs(language_model()) + 5)}
+
+
+def test_a_graph_is_freed_with_its_last_name(tmp_path):
+    """Files of rewritten weights are removed when the weights are; no cycle may keep them until the collector runs."""
+    graph = residual_mlp()
+    context = PassContext(graph, CPU, 0)
+    Assign("w4a16", group_size=8).run(graph, context)
+    batches = input_batches(graph)
+    gc.disable()
+    try:
+        sweep(graph, [GPTQ()], batches, context, work_dir=tmp_path)
+        gone = weakref.ref(graph.weights)
+        del graph, context, batches
+        assert gone() is None
+    finally:
+        gc.enable()

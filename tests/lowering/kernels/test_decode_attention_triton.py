@@ -178,18 +178,17 @@ def test_machine_code_of_everything():
 
 def launches(capability: int) -> None:
     """Forms, widths and options that are not among the cases; for `as_launched`."""
-    decode_attention_triton._mode = lambda device: 2 if capability >= 89 else 1
-    shapes = [(None, 96, 4, 1, None, None, None), (FORMATS["int4-g16-asymmetric"], 96, 8, 4, 700, 20.0, None)]
-    shapes += [
+    decode_attention_triton._mode = lambda device: 2 if capability >= 89 else 1  # type: ignore[assignment]
+    shapes: list[tuple[CacheFormat | None, int, int, int, int | None, float | None, int | None]] = [
+        (None, 96, 4, 1, None, None, None),
+        (FORMATS["int4-g16-asymmetric"], 96, 8, 4, 700, 20.0, None),
         (CacheFormat("int8"), 128, 4, 1, 700, 20.0, 1),
         (CacheFormat("float8_e4m3fn"), 80, 8, 16, None, 3.0, None),
     ]
     for spec, width, ratio, queries, window, softcap, splits in shapes:
         like = side(spec, width)
-        empty = (
-            None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (like.codes, like.scale, like.zero)
-        )
-        cache = Side(spec, *empty)
+        scale, zero = (None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (like.scale, like.zero))
+        cache = Side(spec, torch.empty(like.codes.shape, dtype=like.codes.dtype), scale, zero)
         q = torch.empty(1, queries, 8 * ratio, width, dtype=torch.float16).transpose(1, 2)
         launch(q, cache, cache, int32(4), 0.1, window, softcap, splits=splits)
 
