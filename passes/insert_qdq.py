@@ -42,7 +42,7 @@ class InsertQDQ(Pass):
     ``linear(x, W)`` becomes ``linear(dequantize(quantize(x, s, z), s, z), W)``. Sites that read one value with one
     format share one pair of nodes, and sites tied together by shared values share one scale, stored as
     ``<first site>.input_scale`` and ``<first site>.input_zero_point``. Where the format is dynamic, scale and zero
-    point come from ``choose_qparams`` and nothing is calibrated. Sites whose scheme leaves activations in float, and
+    point come from ``choose_qparams`` and no range is calibrated. Sites whose scheme leaves activations in float, and
     other operators, are left alone.
 
     Waves are taken in true sequence: the range of a layer's input is chosen with the activations before it rounded
@@ -80,7 +80,7 @@ class InsertQDQ(Pass):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether ranges are chosen from statistics."""
+        """Whether static ranges are chosen from statistics, and inputs tried on a sample."""
         return self.observer is not None
 
     def waves(self, segment: Segment, graph: Graph) -> list[Wave]:

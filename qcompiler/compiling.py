@@ -102,13 +102,15 @@ def compile_graph(
         batches: list[Batch] | None = None
         held_out: Tensor | None = None
         check: HeldOutCheck | None = None
+        is_original = True  # nothing approximate has changed the model yet
 
         def gather() -> list[Batch]:
             nonlocal batches, held_out, check
             if batches is None:
                 with report.timed("calibration"):
                     batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
-                    check = None if held_out is None else HeldOutCheck.of(graph, held_out, device)
+                    if held_out is not None and is_original:
+                        check = HeldOutCheck.of(graph, held_out, device)
             return batches
 
         for stage in pipeline.stages:
@@ -137,6 +139,7 @@ def compile_graph(
                 check_declared(item, result, before, state_of(graph, graph.fx.nodes), item.name)
                 if probe is not None and result.modified:
                     check_exact(expected, run_by_segments(graph, probe, device), _terms(graph), item.name)
+                is_original &= item.effect is not Effect.APPROXIMATE or not result.modified
                 report.sites += result.sites
                 report.skipped += result.skips
                 report.regions += [dict(region) for region in result.regions]
@@ -160,6 +163,7 @@ def compile_graph(
                     value_budget=memory_budget,
                     progress=progress,
                 )
+            is_original &= all(item.effect is not Effect.APPROXIMATE for item in stage.swept)
             report.sites += done.sites
             report.skipped += done.skips
             report.regions += done.regions

@@ -51,12 +51,12 @@ def static_caches(graph: Graph) -> Graph | None:
     Returns:
         The copy; None where no cache has scales per token, or one has no range kept beside it (`kept_range`).
     """
-    copy = Graph.from_dict(graph.to_dict(), graph.weights, graph.provenance)
     dynamic = {
-        (port.layer, str(port.part).removesuffix("_scale")) for port in copy.signature.outputs if _is_scale(port)
+        (port.layer, str(port.part).removesuffix("_scale")) for port in graph.signature.outputs if _is_scale(port)
     }
     if not dynamic:
         return None
+    copy = Graph.from_dict(graph.to_dict(), graph.weights, graph.provenance)
     for node, port in zip(copy.outputs, copy.signature.outputs, strict=True):
         if port.role == "present" and (port.layer, port.part) in dynamic and not _make_static(copy, node, port):
             return None

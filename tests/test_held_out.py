@@ -10,7 +10,7 @@ from qcompiler.compiling import compile_graph
 from qcompiler.errors import ArtifactError
 from qcompiler.held_out import HeldOutCheck, precision_note
 from qcompiler.native import NativeArtifact
-from qcompiler.passes import GPTQ, RTN
+from qcompiler.passes import GPTQ, RTN, Assign, Fisher, InsertQDQ
 from qcompiler.pipeline import Pipeline
 from qcompiler.report import CompileReport
 from tests.models import VOCABULARY, canonical_graph, copy_graph
@@ -98,3 +98,19 @@ def test_logits_that_are_not_finite():
     graph.weights.set(name, torch.full_like(graph.weights.read(name).float(), 3e38))
     with pytest.raises(ArtifactError, match="not finite"):
         check.measure(graph, CPU)
+
+
+def test_what_was_rounded_before_calibration_is_no_original():
+    class Late(Fisher):
+        """Begins a second stage, calibrated, on a model that the first has changed."""
+
+        requires = frozenset()
+
+    rows = torch.randint(VOCABULARY, (24, 12), generator=torch.Generator().manual_seed(0))
+    passes = [Assign("w8a8-dynamic"), InsertQDQ(observer=None), Late(), RTN()]
+    assert len(Pipeline(passes).stages) == 2
+    report = CompileReport()
+    calibration = Calibration.from_tokens(rows.flatten(), samples=16, length=12)
+    compile_graph(llama(), Pipeline(passes), calibration, report=report, device=CPU)
+    assert report.calibration is not None
+    assert report.held_out is None

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from qcompiler.errors import PipelineError
 from qcompiler.graph import Graph
 from qcompiler.observers import Gram
 from qcompiler.pass_base import Effect, Pass, PassContext, PassResult, Tap, Wave
-from qcompiler.passes import GPTQ, RTN, Assign
+from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ
 from qcompiler.segments import segment_graph
 from qcompiler.spec import Scheme
 from tests.tiny_graphs import chain, residual_mlp
@@ -112,3 +113,8 @@ def test_randomness_depends_on_seed_and_site_alone():
     ]
     assert draws[0] == draws[1]
     assert len({tuple(draw) for draw in draws}) == 4
+
+
+def test_an_option_that_is_no_json_number_keeps_its_meaning():
+    assert InsertQDQ(least_sqnr_db=-math.inf).options()["least_sqnr_db"] == "-inf"
+    assert InsertQDQ().options()["least_sqnr_db"] is None

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from qcompiler.kv_cache import CacheFormat
-from qcompiler.lowering.kernels.decode_attention import choose
+from qcompiler.lowering.kernels.decode_attention import MOST_QUERIES, choose
 from qcompiler.lowering.kernels.device import Choice, Device
 
-__all__ = ["MOST_FUSED_QUERIES", "CachedAttention", "dequantized"]
+__all__ = ["CachedAttention", "dequantized"]
 
 _canonical = torch.ops.qcompiler
-MOST_FUSED_QUERIES = 16
-"""New tokens that attention is fused for."""
 
 
 def dequantized(
@@ -94,7 +92,7 @@ class CachedAttention(nn.Module):
         Returns:
             ``[B, Hq, S, Dv]`` of the dtype of ``q``.
         """
-        if self.choice.is_fused and q.shape[2] <= MOST_FUSED_QUERIES:
+        if self.choice.is_fused and q.shape[2] <= MOST_QUERIES:
             fused: Tensor = torch.ops.qcompiler_kernels.decode_attention(
                 q,
                 k_codes,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.errors import InputError, TargetError
-from qcompiler.lowering.kernels.cached_attention import MOST_FUSED_QUERIES, CachedAttention
+from qcompiler.lowering.kernels.cached_attention import CachedAttention
+from qcompiler.lowering.kernels.decode_attention import MOST_QUERIES
 
 if TYPE_CHECKING:
     from qcompiler.lowering.kernels.model import KernelCache, KernelModel
@@ -121,9 +122,9 @@ class CapturedStep:
             InputError: for more tokens than fused attention takes, or than the model does.
         """
         new = ids.shape[1]
-        if not 1 <= new <= MOST_FUSED_QUERIES:
+        if not 1 <= new <= MOST_QUERIES:
             raise InputError(
-                "a captured step is for few tokens", got=new, expected=f"1 to {MOST_FUSED_QUERIES}", remedy="use step"
+                "a captured step is for few tokens", got=new, expected=f"1 to {MOST_QUERIES}", remedy="use step"
             )
         model, cache = self._model, self.cache
         model.make_room(cache, new)

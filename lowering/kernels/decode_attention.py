@@ -22,10 +22,11 @@ from qcompiler.lowering.kernels import library
 from qcompiler.lowering.kernels.cache_append import format_of, position_error
 from qcompiler.lowering.kernels.device import Choice, Device
 
-__all__ = ["Side", "choose", "decode_attention_reference"]
+__all__ = ["MOST_QUERIES", "Side", "choose", "decode_attention_reference"]
 
 _canonical = torch.ops.qcompiler
-_MOST_QUERIES = 16
+MOST_QUERIES = 16
+"""New tokens that one launch takes; more attend in float, ahead of the cache."""
 
 
 def choose(
@@ -294,9 +295,9 @@ def _check(
     if values.codes.shape[:3] != keys.codes.shape[:3]:
         got = f"{list(v_codes.shape[:3])} and {list(k_codes.shape[:3])}"
         raise InputError("values and keys of different shapes", where="v_codes", got=got)
-    if queries > _MOST_QUERIES:
+    if queries > MOST_QUERIES:
         remedy = "attend to longer inputs in float, ahead of the cache"
-        expected = f"at most {_MOST_QUERIES}"
+        expected = f"at most {MOST_QUERIES}"
         raise InputError("too many tokens at once", where="q", got=queries, expected=expected, remedy=remedy)
     if length.dtype != torch.int32 or length.shape not in ((1,), (batch,)):
         got = f"{length.dtype} {list(length.shape)}"
