@@ -1,0 +1,196 @@
+"""The commands: each reads its options, calls `qcompiler.api`, and prints."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qcompiler import api
+from qcompiler.calibration import Calibration
+from qcompiler.cli.options import Engine, Json, Place, Trust, parse_bytes, parse_overrides, parse_targets
+from qcompiler.cli.output import refuse_to_replace, staged_directory
+from qcompiler.cli.printing import describe_engine, engine_in_short, print_compiled
+from qcompiler.report import peak_rss_bytes
+from qcompiler.terminal import print_rows, print_table, show_progress
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Compiles language models to low-bit ones, and measures them."
+)
+
+
+@app.command()
+def compile(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new directory.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe", "-r", help="A name (see `qcompiler recipes`), FILE.toml, or FILE.py:NAME, which is run."
+        ),
+    ],
+    calib: Annotated[Path | None, typer.Option(help="A UTF-8 text to calibrate with.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="PATTERN=SCHEME for sites, such as 'lm_head=w8a16' or '*.0.*=none'."),
+    ] = None,
+    to: Annotated[list[str] | None, typer.Option(help="A target, such as onnx or onnx:opset=23,float=float16.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what the output directory holds.")] = False,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="For calibration values, such as 4GB; more goes to disk.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    seed: Annotated[int, typer.Option(help="The only source of randomness.")] = 0,
+    strict: Annotated[bool, typer.Option(help="A site left alone unasked is an error.")] = False,
+    work_dir: Annotated[Path | None, typer.Option(help="Where temporary files go.")] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Quantize MODEL and write it to OUTPUT/native, and to OUTPUT/<target> for every --to."""
+    started = time.perf_counter()
+    targets = parse_targets(to or [])
+    overrides = parse_overrides(override or [])
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    calibration = None if calib is None else Calibration.from_text(calib, samples=samples, length=length, seed=seed)
+    if calibration is None and (samples, length) != (64, 512):
+        calibration = Calibration.self_generated(samples=samples, length=length, seed=seed)
+    refuse_to_replace(output, model)
+    with staged_directory(output, overwrite) as staged, show_progress(as_json) as progress:
+        result = api.compile(
+            model,
+            recipe,
+            calibration,
+            targets=[api.target_spec(name, opset=options.get("opset")) for name, options in targets],
+            overrides=overrides,
+            memory_budget=budget,
+            device=device,
+            seed=seed,
+            strict=strict,
+            work_dir=work_dir,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+        for name, options in targets:
+            written = api.lower(result, name, staged / name, **options)
+            written["path"] = str(output / name)
+        result.report.peak_rss_bytes = peak_rss_bytes()
+        result.save(staged / "native")
+    report = result.report
+    fields = report.to_dict()
+    summary = {
+        "artifacts": {name: str(output / name) for name in ("native", *(name for name, _ in targets))},
+        "seconds": time.perf_counter() - started,
+        **{key: fields[key] for key in ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight")},
+        **{key: fields[key] for key in ("cache_bytes_per_token", "held_out")},
+        **{key: fields[key] for key in ("skipped", "sites", "notes")},
+    }
+    if not as_json:
+        print_compiled(summary)
+    return summary
+
+
+@app.command()
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="OUT, OUT/native, OUT/onnx, or a Hugging Face directory.")],
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text; by default the held-out tokens of the artifact.")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="The original model, for KL divergence and agreement.")] = None,
+    cached: Annotated[
+        bool | None, typer.Option(help="Decode half of each window with the cache; by default if that is quantized.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.")] = None,
+    engine: Engine = None,
+    device: Place = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Measure perplexity, and the distance to the original model."""
+    opened = api.open_artifact(artifact, engine=engine, device=device, trust_remote_code=trust_remote_code)
+    reference = None if against is None else api.open_artifact(against, trust_remote_code=trust_remote_code)
+    with show_progress(as_json) as progress:
+        found: dict[str, Any] = api.evaluate(
+            opened,
+            text=text,
+            against=reference,
+            cached=cached,
+            max_tokens=max_tokens,
+            progress=lambda done, total: progress(done, total, "windows"),
+        ).to_dict()
+    found["engine"] = None if engine is None else describe_engine(opened)
+    if not as_json:
+        shown = found if engine is None else {**found, "engine": engine_in_short(found["engine"])}
+        print_table({key: value for key, value in shown.items() if value is not None})
+    return found
+
+
+@app.command()
+def generate(
+    artifact: Annotated[Path, typer.Argument(help="OUT, OUT/native, OUT/onnx, or a Hugging Face directory.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the most likely tokens of this total probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    engine: Engine = None,
+    device: Place = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Continue a prompt."""
+    opened = api.open_artifact(artifact, exact=False, engine=engine, device=device, trust_remote_code=trust_remote_code)
+    result = api.generate(
+        opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+    if not as_json:
+        print(prompt + result.text)
+    return {**result.to_dict(), "engine": None if engine is None else describe_engine(opened)}
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory, or a native artifact.")],
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """List the sites of a model, and what was not recognised."""
+    is_native = any((model / place / "manifest.json").is_file() for place in (".", "native"))
+    graph = api.load(model).graph if is_native else api.capture(model, trust_remote_code=trust_remote_code)
+    sites = [
+        {
+            "site": site.name,
+            "shape": [site.out_features, site.in_features],
+            "scheme": str(scheme.weight) if (scheme := graph.schemes.get(site.name)) and scheme.weight else None,
+        }
+        for site in graph.sites()
+    ]
+    found = {
+        "parameters": graph.provenance["parameters"],
+        "bytes": graph.weights.stored_bytes(graph.weight_names()),
+        "cache_bytes_per_token": graph.signature.cache_bytes_per_token,
+        "inputs": [port.name for port in graph.signature.inputs],
+        "sites": sites,
+        "unrecognized": graph.unrecognized,
+    }
+    if not as_json:
+        print_rows(("site", "shape", "scheme"), [[str(value) for value in site.values()] for site in sites])
+        for item in graph.unrecognized:
+            print(f"not recognised: {item['pattern']} at {item['node']}: {item['reason']}")
+    return found
+
+
+@app.command()
+def recipes(as_json: Json = False) -> dict[str, Any]:
+    """List the recipes, and what each target makes of them."""
+    matrix = api.recipe_matrix()
+    if not as_json:
+        targets = list(next(iter(matrix.values())))
+        print_rows(("recipe", *targets), [[name, *cells.values()] for name, cells in matrix.items()])
+    return {"recipes": matrix}

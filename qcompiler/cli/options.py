@@ -1,0 +1,89 @@
+"""The options that several commands share, and what their texts mean."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from qcompiler import api
+from qcompiler.errors import InputError, RecipeError, TargetError
+
+__all__ = ["Engine", "Json", "Place", "Trust", "parse_bytes", "parse_overrides", "parse_targets"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Engine = Annotated[
+    str | None, typer.Option(help="kernels: run a native artifact by fused low-bit operators, not by the reference.")
+]
+Place = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or auto; by default auto with kernels, and cpu without.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run modelling code the model directory brings along.")
+]
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, str | None]:
+    """In the order given, so that the last match wins; a repeated pattern counts where it stands last."""
+    found: dict[str, str | None] = {}
+    for pattern, scheme in map(_override, texts):
+        if pattern in found and found.pop(pattern) != scheme:
+            raise RecipeError(
+                "two overrides of one pattern", got=", ".join(t for t in texts if t.startswith(f"{pattern}="))
+            )
+        found[pattern] = scheme
+    return found
+
+
+def _override(text: str) -> tuple[str, str | None]:
+    pattern, equals, scheme = text.partition("=")
+    if not equals or not pattern:
+        raise RecipeError("an override is PATTERN=SCHEME", got=text, expected="such as 'lm_head=w8a16' or '*.0.*=none'")
+    return pattern, None if scheme.lower() in ("none", "float", "") else scheme
+
+
+def parse_targets(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Names of targets with the options `qcompiler.api.lower` takes for each, of texts such as ``onnx:opset=23``."""
+    found = [_target(text) for text in texts]
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise TargetError("a target is named twice", got=", ".join(names), expected="each at most once")
+    return found
+
+
+def _target(text: str) -> tuple[str, dict[str, Any]]:
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, _, value = item.partition("=")
+        if key == "opset" and value.isdecimal():
+            options["opset"] = int(value)
+        elif key == "float" and value in ("float32", "float16"):
+            options["float_dtype"] = value
+        else:
+            raise TargetError(
+                "unknown option of a target", where=name, got=item, expected="opset=<number>, float=float32 or float16"
+            )
+    api.target_spec(name, opset=options.get("opset"))
+    if name == "kernels":
+        raise TargetError(
+            "kernels are not written anywhere",
+            got=text,
+            expected="a target with files",
+            remedy="run the native artifact with --engine kernels",
+        )
+    return name, options
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of an amount such as ``500MB`` or ``4GB``; units are powers of 1024."""
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number, unit = text.upper().removesuffix("B").removesuffix("I"), ""
+    if number and number[-1] in "KMGT":
+        number, unit = number[:-1], number[-1]
+    try:
+        value = int(float(number) * units[unit])
+    except (ValueError, OverflowError):
+        value = -1
+    if value < 0:
+        raise InputError("not an amount of memory", got=text, expected="such as 500MB or 4GB")
+    return value

@@ -1,0 +1,57 @@
+"""What a command prints for people."""
+
+from collections import Counter
+from typing import Any
+
+from qcompiler.terminal import print_table
+
+__all__ = ["describe_engine", "engine_in_short", "print_compiled"]
+
+_MOST_SKIPS = 8  # lines on the terminal
+
+
+def print_compiled(summary: dict[str, Any]) -> None:
+    """Prints what ``compile`` did."""
+    before, after = summary["bytes_before"], summary["bytes_after"]
+    print_table(
+        {
+            "size": f"{before / 2**20:.1f} → {after / 2**20:.1f} MiB",
+            "bits per weight": f"{summary['bits_per_weight']:.2f}",
+            "sites rewritten": len({site["site"] for site in summary["sites"]}),
+            "sites left alone": len({skip["site"] for skip in summary["skipped"]}),
+            "seconds": f"{summary['seconds']:.1f}",
+            "peak memory": f"{summary['peak_rss_bytes'] / 2**20:,.0f} MiB",
+            **_held_out_row(summary["held_out"]),
+            **{f"written: {name}": path for name, path in summary["artifacts"].items()},
+        }
+    )
+    skipped = summary["skipped"]
+    for skip in skipped if len(skipped) <= _MOST_SKIPS else skipped[: _MOST_SKIPS - 1]:
+        print(f"left alone: {skip['site']}: {skip['reason']}")
+    if len(skipped) > _MOST_SKIPS:
+        print(
+            f"left alone: {len(skipped) - _MOST_SKIPS + 1} more, listed in {summary['artifacts']['native']}/report.html"
+        )
+    for note in summary["notes"]:
+        print(f"note: {note}")
+
+
+def _held_out_row(found: dict[str, Any] | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    return {f"KL to original, {found['tokens']} held-out tokens": f"{found['kl_divergence']:.4f} nats per token"}
+
+
+def describe_engine(artifact: Any) -> dict[str, Any]:
+    """Where kernels ran, and what for want of one did not."""
+    report = artifact.report
+    sites = Counter(site["implementation"] for site in report["sites"])
+    found = {key: report[key] for key in ("device", "dtype", "fused_norms", "caches")}
+    reasons = {site["site"]: site["reason"] for site in report["sites"] if site["implementation"] == "reference"}
+    return {**found, "sites": dict(sites), "references": reasons}
+
+
+def engine_in_short(engine: dict[str, Any]) -> str:
+    """One line of `describe_engine`."""
+    layers = ", ".join(f"{count} {implementation}" for implementation, count in engine["sites"].items())
+    return f"kernels on {engine['device']} in {engine['dtype']}; layers: {layers}"

@@ -1,0 +1,78 @@
+"""The boundary of the program: exit statuses, the one JSON object, and how errors are told."""
+
+import contextlib
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from qcompiler.cli.commands import app
+from qcompiler.errors import QCompilerError, VerificationError
+
+__all__ = ["main"]
+
+SCHEMA = 1
+_EXIT_BUG, _EXIT_ERROR, _EXIT_VERIFICATION, _EXIT_INTERRUPTED = 1, 2, 3, 130
+# Typer raises click's usage errors or, in later versions, those of a copy of click it brings along: in either, the base
+# of the one it exports.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status.
+
+    0: done. 1: a fault of ours. 2: an error of the `QCompilerError` family, or of usage. 3: a verification failed. 130:
+    interrupted. With ``--json``, exactly one object goes to stdout in each case.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in arguments
+    command = next((item for item in arguments if not item.startswith("-")), "")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        # Nothing that a recipe's own code prints may stand beside the one object.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            result = app(arguments, standalone_mode=False)
+        if result == _EXIT_INTERRUPTED:  # Typer's answer to a KeyboardInterrupt
+            raise KeyboardInterrupt
+        if as_json and isinstance(result, dict):
+            _emit({"schema": SCHEMA, "command": command, "ok": True, "result": result})
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(command, as_json, {"type": "Interrupted", "what": "interrupted"}, "interrupted", _EXIT_INTERRUPTED)
+    except QCompilerError as error:
+        status = _EXIT_VERIFICATION if isinstance(error, VerificationError) else _EXIT_ERROR
+        return _fail(command, as_json, error.to_dict(), f"error: {error}", status)
+    except _UsageError as error:
+        return _fail(command, as_json, {"type": "Usage", "what": error.format_message()}, None, _EXIT_ERROR, error.show)
+    except BrokenPipeError:
+        return _EXIT_BUG
+    except Exception as error:  # the boundary of the program: a fault of ours is reported as one
+        traceback.print_exc(file=sys.stderr)
+        fields = {"type": type(error).__name__, "what": str(error)}
+        return _fail(command, as_json, fields, "this is a fault of qcompiler; please report it", _EXIT_BUG)
+
+
+def _fail(
+    command: str,
+    as_json: bool,
+    fields: dict[str, Any],
+    message: str | None,
+    status: int,
+    show: Callable[[], None] | None = None,
+) -> int:
+    if as_json:
+        empty = dict.fromkeys(("type", "what", "where", "got", "expected", "remedy"))
+        _emit({"schema": SCHEMA, "command": command, "ok": False, "error": {**empty, **fields}})
+    if show is not None:
+        show()
+    elif message is not None:
+        print(message, file=sys.stderr)
+    return status
+
+
+def _emit(content: dict[str, Any]) -> None:
+    print(json.dumps(content, allow_nan=False, default=str), flush=True)
