@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
-from qcompiler.errors import RecipeError
+from qcompiler.errors import RecipeError, did_you_mean
 from qcompiler.experts import routers
 from qcompiler.graph import Graph, ancestors
 from qcompiler.pass_base import CANONICAL, SCHEMES, Effect, Pass, PassContext, PassResult, Skip
@@ -44,6 +44,7 @@ class Assign(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({SCHEMES})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "overrides", dict(self.overrides))  # not the caller's, which may change
         for name in (self.scheme, *self.overrides.values()):
             self._parse(name)
@@ -77,11 +78,13 @@ class Assign(Pass):
             if name is None:
                 skips.append(Skip(site.name, self.name, reason, asked=True))
         if unmatched:
+            names = dict.fromkeys(part for site in sites for part in (site.name, site.name.rpartition(".")[2]))
+            near, listed = did_you_mean(min(unmatched).strip("*."), names), "`qcompiler inspect MODEL` lists the sites"
             raise RecipeError(
                 "an override matches no site",
                 got=", ".join(sorted(unmatched)),
                 expected="patterns of site names, such as " + ", ".join(site.name for site in sites[:3]),
-                remedy="`qcompiler inspect MODEL` lists the sites",
+                remedy=f"{near} {listed}" if near else listed,
             )
         return PassResult(modified=False, skips=tuple(skips))
 

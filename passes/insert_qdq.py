@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +14,7 @@ from qcompiler.errors import RecipeError, ZeroCoverageError
 from qcompiler.execute import Stretch
 from qcompiler.graph import Graph, Site, ancestors
 from qcompiler.observers import Histogram, RowSample
+from qcompiler.options import Within
 from qcompiler.pass_base import (
     ACTIVATIONS_QUANTIZED,
     CANONICAL,
@@ -67,7 +68,7 @@ class InsertQDQ(Pass):
     """
 
     observer: Method | None = "mse"
-    percentile: float = 99.99
+    percentile: Annotated[float, Within(50, 100, above=True)] = 99.99
     least_sqnr_db: float | None = None
 
     effect: ClassVar[Effect] = Effect.APPROXIMATE
@@ -75,6 +76,7 @@ class InsertQDQ(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({ACTIVATIONS_QUANTIZED})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.observer is not None:
             check_method(self.observer, self.percentile)
 

@@ -15,7 +15,7 @@ from qcompiler.artifact import Artifact
 from qcompiler.canonicalize import canonicalize
 from qcompiler.capture import capture_directory, capture_module
 from qcompiler.compiling import CalibrationInput, CompileResult, choose_device, compile_graph
-from qcompiler.errors import InputError, TargetError
+from qcompiler.errors import InputError, TargetError, did_you_mean
 from qcompiler.evaluate import Evaluation
 from qcompiler.evaluate import evaluate as evaluate_artifact
 from qcompiler.generate import Generation
@@ -86,7 +86,7 @@ def compile(
     recipe: Recipe,
     calibration: CalibrationInput = None,
     *,
-    targets: Sequence[str | TargetSpec] = (),
+    targets: str | Sequence[str | TargetSpec] = (),
     overrides: Mapping[str, str | None] | None = None,
     memory_budget: int | None = None,
     device: str = "auto",
@@ -123,6 +123,7 @@ def compile(
     _check_seed(seed)
     pipeline = Pipeline(override_schemes(load_recipe(recipe), overrides))
     place = choose_device(device)
+    targets = (targets,) if isinstance(targets, str) else targets
     specs = [target_spec(target) if isinstance(target, str) else target for target in targets]
     report = CompileReport()
     with report.timed("total"):
@@ -183,7 +184,7 @@ def target_spec(name: str, *, opset: int | None = None) -> TargetSpec:
         from qcompiler.lowering.kernels.target import KernelsTarget
 
         return KernelsTarget("cuda" if torch.cuda.is_available() else "cpu")
-    raise TargetError("unknown target", got=name, expected=", ".join(_TARGETS))
+    raise TargetError("unknown target", got=name, expected=", ".join(_TARGETS), remedy=did_you_mean(name, _TARGETS))
 
 
 def recipe_matrix() -> dict[str, dict[str, str]]:
@@ -414,7 +415,9 @@ def generate(artifact: str | Path | Artifact | CompileResult, prompt: str, **opt
     _check_seed(options.get("seed", 0))
     opened = _open(artifact, exact=False)
     if opened.path is None:
-        raise InputError("this artifact has no tokenizer beside it", remedy="use qcompiler.generate.generate")
+        raise InputError(
+            "this artifact has no tokenizer beside it", remedy="save it, and copy the tokenizer's files beside it"
+        )
     return generate_text(opened, load_tokenizer(opened.path), prompt, **options)
 
 

@@ -228,8 +228,13 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError("unknown device", got=name, expected="cpu, cuda, cuda:1, ... or auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError("nothing here runs on such a device", got=name, expected="cpu, cuda, cuda:1, ... or auto")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device is available", got=name, expected="cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        most = torch.cuda.device_count() - 1
+        raise InputError("no such CUDA device", got=name, expected=f"cuda:0 to cuda:{most}" if most else "cuda:0")
     return device
 
 

@@ -156,7 +156,9 @@ class KernelModel(nn.Module):
         from qcompiler.hf import load_tokenizer
 
         if self.path is None:
-            raise InputError("this model has no tokenizer beside it", remedy="use qcompiler.generate.generate")
+            raise InputError(
+                "this model has no tokenizer beside it", remedy="save it, and copy the tokenizer's files beside it"
+            )
         artifact = cast(Artifact, CapturingModel(self)) if cuda_graph else self
         return generate(artifact, load_tokenizer(self.path), prompt, **options)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qcompiler import api
-from qcompiler.errors import InputError, RecipeError, TargetError
+from qcompiler.errors import InputError, RecipeError, TargetError, did_you_mean
 
 __all__ = ["Engine", "Json", "Place", "Trust", "parse_bytes", "parse_overrides", "parse_targets"]
 
@@ -61,7 +61,11 @@ def _target(text: str) -> tuple[str, dict[str, Any]]:
             options["float_dtype"] = value
         else:
             raise TargetError(
-                "unknown option of a target", where=name, got=item, expected="opset=<number>, float=float32 or float16"
+                "unknown option of a target",
+                where=name,
+                got=item,
+                expected="opset=<number>, float=float32 or float16",
+                remedy=did_you_mean(item, ("opset=21", "float=float16", "float=float32")),
             )
     api.target_spec(name, opset=options.get("opset"))
     if name == "kernels":

@@ -416,7 +416,7 @@ def test_recipes_compose(name):
         ({"format": "int3"}, "unknown format"),
         ({"format": "float"}, "unknown format"),
         ({"keys": "int5"}, "unknown format"),
-        ({"scales": "per_head"}, "unknown scales"),
+        ({"scales": "per_head"}, "QuantizeKVCache.scales"),
         ({"group_size": 0}, "out of range"),
         ({"group_size": 8, "scales": "static"}, "scales per token"),
         ({"keys": "float", "values": "float"}, "quantizes nothing"),
