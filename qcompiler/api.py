@@ -3,6 +3,8 @@
 With `qcompiler.cli`, the only module that sees every room.
 """
 
+import dataclasses
+import inspect
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +44,7 @@ __all__ = [
     "CompileResult",
     "capture",
     "compile",
+    "describe_recipe",
     "evaluate",
     "generate",
     "load",
@@ -114,7 +117,8 @@ def compile(
         seed: the only source of randomness.
         strict: a site that is left alone without being asked for is an error.
         work_dir: where finished segments and spilled values go; a temporary directory by default.
-        progress: called with segments done, segments in all, and what is being done.
+        progress: called with segments done, segments in all (0 in phases whose length nobody knows), and what is being
+            done.
         trust_remote_code: run modelling code a directory brings along.
 
     Raises:
@@ -127,6 +131,8 @@ def compile(
     specs = [target_spec(target) if isinstance(target, str) else target for target in targets]
     report = CompileReport()
     with report.timed("total"):
+        if progress is not None:
+            progress(0, 0, "capture")
         with report.timed("capture"):
             graph = model if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
         return compile_graph(
@@ -187,19 +193,72 @@ def target_spec(name: str, *, opset: int | None = None) -> TargetSpec:
     raise TargetError("unknown target", got=name, expected=", ".join(_TARGETS), remedy=did_you_mean(name, _TARGETS))
 
 
-def recipe_matrix() -> dict[str, dict[str, str]]:
-    """Recipe × target: ``fused``, ``runs``, ``writes-only`` or ``refused``, for layers of ordinary width."""
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe consists of, as plain JSON values.
+
+    Returns:
+        ``name``, ``is_calibrated``; ``passes``: ``pass`` (the class), ``summary`` (a line) and ``options`` (those that
+        are not the defaults); ``scheme``: what its `Assign` gives to a layer, ``weight`` and ``activation`` as text,
+        None without one; ``caches``: formats; ``targets``: ``status`` and ``reason`` of layers of ordinary width.
+
+    Raises:
+        RecipeError: for an unknown one.
+    """
+    passes = Pipeline(load_recipe(recipe)).passes
+    assigned = [Scheme.parse(item.scheme) for item in passes if isinstance(item, Assign) and item.scheme]
+    targets = {name: [spec.supports(scheme, _WIDTH) for scheme in assigned] for name, spec in _matrix_targets().items()}
+    return {
+        "name": str(recipe) if isinstance(recipe, (str, Path)) else ", ".join(type(item).__name__ for item in passes),
+        "is_calibrated": any(item.is_calibrated for item in passes),
+        "passes": [
+            {
+                "pass": type(item).__name__,
+                "summary": (inspect.getdoc(type(item)) or "").partition("\n")[0],
+                "options": _changed_options(item),
+            }
+            for item in passes
+        ],
+        "scheme": {"weight": str(assigned[0].weight or "float"), "activation": str(assigned[0].activation or "float")}
+        if assigned
+        else None,
+        "caches": [str(found) for item in passes for found in item.cache_formats()],
+        "targets": {
+            name: {"status": found[0].status, "reason": found[0].reason} for name, found in targets.items() if found
+        },
+    }
+
+
+def _changed_options(item: Pass) -> dict[str, Any]:
+    """The options of a pass that are not its defaults."""
+    fields = {field.name: field for field in dataclasses.fields(item)}
+    return {
+        name: value
+        for name, value in item.options().items()
+        if fields[name].default is dataclasses.MISSING or getattr(item, name) != fields[name].default
+        if not (fields[name].default_factory is not dataclasses.MISSING and not value)
+    }
+
+
+_WIDTH = 4096  # of an ordinary layer
+
+
+def _matrix_targets() -> dict[str, TargetSpec]:
     from qcompiler.lowering.kernels.target import KernelsTarget
 
-    specs: dict[str, TargetSpec] = {"onnx": target_spec("onnx")}
-    specs |= {"kernels (CUDA)": KernelsTarget("cuda"), "kernels (CPU)": KernelsTarget("cpu")}
+    kernels = {"kernels (CUDA)": KernelsTarget("cuda"), "kernels (CPU)": KernelsTarget("cpu")}
+    return {"onnx": target_spec("onnx"), **kernels}
+
+
+def recipe_matrix() -> dict[str, dict[str, str]]:
+    """Recipe × target: ``fused``, ``runs``, ``writes-only`` or ``refused``, for layers of ordinary width."""
+    specs = _matrix_targets()
     matrix: dict[str, dict[str, str]] = {}
     for name in RECIPES:
         passes = Pipeline(named_recipe(name)).passes
         schemes = [Scheme.parse(item.scheme) for item in passes if isinstance(item, Assign) and item.scheme]
         matrix[name] = {"native": "runs"}
         for target, spec in specs.items():
-            matrix[name][target] = ", ".join(spec.supports(scheme, 4096).status for scheme in schemes)
+            matrix[name][target] = ", ".join(spec.supports(scheme, _WIDTH).status for scheme in schemes)
     return matrix
 
 

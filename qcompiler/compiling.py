@@ -4,7 +4,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ _HELD_OUT_ROWS = 16
 _MEASURED = "measured"  # of the work directory: what passes measure on the whole graph, for others to read
 
 
-@dataclass
+@dataclass(repr=False)
 class CompileResult:
     """A compiled model: what `compile` returns and `load` reads back.
 
@@ -56,6 +56,10 @@ class CompileResult:
     report: CompileReport
     manifest: dict[str, Any]
     held_out: Tensor | None = None
+
+    def __repr__(self) -> str:
+        recipe = ", ".join(str(item.get("pass")) for item in self.manifest.get("recipe", ()))
+        return f"<CompileResult of {recipe or 'nothing'}: {self.graph!r}, {self.report!r}>"
 
     def save(self, directory: str | Path) -> None:
         """Writes the native artifact to a new or empty directory; see `qcompiler.native`."""
@@ -107,7 +111,7 @@ def compile_graph(
         def gather() -> list[Batch]:
             nonlocal batches, held_out, check
             if batches is None:
-                with report.timed("calibration"):
+                with _phase(report, "calibration", progress):
                     batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
                     if held_out is not None and is_original:
                         check = HeldOutCheck.of(graph, held_out, device)
@@ -176,7 +180,7 @@ def compile_graph(
         verify_graph(graph)
         _judge_coverage(graph, report, strict)
         if check is not None:
-            with report.timed("held-out check"):
+            with _phase(report, "held-out check", progress):
                 report.held_out = check.measure(graph, device)
             if (note := precision_note(report.held_out, report.parameters)) is not None:
                 report.notes.append(note)
@@ -193,6 +197,13 @@ def compile_graph(
         "provenance": {k: v for k, v in graph.provenance.items() if k != "companions"},
     }
     return CompileResult(graph, report, manifest, held_out)
+
+
+def _phase(report: CompileReport, name: str, progress: Progress | None) -> AbstractContextManager[None]:
+    """A phase that is timed, and announced; nobody knows how long it takes."""
+    if progress is not None:
+        progress(0, 0, name)
+    return report.timed(name)
 
 
 def _terms(graph: Graph) -> int:

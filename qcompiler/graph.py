@@ -118,7 +118,7 @@ class Site:
         return str(bias.target) if isinstance(bias, Node) else None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Graph:
     """A model as a graph.
 
@@ -145,6 +145,10 @@ class Graph:
     unrecognized: list[dict[str, str]] = field(default_factory=list)
     source_dtypes: dict[str, str] = field(default_factory=dict)
     fisher: WeightStore = field(default_factory=WeightStore)
+
+    def __repr__(self) -> str:
+        sites, nodes = len(self.sites()), len(self.fx.nodes)
+        return f"<Graph of {self.provenance.get('source', 'a model')}: {sites} linear layers, {nodes} nodes>"
 
     @property
     def inputs(self) -> list[Node]:

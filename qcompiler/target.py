@@ -21,10 +21,12 @@ class Support:
         status: ``fused``: a kernel made for it; ``runs``: right, but dequantized on the way; ``writes-only``: the file
             is valid, nothing here runs it; ``refused``: not written.
         reason: why, wherever there is something to say; never empty when refused.
+        remedy: what would be taken instead, where it is refused and there is such a thing.
     """
 
     status: SupportStatus
     reason: str = ""
+    remedy: str = ""
 
     def __post_init__(self) -> None:
         if self.status == "refused" and not self.reason:
@@ -75,7 +77,7 @@ def check_schemes(
                     where=f"{target.name}: {site}",
                     got=scheme,
                     expected=support.reason,
-                    remedy="choose another group size or bit width, or leave this target out",
+                    remedy=f"{support.remedy}, or leave this target out" if support.remedy else "leave this target out",
                 )
     return found
 
@@ -100,6 +102,6 @@ def check_caches(formats: Sequence[CacheFormat], targets: Sequence[TargetSpec]) 
                     where=target.name,
                     got=spec,
                     expected=support.reason,
-                    remedy="choose another format of the cache, or leave this target out",
+                    remedy=f"{support.remedy}, or leave this target out" if support.remedy else "leave this target out",
                 )
     return found

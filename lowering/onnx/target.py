@@ -61,7 +61,11 @@ class OnnxTarget:
     def supports(self, scheme: Scheme, width: int) -> Support:
         """What becomes of a linear layer of ``width`` input channels under ``scheme``."""
         if any(spec is not None and spec.is_fp4 for spec in (scheme.weight, scheme.activation)):
-            return Support("refused", "4-bit floats: ONNX Runtime has no kernel for them on a CPU")
+            return Support(
+                "refused",
+                "4-bit floats: ONNX Runtime has no kernel for them on a CPU",
+                "choose 4-bit integers (w4a16, w4a8)",
+            )
         if scheme.activation is not None:
             return self._supports_both(scheme.weight, scheme.activation, width)
         return Support("fused") if scheme.weight is None else self._supports_weight(scheme.weight, width)
@@ -77,7 +81,9 @@ class OnnxTarget:
 
     def _supports_weight(self, spec: QuantSpec, width: int) -> Support:
         if spec.group_size == 1 < width:
-            return Support("refused", "one scale per weight takes more room than the weight")
+            return Support(
+                "refused", "one scale per weight takes more room than the weight", "choose groups of 16 or more"
+            )
         widened = self._widened(spec)
         if spec.codebook:
             reason = "a codebook: stored as it is, made a float weight when the model is loaded"
@@ -107,7 +113,8 @@ class OnnxTarget:
             return Support(
                 "refused",
                 "zero points per token with int8 weights: ONNX Runtime makes an integer product that takes one per "
-                "tensor; choose symmetric codes per token, or one range per tensor",
+                "tensor",
+                "choose symmetric codes per token (-actsym), or one range per tensor (-dyntensor)",
             )
         if activation.granularity == "per_token":
             return Support("runs", "one scale per token: dequantized, multiplied in float; one per tensor is fused")
@@ -116,7 +123,8 @@ class OnnxTarget:
             return Support(
                 "refused",
                 "int8 weights in groups with int8 activations: ONNX Runtime makes an integer product that takes one "
-                "scale per channel; choose scales per channel, or dynamic ranges per token",
+                "scale per channel",
+                "choose scales per channel (-channel), or dynamic ranges per token (-dynamic)",
             )
         if weight.bits < 8:
             reason = f"int{weight.bits} weights with int8 activations: dequantized, multiplied in float"

@@ -6,19 +6,33 @@ from typing import Annotated, Any
 
 import typer
 
+import qcompiler
 from qcompiler import api
 from qcompiler.calibration import Calibration
-from qcompiler.cli.options import Engine, Json, Place, Trust, parse_bytes, parse_overrides, parse_targets
+from qcompiler.cli.options import Engine, Json, Place, Trust, Verbose, parse_bytes, parse_overrides, parse_targets
 from qcompiler.cli.output import refuse_to_replace, staged_directory
-from qcompiler.cli.printing import describe_engine, engine_in_short, print_compiled
+from qcompiler.cli.printing import describe_engine, engine_in_short, print_compiled, print_recipe
 from qcompiler.report import peak_rss_bytes
 from qcompiler.terminal import print_rows, print_table, show_progress
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Compiles language models to low-bit ones, and measures them."
-)
+app = typer.Typer(no_args_is_help=True, help="Compiles language models to low-bit ones, and measures them.")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"qcompiler {qcompiler.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compiles language models to low-bit ones, and measures them."""
 
 
 @app.command()
@@ -48,6 +62,7 @@ def compile(
     strict: Annotated[bool, typer.Option(help="A site left alone unasked is an error.")] = False,
     work_dir: Annotated[Path | None, typer.Option(help="Where temporary files go.")] = None,
     trust_remote_code: Trust = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Quantize MODEL and write it to OUTPUT/native, and to OUTPUT/<target> for every --to."""
@@ -59,7 +74,7 @@ def compile(
     if calibration is None and (samples, length) != (64, 512):
         calibration = Calibration.self_generated(samples=samples, length=length, seed=seed)
     refuse_to_replace(output, model)
-    with staged_directory(output, overwrite) as staged, show_progress(as_json) as progress:
+    with staged_directory(output, overwrite) as staged, show_progress(as_json and not verbose) as progress:
         result = api.compile(
             model,
             recipe,
@@ -107,12 +122,13 @@ def evaluate(
     engine: Engine = None,
     device: Place = None,
     trust_remote_code: Trust = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Measure perplexity, and the distance to the original model."""
     opened = api.open_artifact(artifact, engine=engine, device=device, trust_remote_code=trust_remote_code)
     reference = None if against is None else api.open_artifact(against, trust_remote_code=trust_remote_code)
-    with show_progress(as_json) as progress:
+    with show_progress(as_json and not verbose) as progress:
         found: dict[str, Any] = api.evaluate(
             opened,
             text=text,
@@ -142,6 +158,7 @@ def generate(
     engine: Engine = None,
     device: Place = None,
     trust_remote_code: Trust = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Continue a prompt."""
@@ -158,6 +175,7 @@ def generate(
 def inspect(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory, or a native artifact.")],
     trust_remote_code: Trust = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the sites of a model, and what was not recognised."""
@@ -187,8 +205,17 @@ def inspect(
 
 
 @app.command()
-def recipes(as_json: Json = False) -> dict[str, Any]:
-    """List the recipes, and what each target makes of them."""
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Tell what this one consists of.")] = None,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """List the recipes and what each target makes of them, or tell what one consists of."""
+    if name is not None:
+        found = api.describe_recipe(name)
+        if not as_json:
+            print_recipe(found)
+        return found
     matrix = api.recipe_matrix()
     if not as_json:
         targets = list(next(iter(matrix.values())))

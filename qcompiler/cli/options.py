@@ -8,7 +8,7 @@ import typer
 from qcompiler import api
 from qcompiler.errors import InputError, RecipeError, TargetError, did_you_mean
 
-__all__ = ["Engine", "Json", "Place", "Trust", "parse_bytes", "parse_overrides", "parse_targets"]
+__all__ = ["Engine", "Json", "Place", "Trust", "Verbose", "parse_bytes", "parse_overrides", "parse_targets"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Engine = Annotated[
@@ -17,6 +17,7 @@ Engine = Annotated[
 Place = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or auto; by default auto with kernels, and cpu without.")
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell on stderr what is done, with times.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code the model directory brings along.")
 ]

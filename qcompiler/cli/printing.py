@@ -5,7 +5,7 @@ from typing import Any
 
 from qcompiler.terminal import print_table
 
-__all__ = ["describe_engine", "engine_in_short", "print_compiled"]
+__all__ = ["describe_engine", "engine_in_short", "print_compiled", "print_recipe"]
 
 _MOST_SKIPS = 8  # lines on the terminal
 
@@ -34,6 +34,20 @@ def print_compiled(summary: dict[str, Any]) -> None:
         )
     for note in summary["notes"]:
         print(f"note: {note}")
+
+
+def print_recipe(recipe: dict[str, Any]) -> None:
+    """Prints what `qcompiler.api.describe_recipe` found."""
+    print(f"{recipe['name']}: {'calibrated' if recipe['is_calibrated'] else 'needs no calibration'}")
+    for number, item in enumerate(recipe["passes"], 1):
+        options = ", ".join(f"{key}={value}" for key, value in item["options"].items())
+        print(f"  {number}. {item['pass']}({options})\n     {item['summary']}")
+    if recipe["scheme"] is not None:
+        print(f"weight: {recipe['scheme']['weight']}\nactivation: {recipe['scheme']['activation']}")
+    for format_ in recipe["caches"]:
+        print(f"cache: {format_}")
+    for target, support in recipe["targets"].items():
+        print(f"{target}: {support['status']}" + (f" ({support['reason']})" if support["reason"] else ""))
 
 
 def _held_out_row(found: dict[str, Any] | None) -> dict[str, str]:

@@ -31,7 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in arguments
     command = next((item for item in arguments if not item.startswith("-")), "")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    is_verbose = not {"--verbose", "-v"}.isdisjoint(arguments)
+    form = "%(asctime)s %(levelname)s: %(message)s" if is_verbose else "%(levelname)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    logging.getLogger("qcompiler").setLevel(logging.INFO if is_verbose else logging.NOTSET)
     try:
         # Nothing that a recipe's own code prints may stand beside the one object.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():

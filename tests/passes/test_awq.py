@@ -123,7 +123,7 @@ def test_the_best_of_all_candidates_is_taken(grid, dead):
 
 @pytest.mark.parametrize("grid", [1, 0, -3])
 def test_a_grid_that_is_too_small(grid):
-    with pytest.raises(RecipeError, match="AWQ.grid"):
+    with pytest.raises(RecipeError, match=r"AWQ\.grid"):
         AWQ(grid=grid)
 
 

@@ -123,7 +123,7 @@ def test_no_scale_where_none_helps():
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.01, float("nan")])
 def test_no_migration_strength(alpha):
-    with pytest.raises(RecipeError, match="SmoothQuant.alpha"):
+    with pytest.raises(RecipeError, match=r"SmoothQuant\.alpha"):
         SmoothQuant(alpha=alpha)
 
 
