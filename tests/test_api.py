@@ -119,7 +119,9 @@ def test_report_and_manifest(tmp_path: Path) -> None:
     assert report.bytes_after == graph.weights.stored_bytes(graph.weight_names()) < before
     assert report.sweeps == 1
     assert [skip.site for skip in report.skipped] == ["head"]
-    assert seen[0][:2] == (0, report.segments)
+    steps = [call for call in seen if call[1]]
+    assert "calibration" in [call[2] for call in seen if not call[1]]
+    assert steps[0][:2] == (0, report.segments)
     assert seen[-1] == (report.segments, report.segments, "")
     assert result.manifest["seed"] == 7
     assert [item["pass"] for item in result.manifest["recipe"]] == ["assign", "gptq"]
@@ -336,3 +338,27 @@ def test_every_recipe_is_in_the_matrix() -> None:
     assert matrix["w4a16-gptq"]["kernels (CUDA)"] == matrix["w4a16-gptq"]["kernels (CPU)"] == "fused"
     assert (matrix["fp8"]["kernels (CUDA)"], matrix["fp8"]["kernels (CPU)"]) == ("fused", "runs")
     assert matrix["nvfp4"]["kernels (CUDA)"] == "runs"
+
+
+def test_what_is_printed_of_a_result_is_a_line() -> None:
+    result = qc.compile(language_model(), [Assign("w8a16"), RTN()], device="cpu")
+    for shown in (repr(result), repr(result.graph), repr(result.report)):
+        assert len(shown) < 400
+        assert "\n" not in shown
+    assert "Assign" in repr(result) or "assign" in repr(result)
+    assert "linear layers" in repr(result)
+
+
+def test_a_single_target_needs_no_list() -> None:
+    with pytest.raises(TargetError, match="does not take this scheme"):
+        qc.compile(language_model(), [Assign("nvfp4"), RTN()], targets="onnx", device="cpu")
+    with pytest.raises(TargetError) as caught:
+        qc.compile(language_model(), "w8a16", targets="onxx", device="cpu")
+    assert (caught.value.got, caught.value.remedy) == ("onxx", "did you mean onnx?")
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta", "cuda:99", "gpu"])
+def test_devices_that_nothing_runs_on(device: str) -> None:
+    with pytest.raises(InputError) as caught:
+        qc.compile(language_model(), "w8a16", device=device)
+    assert caught.value.got == device

@@ -10,6 +10,8 @@ from qcompiler.errors import InputError, RecipeError, TargetError, did_you_mean
 
 __all__ = ["Engine", "Json", "Place", "Trust", "Verbose", "parse_bytes", "parse_overrides", "parse_targets"]
 
+_WRITTEN = ("onnx",)  # targets with files
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Engine = Annotated[
     str | None, typer.Option(help="kernels: run a native artifact by fused low-bit operators, not by the reference.")
@@ -68,12 +70,14 @@ def _target(text: str) -> tuple[str, dict[str, Any]]:
                 expected="opset=<number>, float=float32 or float16",
                 remedy=did_you_mean(item, ("opset=21", "float=float16", "float=float32")),
             )
+    if name not in ("kernels", *_WRITTEN):
+        raise TargetError("unknown target", got=name, expected=", ".join(_WRITTEN), remedy=did_you_mean(name, _WRITTEN))
     api.target_spec(name, opset=options.get("opset"))
     if name == "kernels":
         raise TargetError(
             "kernels are not written anywhere",
             got=text,
-            expected="a target with files",
+            expected=", ".join(_WRITTEN),
             remedy="run the native artifact with --engine kernels",
         )
     return name, options
