@@ -1,5 +1,6 @@
 """Where the weights of a model directory lie: one safetensors file, or the shards that an index names."""
 
+import re
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -7,12 +8,29 @@ from qcompiler.errors import InputError, WeightError
 from qcompiler.safetensors_io import SafetensorsFile, parse_json_object
 from qcompiler.stored_tensor import StoredTensor, tensors_of
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "open_checkpoint"]
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "no_directory", "open_checkpoint"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def no_directory(path: Path) -> InputError:
+    """The error for a model directory that is not there; for what may be a name on the Hugging Face Hub, how to get it.
+
+    Nothing is downloaded here.
+    """
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) is not None and not path.parent.exists()
+    return InputError(
+        "no such model directory",
+        where=path,
+        got="a file" if path.is_file() else "nothing of that name on this machine, and nothing is downloaded",
+        expected="a directory with config.json and safetensors",
+        remedy=f"hf download {path} --local-dir {path.name}, and give {path.name}"
+        if is_name
+        else "give the path of a Hugging Face directory",
+    )
 
 
 def open_checkpoint(root: Path) -> dict[str, StoredTensor]:
@@ -27,7 +45,7 @@ def open_checkpoint(root: Path) -> dict[str, StoredTensor]:
 
 
 def _tensors_of_index(root: Path) -> dict[str, StoredTensor]:
-    """The tensors that an index names, each looked up in its shard; tied names that the shards note besides."""
+    """The tensors that an index names, each looked up in its shard, and whatever else these shards hold."""
     index = root / INDEX_FILE
     try:
         text = index.read_bytes()
@@ -44,11 +62,9 @@ def _tensors_of_index(root: Path) -> dict[str, StoredTensor]:
         if name not in shards[shard]:
             raise WeightError("the index names a tensor that is not in its shard", where=f"{root / shard}: {name}")
         tensors[name] = shards[shard][name]
-    named = set(tensors.values())
     for members in shards.values():
         for name, entry in members.items():
-            if entry.label != name and entry in named:
-                tensors.setdefault(name, entry)
+            tensors.setdefault(name, entry)
     return tensors
 
 

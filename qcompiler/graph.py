@@ -132,6 +132,8 @@ class Graph:
         schemes: what is quantized at each site; set by one pass, read by all.
         provenance: where the model came from: ``source``, ``config``, ``fingerprint``, ``parameters`` (elements).
         unrecognized: what canonicalization left as it was, each with its reason.
+        notes: sentences on how the model was read, for the report.
+        lost: what the source has and the graph has not, a sentence each: for the report, and errors where strict.
         source_dtypes: the dtype that float tensors rewritten since had in the source, see `rewrite_float`.
         fisher: the diagonal of the Fisher information of weights, float32 ``[out, in]`` by site; empty unless a pass
             measured it (`qcompiler.fisher`), and not part of what is saved.
@@ -143,6 +145,8 @@ class Graph:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     unrecognized: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
     source_dtypes: dict[str, str] = field(default_factory=dict)
     fisher: WeightStore = field(default_factory=WeightStore)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcompiler.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from qcompiler.errors import InputError, WeightError
-from qcompiler.safetensors_io import SafetensorsFile, byte_chunks, dtype_name
+from qcompiler.safetensors_io import SafetensorsFile, dtype_name
 from qcompiler.staging import StagedFiles
 from qcompiler.stored_tensor import (
     METADATA_KEY,
@@ -24,10 +24,13 @@ from qcompiler.stored_tensor import (
     Rearranged,
     SliceOf,
     StoredTensor,
+    are_equal,
     check_storable,
+    copy_tensors,
     decode,
     encode,
     reachable,
+    sample,
     stack,
     stored_form,
     write_tensors,
@@ -36,9 +39,6 @@ from qcompiler.stored_tensor import (
 __all__ = ["DEFAULT_SHARD_BYTES", "TensorInfo", "WeightStore"]
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-
-_SAMPLE_BLOCKS = 16
-_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ class WeightStore:
         dtype: str,
         shape: Sequence[int],
         rearranges: bool = False,
+        store: "WeightStore | None" = None,
     ) -> None:
         """Defines a tensor as a function of others, computed at every read.
 
@@ -177,13 +178,14 @@ class WeightStore:
             dtype: dtype of the result; for a packed integer the function returns int8 or uint8 codes.
             shape: shape of the result.
             rearranges: the function moves the numbers of its sources to other places and leaves them as they are.
+            store: whose names the sources are; by default this one's.
 
         Raises:
             WeightError: if a source is missing or the dtype unknown; on read, if the function breaks its promise.
         """
         _check_name(name)
         stored_form(dtype, tuple(shape))  # refuses unknown dtypes
-        tensors = tuple(self._find(source) for source in sources)
+        tensors = tuple((self if store is None else store)._find(source) for source in sources)
         kind = Rearranged if rearranges else Deferred
         self._tensors[name] = StoredTensor(name, dtype, tuple(shape), kind(tensors, function))
 
@@ -203,14 +205,38 @@ class WeightStore:
         part = SliceOf((whole,), operator.itemgetter(index), index)
         self._tensors[name] = StoredTensor(name, whole.dtype, whole.shape[1:], part)
 
-    def alias(self, name: str, of: str) -> None:
+    def alias(self, name: str, of: str, store: "WeightStore | None" = None) -> None:
         """Ties ``name``, new or not, to the tensor of ``of``: stored once, until one of them is set anew.
+
+        Args:
+            name: the name.
+            of: the tensor.
+            store: where ``of`` is a name; by default here.
 
         Raises:
             WeightError: if there is no tensor ``of``.
         """
         _check_name(name)
-        self._tensors[name] = self._find(of)
+        self._tensors[name] = (self if store is None else store)._find(of)
+
+    def copy(self) -> "WeightStore":
+        """A store of the same tensors: what is set, derived or spilled in one does not reach the other.
+
+        Values in memory are shared, not copied.
+        """
+        store = WeightStore()
+        store._tensors = copy_tensors(self._tensors)
+        return store
+
+    def is_equal(self, first: str, second: str) -> bool:
+        """Whether two tensors have one shape and equal values, in float32 where their dtypes differ.
+
+        Of two that lie in files in one dtype, a few MiB at a time are read.
+
+        Raises:
+            WeightError: if one is missing or cannot be read.
+        """
+        return are_equal(self._find(first), self._find(second))
 
     def tied(self, name: str) -> tuple[str, ...]:
         """The other names of the same tensor."""
@@ -264,7 +290,7 @@ class WeightStore:
         for name in sorted(self._tensors):
             entry = self._tensors[name]
             digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
-            for block in _sample(entry):
+            for block in sample(entry):
                 digest.update(block)
         return digest.hexdigest()
 
@@ -378,24 +404,6 @@ class WeightStore:
 def _check_name(name: str) -> None:
     if not name or name == "__metadata__":
         raise WeightError("not a name for a tensor", where=repr(name))
-
-
-def _sample(entry: StoredTensor) -> Iterator[bytes | memoryview]:
-    """The bytes of a tensor that `WeightStore.fingerprint` hashes."""
-    size = entry.nbytes
-    blocks = [(0, size)]
-    if size > _SAMPLE_BLOCKS * _SAMPLE_BYTES:
-        starts = [i * (size - _SAMPLE_BYTES) // (_SAMPLE_BLOCKS - 1) for i in range(_SAMPLE_BLOCKS)]
-        blocks = [(start, start + _SAMPLE_BYTES) for start in starts]
-    if isinstance(entry.source, InFile):
-        yield from entry.source.file.read_blocks(entry.source.name, blocks)
-        return
-    if isinstance(entry.source, Rearranged) and not isinstance(entry.source, SliceOf):
-        for source in entry.source.sources:
-            yield from _sample(source)
-        return
-    for chunk in byte_chunks(entry.load(check_finite=False).contiguous()):
-        yield from (chunk[begin:end] for begin, end in blocks)
 
 
 def _partition(tensors: Mapping[str, StoredTensor], limit: int) -> list[dict[str, StoredTensor]]:
