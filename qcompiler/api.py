@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qcompiler.artifact import Artifact
 from qcompiler.canonicalize import canonicalize
 from qcompiler.capture import capture_directory, capture_module
+from qcompiler.checkpoint import no_directory
 from qcompiler.compiling import CalibrationInput, CompileResult, choose_device, compile_graph
 from qcompiler.errors import InputError, TargetError
 from qcompiler.evaluate import Evaluation
@@ -99,7 +100,7 @@ def compile(
     """Quantizes a model in one streamed sweep per stage.
 
     Args:
-        model: what `capture` takes, or a graph it returned; a graph is rewritten in place.
+        model: what `capture` takes, or a graph it returned, which is left as it is.
         recipe: a name (`qcompiler.passes.recipes`), a ``.toml`` file, the place of somebody else's passes
             (``package.module:NAME`` or ``file.py:NAME``, which is imported and so runs), or passes in order.
         calibration: text, tokens or self-generated; for a plain module, an iterable of input tuples. Without it, a
@@ -127,7 +128,7 @@ def compile(
     report = CompileReport()
     with report.timed("total"):
         with report.timed("capture"):
-            graph = model if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
+            graph = model.copy() if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
         return compile_graph(
             graph,
             pipeline,
@@ -337,7 +338,7 @@ def open_artifact(
     if engine not in (None, "kernels"):
         raise TargetError("unknown engine", got=engine, expected="kernels")
     if not root.is_dir():
-        raise InputError("no such directory", where=root)
+        raise no_directory(root)
     native = _native_directory(root)
     if (native / MANIFEST).is_file():
         if engine == "kernels":

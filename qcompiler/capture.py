@@ -50,6 +50,14 @@ def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> G
             expected="a float checkpoint",
             remedy="compile the original model",
         )
+    if config.get("transformers_weights") is not None:
+        raise UnsupportedModelError(
+            "config.json says that the weights lie elsewhere than usual",
+            where=f"{directory / 'config.json'}: transformers_weights",
+            got=config["transformers_weights"],
+            expected="model.safetensors or its shards, and no such field",
+            remedy="load the model with transformers and save it anew: model.save_pretrained(DIR)",
+        )
     store = WeightStore.from_directory(directory)
     model, computed = build_on_meta(directory, config, trust_remote_code)
     binding = bind_checkpoint(store, model, computed)

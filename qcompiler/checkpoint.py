@@ -8,10 +8,7 @@ from qcompiler.errors import InputError, WeightError
 from qcompiler.safetensors_io import SafetensorsFile, parse_json_object
 from qcompiler.stored_tensor import StoredTensor, tensors_of
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "no_directory", "open_checkpoint"]
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+__all__ = ["no_directory", "open_checkpoint", "weight_files"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -33,20 +30,25 @@ def no_directory(path: Path) -> InputError:
     )
 
 
-def open_checkpoint(root: Path) -> dict[str, StoredTensor]:
+def weight_files(stem: str) -> tuple[str, str]:
+    """The name of the one file of weights, and of the index to several."""
+    return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+
+
+def open_checkpoint(root: Path, stem: str = "model") -> dict[str, StoredTensor]:
     """The tensors of a directory; only headers are read. See `WeightStore.from_directory`."""
+    single, index = weight_files(stem)
     if not root.is_dir():
         raise InputError("not a model directory", where=root, expected="a directory with safetensors weights")
-    if (root / SINGLE_FILE).exists() or (root / SINGLE_FILE).is_symlink():
-        return tensors_of(SafetensorsFile(_inside(root, SINGLE_FILE, root / SINGLE_FILE)))
-    if (root / INDEX_FILE).exists():
-        return _tensors_of_index(root)
-    raise _no_weights(root)
+    if (root / single).exists() or (root / single).is_symlink():
+        return tensors_of(SafetensorsFile(_inside(root, single, root / single)))
+    if (root / index).exists():
+        return _tensors_of_index(root, root / index)
+    raise _no_weights(root, f"{single} or {index}")
 
 
-def _tensors_of_index(root: Path) -> dict[str, StoredTensor]:
+def _tensors_of_index(root: Path, index: Path) -> dict[str, StoredTensor]:
     """The tensors that an index names, each looked up in its shard, and whatever else these shards hold."""
-    index = root / INDEX_FILE
     try:
         text = index.read_bytes()
     except OSError as error:
@@ -97,7 +99,7 @@ def _inside(root: Path, name: str, where: Path) -> Path:
     return path
 
 
-def _no_weights(root: Path) -> WeightError:
+def _no_weights(root: Path, expected: str) -> WeightError:
     pickles = sorted(path.name for pattern in _PICKLES for path in root.glob(pattern))
     shards = sorted(path.name for path in root.glob("*.safetensors"))
     if shards:
@@ -105,7 +107,7 @@ def _no_weights(root: Path) -> WeightError:
             "safetensors files, but no index to them",
             where=root,
             got=", ".join(shards[:4]),
-            expected=f"{SINGLE_FILE} or {INDEX_FILE}",
+            expected=expected,
             remedy="the copy is incomplete: add the index",
         )
     if pickles:
@@ -113,8 +115,8 @@ def _no_weights(root: Path) -> WeightError:
             "pickled weights are not read: loading them can run any code",
             where=root,
             got=", ".join(pickles[:4]),
-            expected=f"{SINGLE_FILE} or {INDEX_FILE}",
+            expected=expected,
             remedy="convert them where you trust them: AutoModelForCausalLM.from_pretrained(path)"
             ".save_pretrained(path, safe_serialization=True)",
         )
-    return WeightError("no weights in the directory", where=root, expected=f"{SINGLE_FILE} or {INDEX_FILE}")
+    return WeightError("no weights in the directory", where=root, expected=expected)

@@ -19,6 +19,7 @@ from qcompiler.errors import CalibrationError, InputError, RecipeError
 from qcompiler.feed import feed, feed_tensors
 from qcompiler.graph import Graph
 from qcompiler.held_out import HeldOutCheck, precision_note
+from qcompiler.hf import companion_losses
 from qcompiler.native import NativeArtifact, save_native
 from qcompiler.pass_base import CalibrationRun, Effect, PassContext
 from qcompiler.pipeline import Pipeline
@@ -93,6 +94,9 @@ def compile_graph(
         QCompilerError: see `qcompiler.errors`; nothing is left behind.
     """
     report.unrecognized = list(graph.unrecognized)
+    report.notes += graph.notes
+    _judge_losses(graph, report, strict, trust_remote_code)
+    graph.remember_dtypes()
     report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
     report.parameters = int(graph.provenance["parameters"])
     context = PassContext(graph, device, seed)
@@ -324,6 +328,20 @@ def _probe(graph: Graph, device: torch.device) -> Batch:
         vocab_size = 2 if index is None else int(graph.signature.outputs[index].shape[-1])
     shape = (2, min(16, max_positions or 16))
     return feed(graph, torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device))
+
+
+def _judge_losses(graph: Graph, report: CompileReport, strict: bool, trust_remote_code: bool) -> None:
+    """What neither the graph nor the files beside it will hold is said, and refused where strict."""
+    companions = graph.provenance.get("companions")
+    lost = [*graph.lost, *([] if companions is None else companion_losses(companions, trust_remote_code))]
+    report.notes += lost
+    if strict and lost:
+        raise InputError(
+            "something of the model would be lost, and strict was asked for",
+            where=graph.provenance.get("source"),
+            got="; ".join(lost),
+            remedy="compile without strict, or take out of the directory what is not needed",
+        )
 
 
 def _judge_coverage(graph: Graph, report: CompileReport, strict: bool) -> None:

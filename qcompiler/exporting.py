@@ -114,7 +114,9 @@ class Exported:
         """Whether the model looks at what a buffer held; one that is written over before is no state."""
         names = {node for node, name in self.program.graph_signature.inputs_to_buffers.items() if name == buffer}
         nodes = (node for node in self.program.graph.nodes if node.op == "placeholder" and node.name in names)
-        return any(user.target is not _aten.copy.default or user.args[1] is node for node in nodes for user in node.users)
+        return any(
+            user.target is not _aten.copy.default or user.args[1] is node for node in nodes for user in node.users
+        )
 
 
 def export(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, name: str) -> Exported:

@@ -6,14 +6,14 @@ Nothing is held in memory but what was `WeightStore.set` and not yet spilled. `W
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from torch import Tensor
 
-from qcompiler.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from qcompiler.checkpoint import open_checkpoint, weight_files
 from qcompiler.errors import InputError, WeightError
 from qcompiler.safetensors_io import SafetensorsFile, dtype_name
 from qcompiler.staging import StagedFiles
@@ -71,8 +71,8 @@ class WeightStore:
         self._tensors: dict[str, StoredTensor] = {}
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> Self:
-        """Opens ``model.safetensors``, or the shards of ``model.safetensors.index.json`` where there is no such file.
+    def from_directory(cls, path: str | Path, *, stem: str = "model") -> Self:
+        """Opens ``<stem>.safetensors``, or the shards of ``<stem>.safetensors.index.json`` where there is no such file.
 
         Only headers are read. Symbolic links may lead nowhere but inside the directory or, in a Hugging Face hub cache
         (``.../snapshots/<revision>``), to that cache's ``blobs``.
@@ -82,7 +82,7 @@ class WeightStore:
             WeightError: if weights are missing, damaged, pickled, or lie outside the directory.
         """
         store = cls()
-        store._tensors = open_checkpoint(Path(path))
+        store._tensors = open_checkpoint(Path(path), stem)
         return store
 
     @classmethod
@@ -332,19 +332,21 @@ class WeightStore:
         self,
         directory: str | Path,
         *,
+        stem: str = "model",
         names: Sequence[str] | None = None,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
         check_finite: bool = True,
     ) -> tuple[Path, ...]:
-        """Writes tensors to ``model.safetensors``, or to shards and an index where that would be too large.
+        """Writes tensors to ``<stem>.safetensors``, or to shards and an index where that would be too large.
 
         Of tied names, the first in ``names`` owns the data; the others are noted in its file's metadata, from which
         `from_directory` ties them again. Otherwise the order of ``names`` does not matter: equal content gives equal
         bytes. One tensor at a time is in memory, with the sources it is derived from. All files appear, or none.
 
         Args:
-            directory: made if missing; must not hold safetensors weights yet.
+            directory: made if missing; must not hold safetensors weights of that stem yet.
+            stem: what the names of the files begin with.
             names: the tensors to save; all by default.
             max_shard_bytes: limit on the tensor data of one file; a larger tensor gets a file of its own.
             metadata: strings for the ``__metadata__`` of every file.
@@ -364,9 +366,8 @@ class WeightStore:
             raise InputError("reserved metadata key", where=METADATA_KEY, remedy="use another key")
         if max_shard_bytes < 1:
             raise InputError("max_shard_bytes must be positive", got=max_shard_bytes)
-        taken = [
-            path for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors") for path in root.glob(pattern)
-        ]
+        single, index_file = weight_files(stem)
+        taken = [path for pattern in (single, index_file, f"{stem}-*-of-*.safetensors") for path in root.glob(pattern)]
         if taken:
             raise InputError("the directory already holds weights", where=taken[0], remedy="choose another directory")
 
@@ -378,7 +379,7 @@ class WeightStore:
                 aliases[name] = owner
         shards = _partition({name: entry for entry, name in owners.items()}, max_shard_bytes)
         files = {
-            SINGLE_FILE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard
+            single if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard
             for i, shard in enumerate(shards, 1)
         }
         with StagedFiles(root) as staged:
@@ -390,9 +391,9 @@ class WeightStore:
                 weight_map = {name: file for file, shard in files.items() for name in shard}
                 total = sum(entry.nbytes for entry in owners)
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                with staged.file(INDEX_FILE) as write:
+                with staged.file(index_file) as write:
                     write((json.dumps(index, indent=2) + "\n").encode())
-        return tuple(root / file for file in (*files, *([INDEX_FILE] if len(shards) > 1 else [])))
+        return tuple(root / file for file in (*files, *([index_file] if len(shards) > 1 else [])))
 
     def _find(self, name: str) -> StoredTensor:
         try:

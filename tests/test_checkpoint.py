@@ -5,9 +5,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qcompiler.checkpoint import INDEX_FILE, SINGLE_FILE
+from qcompiler.checkpoint import weight_files
 from qcompiler.errors import InputError, WeightError
 from qcompiler.weights import WeightStore
+
+SINGLE_FILE, INDEX_FILE = weight_files("model")
 
 
 def sharded(root: Path, weight_map: dict[str, object] | None = None) -> Path:

@@ -22,7 +22,7 @@ from qcompiler.spec import Scheme
 from qcompiler.weights import WeightStore
 from tests.tiny_graphs import chain, interpret, language_model, token_batches
 
-FILES = ["graph.json", "manifest.json", "model.safetensors", "report.html", "report.json"]
+FILES = ["graph.json", "manifest.json", "report.html", "report.json", "weights.safetensors"]
 
 
 def quantized(scheme: str = "w4a16-g8-asym", **options: Any) -> Graph:
@@ -45,7 +45,7 @@ def everything(root: Path) -> list[str]:
 def test_files(saved):
     assert everything(saved) == FILES
     manifest = json.loads((saved / "manifest.json").read_text())
-    assert manifest["schema"] == 1
+    assert manifest["schema"] == 2
     assert manifest["seed"] == 1
     assert manifest["provenance"]["source"] == "tiny"
     assert "<h1>tiny</h1>" in (saved / "report.html").read_text()
@@ -131,7 +131,7 @@ def test_nothing_is_left_by_an_interrupted_save(tmp_path, monkeypatch, error, st
     elif step == "manifest":
         failing(monkeypatch, native.StagedFiles, "file", error, lambda _, name: name == "manifest.json")
     else:
-        name = {"move of graph": "graph.json", "move of weights": "model.safetensors"}[step]
+        name = {"move of graph": "graph.json", "move of weights": "weights.safetensors"}[step]
         failing(monkeypatch, Path, "replace", error, is_file(name))
     with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
         save_native(graph, out, {"seed": 1}, {})
@@ -179,8 +179,8 @@ def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ("graph.json", lambda g: g | {"nodes": g["nodes"][:-1]}, ArtifactError, "output node"),
         ("graph.json", lambda g: g | {"nodes": [{"op": "x"}]}, ArtifactError, "graph.json"),
         ("graph.json", lambda g: g | {"schemes": {"0.q": {"weight": {"dtype": "int5"}}}}, ArtifactError, "int5"),
-        ("model.safetensors", None, WeightError, "model.safetensors"),
-        ("model.safetensors", b"", WeightError, "model.safetensors"),
+        ("weights.safetensors", None, WeightError, "weights.safetensors"),
+        ("weights.safetensors", b"", WeightError, "weights.safetensors"),
         ("report.json", b"{", ArtifactError, "damaged JSON"),
     ],
 )
@@ -205,14 +205,14 @@ def test_where_names_a_file_once(saved):
 
 
 def test_truncated_weights(saved):
-    path = saved / "model.safetensors"
+    path = saved / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(WeightError, match="truncated"):
         load_native(saved)
 
 
 def test_a_tensor_that_is_not_stored(saved):
-    path = saved / "model.safetensors"
+    path = saved / "weights.safetensors"
     tensors = load_file(path)
     del tensors["norm.weight"]
     with safe_open(path, "pt") as file:
