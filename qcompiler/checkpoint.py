@@ -24,7 +24,8 @@ def no_directory(path: Path) -> InputError:
         where=path,
         got="a file" if path.is_file() else "nothing of that name on this machine, and nothing is downloaded",
         expected="a directory with config.json and safetensors",
-        remedy=f"hf download {path} --local-dir {path.name}, and give {path.name}"
+        remedy=f"if this is a name on the Hugging Face Hub: hf download {path} --local-dir {path.name}, and give "
+        f"{path.name}"
         if is_name
         else "give the path of a Hugging Face directory",
     )

@@ -96,7 +96,7 @@ def compile_graph(
     report.unrecognized = list(graph.unrecognized)
     report.notes += graph.notes
     _judge_losses(graph, report, strict, trust_remote_code)
-    graph.remember_dtypes()
+    dtype = graph.remember_dtypes()
     report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
     report.parameters = int(graph.provenance["parameters"])
     context = PassContext(graph, device, seed)
@@ -176,7 +176,7 @@ def compile_graph(
             report.bytes_spilled += done.bytes_spilled
         graph.fisher = WeightStore()
         shutil.rmtree(workspace / _MEASURED, ignore_errors=True)
-        graph.round_rewritten()
+        graph.round_rewritten(dtype)
         verify_graph(graph)
         _judge_coverage(graph, report, strict)
         if check is not None:

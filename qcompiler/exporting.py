@@ -132,11 +132,13 @@ def export(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, name:
         UnsupportedModelError: the model cannot be traced, or not into a graph of plain operators.
     """
     try:
-        with torch.no_grad(), _without_fake_tensor_cache(), _Traceable():
+        with torch.no_grad(), _without_fake_tensor_cache(), _Traceable(), warnings.catch_warnings():
+            # what a model keeps for its next call, a graph computes anew
+            warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
             program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes, strict=False)
             if _has_effects(program.graph):
-                with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch's own old interfaces
-                    program = program.run_decompositions({})
+                warnings.simplefilter("ignore", FutureWarning)  # torch uses its own old interfaces
+                program = program.run_decompositions({})
     except Exception as error:
         raise untraceable(name, error) from error
     for node in program.graph.nodes:

@@ -233,25 +233,29 @@ class Graph:
         """The dtype a float tensor has in the source model, whatever it was rewritten to."""
         return self.source_dtypes.get(name, self.weights.info(name).dtype)
 
-    def remember_dtypes(self) -> None:
-        """Keeps in mind which dtype each float tensor has, for `source_dtype` and `round_rewritten`."""
-        for name in self.weight_names():
-            dtype = self.weights.info(name).dtype
-            if dtype in _FLOATS:
-                self.source_dtypes.setdefault(name, dtype)
+    def remember_dtypes(self) -> str:
+        """Keeps in mind which dtype each float tensor has, for `source_dtype` and `round_rewritten`.
 
-    def round_rewritten(self) -> None:
-        """Rounds float32 matrices to the dtype of the source, when nothing more will be computed from them.
-
-        Those that were rewritten get the dtype they had; those that a pass has added, the one most of the model's
-        numbers have. Vectors (norms, biases) stay in float32: they take no room, and the columns that make good their
-        scale do not make good its rounding. So do scales and tables, whose dtype a pass chooses.
+        Returns:
+            The dtype that most of the model's numbers have.
         """
         sizes: Counter[str] = Counter()
-        for name, dtype in self.source_dtypes.items():
-            if name in self.weights:
-                sizes[dtype] += math.prod(self.weights.info(name).shape)
-        usual = max(sizes, key=lambda dtype: sizes[dtype], default="float32")
+        for name in self.weight_names():
+            info = self.weights.info(name)
+            if info.dtype in _FLOATS:
+                self.source_dtypes.setdefault(name, info.dtype)
+                sizes[info.dtype] += math.prod(info.shape)
+        return max(sizes, key=lambda dtype: sizes[dtype], default="float32")
+
+    def round_rewritten(self, usual: str = "float32") -> None:
+        """Rounds float32 matrices to the dtype of the source, when nothing more will be computed from them.
+
+        Vectors (norms, biases) stay in float32: they take no room, and the columns that make good their scale do not
+        make good its rounding. So do scales and tables, whose dtype a pass chooses.
+
+        Args:
+            usual: the dtype of those that the source has not, which a pass has added.
+        """
         quantizers = (node for node in self.fx.nodes if is_op(node, *_WITH_QPARAMS))
         chosen = {str(part.target) for node in quantizers for part in node.all_input_nodes if part.op == "get_attr"}
         for name in self.weight_names():

@@ -21,7 +21,15 @@ __all__ = ["HFArtifact", "companion_losses", "encode", "load_tokenizer", "read_l
 
 _log = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "*.model",
+    "*.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
 
 
 class HFArtifact:

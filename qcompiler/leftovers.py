@@ -76,7 +76,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _listed(groups: dict[str, list[str]]) -> str:
-    shown = [prefix if names == [prefix] else f"{prefix} ({len(names)})" for prefix, names in groups.items()]
+    shown = [names[0] if len(names) == 1 else f"{prefix} ({len(names)})" for prefix, names in groups.items()]
     return ", ".join(shown[:_SHOWN]) + (f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "")
 
 
