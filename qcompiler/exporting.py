@@ -310,9 +310,11 @@ class _Rebuilder:
         self._store.set(name, torch.empty(value.shape, dtype=value.dtype) if value.device.type == "meta" else value)
 
     def _copy(self, node: fx.Node) -> None:
-        if node.target is _aten.copy.default and _is_alike(node, node.args[1]):  # written over: the new value is all
-            self._mapping[node] = self._value(node.args[1], node)
-            return
+        if node.target is _aten.copy.default:  # written over: the new value is all
+            value = node.args[1]
+            if _is_alike(value, node):
+                self._mapping[node] = self._value(value, node)
+                return
         new = self.graph.node_copy(node, lambda source: self._value(source, node))
         new.meta = {}
         if new.target is _stand_in:
@@ -355,12 +357,10 @@ class _Rebuilder:
         return self._shapes[text]
 
 
-def _is_alike(first: fx.Node, second: Any) -> TypeGuard[fx.Node]:
-    """Whether the second is a node, too, and of the same shape and dtype."""
-    values = [getattr(node, "meta", {}).get("val") for node in (first, second)]
-    if not all(isinstance(value, Tensor) for value in values):
-        return False
-    return values[0].shape == values[1].shape and values[0].dtype == values[1].dtype
+def _is_alike(other: Any, node: fx.Node) -> TypeGuard[fx.Node]:
+    """Whether something is a node of the same shape and dtype as another."""
+    first, second = node.meta["val"], other.meta.get("val") if isinstance(other, fx.Node) else None
+    return isinstance(second, Tensor) and (first.shape, first.dtype) == (second.shape, second.dtype)
 
 
 def symbolic_size(size: Any, symbols: Mapping[str, Dim]) -> Dim:

@@ -89,9 +89,9 @@ def save_native(
             files = {_GRAPH: graph.to_dict(), _REPORT: report}
             if held_out is not None:
                 files[_HELD_OUT] = {"source": "not used in calibration", "ids": held_out.tolist()}
-            for name, content in files.items():
+            for name, fields in files.items():
                 with staged.file(name) as write:
-                    write(_json(content))
+                    write(_json(fields))
             with staged.file(_REPORT_PAGE) as write:
                 write(render_report(json.loads(_json(report)), json.loads(described)).encode())
         graph.weights.save(partial, stem=_WEIGHTS, names=graph.weight_names())

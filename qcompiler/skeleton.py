@@ -217,8 +217,8 @@ def _tie(weights: WeightStore, model: nn.Module, names: list[str]) -> list[tuple
         else:
             untied.append((stored[-1], first))
             path, _, attribute = stored[-1].rpartition(".")
-            module = model.get_submodule(path)
-            module._parameters[attribute] = nn.Parameter(module._parameters[attribute].detach().clone(), False)
+            parameter = model.get_parameter(stored[-1]).detach().clone()
+            model.get_submodule(path)._parameters[attribute] = nn.Parameter(parameter, requires_grad=False)
     assert first is not None
     apart = {name for name, _ in untied}
     for place in places.values():

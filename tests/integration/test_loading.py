@@ -22,6 +22,11 @@ from tests.models import build
 Tensors = dict[str, Tensor]
 
 
+def model_of(family: str, **options: Any) -> Any:
+    """A model of a family, which can save itself."""
+    return build(family, **options)
+
+
 def bound(directory: Path) -> Binding:
     model, computed = build_on_meta(directory, json.loads((directory / "config.json").read_text()), False)
     return bind_checkpoint(WeightStore.from_directory(directory), model, computed)
@@ -46,7 +51,7 @@ def check_against_transformers(directory: Path) -> tuple[Binding, dict[str, Any]
 
 @pytest.mark.parametrize("family", SPECS)
 def test_every_family(family: str, tmp_path: Path) -> None:
-    build(family).save_pretrained(tmp_path)
+    model_of(family).save_pretrained(tmp_path)
     ours, _ = check_against_transformers(tmp_path)
     assert ours.unused == []
     assert ours.untied == []
@@ -122,7 +127,7 @@ MISHAPS: dict[str, tuple[str, dict[str, Any], Callable[[Tensors], None] | None, 
 
 def mishap(name: str, directory: Path) -> Path:
     family, options, change, fields = MISHAPS[name]
-    build(family, **options).save_pretrained(directory)
+    model_of(family, **options).save_pretrained(directory)
     file, config = directory / "model.safetensors", directory / "config.json"
     if change is not None:
         tensors = load_file(file)
@@ -172,7 +177,7 @@ def test_what_has_no_place_is_lost_and_said(name: str, said: str | None, tmp_pat
 
 def test_a_head_that_nothing_gives(tmp_path: Path) -> None:
     """Transformers would make one up."""
-    build("llama", layers=1, tie_word_embeddings=True).save_pretrained(tmp_path)
+    model_of("llama", layers=1, tie_word_embeddings=True).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
     with pytest.raises(WeightError, match="lm_head"):
@@ -180,7 +185,7 @@ def test_a_head_that_nothing_gives(tmp_path: Path) -> None:
 
 
 def test_a_head_that_the_index_does_not_name(tmp_path: Path) -> None:
-    build("llama", layers=1).save_pretrained(tmp_path, max_shard_size="8KB")
+    model_of("llama", layers=1).save_pretrained(tmp_path, max_shard_size="8KB")
     index = tmp_path / "model.safetensors.index.json"
     fields = json.loads(index.read_text())
     shard = fields["weight_map"].pop("lm_head.weight")
