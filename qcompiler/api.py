@@ -113,7 +113,8 @@ def compile(
             machine's.
         device: ``cpu``, ``cuda`` or ``auto``.
         seed: the only source of randomness.
-        strict: a site that is left alone without being asked for is an error.
+        strict: a site that is left alone without being asked for is an error; so is what would be lost of the source
+            (tensors without a place in the graph, files that are not copied).
         work_dir: where finished segments and spilled values go; a temporary directory by default.
         progress: called with segments done, segments in all, and what is being done.
         trust_remote_code: run modelling code a directory brings along.
@@ -410,13 +411,16 @@ def _held_out(path: Path | None) -> Tensor | None:
     return found if found is not None else load_held_out(path.parent / "native")
 
 
-def generate(artifact: str | Path | Artifact | CompileResult, prompt: str, **options: Any) -> Generation:
-    """Continues a prompt; options as in `qcompiler.generate`."""
+def generate(
+    artifact: str | Path | Artifact | CompileResult, prompt: str, *, trust_remote_code: bool = False, **options: Any
+) -> Generation:
+    """Continues a prompt; options as in `qcompiler.generate`. ``trust_remote_code``: a tokenizer may be code, too."""
     _check_seed(options.get("seed", 0))
     opened = _open(artifact, exact=False)
     if opened.path is None:
         raise InputError("this artifact has no tokenizer beside it", remedy="use qcompiler.generate.generate")
-    return generate_text(opened, load_tokenizer(opened.path), prompt, **options)
+    tokenizer = load_tokenizer(opened.path, trust_remote_code=trust_remote_code)
+    return generate_text(opened, tokenizer, prompt, **options)
 
 
 def _open(artifact: str | Path | Artifact | CompileResult, *, exact: bool = True) -> Artifact:

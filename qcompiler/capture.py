@@ -16,7 +16,7 @@ from qcompiler.errors import InputError, UnsupportedModelError
 from qcompiler.exporting import Exported, export, first_line, symbolic_size, untraceable
 from qcompiler.graph import Graph
 from qcompiler.leftovers import unread_parameters, unused_tensors
-from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL, Dim, Port, Signature
+from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL, Dim, Port, Role, Signature
 from qcompiler.skeleton import bind_checkpoint, build_on_meta, copy_for_tracing, quiet_transformers, tied_names
 from qcompiler.weights import WeightStore
 
@@ -143,7 +143,8 @@ def _refuse_artifact(directory: Path) -> None:
     """Refuses what was compiled already: the native artifact, the directory it lies in, an ONNX folder."""
     marks = ("manifest.json", "native/manifest.json", "model.onnx", "onnx/model.onnx")
     mark = next((mark for mark in marks if (directory / mark).is_file()), None)
-    if mark is not None and not any(directory.glob("model*.safetensors")):
+    has_weights = any(next(directory.glob(pattern), None) for pattern in ("model*.safetensors", "*.bin", "*.pth"))
+    if mark is not None and not has_weights:
         raise InputError(
             "this is a compiled model already",
             where=directory,
@@ -205,7 +206,7 @@ def _capture_transformers(model: nn.Module, store: WeightStore) -> Graph:
     sizes = {_EXAMPLE[BATCH]: BATCH, _EXAMPLE[SEQUENCE]: SEQUENCE}
     *leading, width = getattr(probe, output).shape
     shape = (*(sizes.get(size, size) for size in leading), width)
-    result = Port(output, "logits" if _predicts_tokens(model, output, shape) else "other", "float32", shape)
+    result = Port(output, _role(model, output, shape), "float32", shape)
     present = tuple(
         Port(f"present.{p.layer}.{p.part}", "present", p.dtype, (BATCH, p.shape[1], TOTAL, p.shape[3]), p.layer, p.part)
         for p in past
@@ -257,12 +258,12 @@ def _probe(model: nn.Module, parameters: Mapping[str, Any], name: str) -> Any:
             module.__dict__.update(before)
 
 
-def _predicts_tokens(model: Any, output: str, shape: tuple[Dim, ...]) -> bool:
-    """Whether an output scores the vocabulary at each position; that of a classifier goes by the same name."""
-    if output != "logits" or shape[:-1] != (BATCH, SEQUENCE):
-        return False
-    has_head = model.get_output_embeddings() is not None
-    return has_head or shape[-1] == model.config.get_text_config().vocab_size
+def _role(model: Any, output: str, shape: tuple[Dim, ...]) -> Role:
+    """What an output is for: transformers calls the scores of a classifier logits, too."""
+    if output != "logits":
+        return "other"
+    is_head = model.get_output_embeddings() is not None or shape[-1] == model.config.get_text_config().vocab_size
+    return "logits" if is_head and shape[:-1] == (BATCH, SEQUENCE) else "scores"
 
 
 def _choose_implementations(model: Any) -> None:

@@ -298,6 +298,13 @@ def _bind(graph: Graph, calibration: Calibration | None, seed: int, trust_remote
         if max_positions is not None and max_positions < (calibration.length or 0):
             calibration = replace(calibration, length=max_positions)
     if calibration.source == "self-generated":
+        if graph.signature.index_of_output("logits") is None:
+            raise CalibrationError(
+                "this model predicts no tokens, so it cannot make up its own calibration text",
+                where=graph.provenance.get("source"),
+                got=f"output {graph.signature.outputs[0].name} {list(graph.signature.outputs[0].shape)}",
+                remedy="give text of the kind the model reads: Calibration.from_text, or --calib FILE",
+            )
         _check_finite(graph)
     companions = graph.provenance.get("companions")
     if companions is not None:

@@ -4,7 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,10 +113,7 @@ class Exported:
     def _is_read(self, buffer: str) -> bool:
         """Whether the model looks at what a buffer held; one that is written over before is no state."""
         names = {node for node, name in self.program.graph_signature.inputs_to_buffers.items() if name == buffer}
-        nodes = (node for node in self.program.graph.nodes if node.op == "placeholder" and node.name in names)
-        return any(
-            user.target is not _aten.copy.default or user.args[1] is node for node in nodes for user in node.users
-        )
+        return any(node.users for node in self.program.graph.nodes if node.op == "placeholder" and node.name in names)
 
 
 def export(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, name: str) -> Exported:
@@ -310,11 +307,6 @@ class _Rebuilder:
         self._store.set(name, torch.empty(value.shape, dtype=value.dtype) if value.device.type == "meta" else value)
 
     def _copy(self, node: fx.Node) -> None:
-        if node.target is _aten.copy.default:  # written over: the new value is all
-            value = node.args[1]
-            if _is_alike(value, node):
-                self._mapping[node] = self._value(value, node)
-                return
         new = self.graph.node_copy(node, lambda source: self._value(source, node))
         new.meta = {}
         if new.target is _stand_in:
@@ -355,12 +347,6 @@ class _Rebuilder:
         if text not in self._shapes:
             self._shapes[text] = symbolic_size(size, self._symbols)
         return self._shapes[text]
-
-
-def _is_alike(other: Any, node: fx.Node) -> TypeGuard[fx.Node]:
-    """Whether something is a node of the same shape and dtype as another."""
-    first, second = node.meta["val"], other.meta.get("val") if isinstance(other, fx.Node) else None
-    return isinstance(second, Tensor) and (first.shape, first.dtype) == (second.shape, second.dtype)
 
 
 def symbolic_size(size: Any, symbols: Mapping[str, Dim]) -> Dim:

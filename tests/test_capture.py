@@ -331,7 +331,8 @@ def test_classifiers_score_sequences_and_no_vocabulary(family, kind, shape, tmp_
     model.save_pretrained(tmp_path)
     graph = canonicalize(capture_directory(tmp_path))
     assert (graph.signature.outputs[0].name, graph.signature.outputs[0].shape) == ("logits", shape)
-    assert graph.signature.index_of_output("logits") is None  # which role is that of scores of a vocabulary
+    assert graph.signature.index_of_output("logits") is None  # which is the role of scores of a vocabulary
+    assert graph.signature.index_of_output("scores") == 0
     ids, mask = torch.randint(1, VOCABULARY, (3, 7)), torch.ones(3, 7, dtype=torch.int64)
     if family != "bert":
         ids[1, 4:] = 0  # padding, behind which nothing is looked at

@@ -1,7 +1,7 @@
 """`compile_graph` on graphs made by hand: what it checks and notes on the way. The journeys are in test_api.py."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,6 +65,19 @@ def test_what_is_lost_is_noted_and_refused_where_strict_before_anything_is_compu
     assert graph.schemes == {}
     graph.lost.clear()
     assert run(graph, [RTN(bits=4)], strict=True).notes == ["two tensors are apart"]
+
+
+def test_what_predicts_no_tokens_is_calibrated_with_text_alone() -> None:
+    graph = language_model()
+    scores, *others = graph.signature.outputs
+    graph.signature = replace(graph.signature, outputs=(replace(scores, role="scores"), *others))
+    with pytest.raises(CalibrationError, match="predicts no tokens") as caught:
+        run(graph, [GPTQ(bits=4, group_size=8)])
+    assert "--calib" in str(caught.value.remedy)
+    rows = torch.randint(32, (6, 12), generator=torch.Generator().manual_seed(2))
+    report = run(graph, [GPTQ(bits=4, group_size=8)], Calibration.from_tokens(rows))
+    assert report.held_out is None
+    assert len(report.sites) == 14
 
 
 def test_files_that_do_not_travel_are_lost(tmp_path: Path) -> None:

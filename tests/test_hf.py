@@ -259,7 +259,7 @@ def own_tokenizer(tiny):
     """A model whose tokenizer is code in the directory, with a helper and a vocabulary of its own."""
     (tiny / "tokenization_own.py").write_text(OWN_TOKENIZER.format(helper="own_split"))
     (tiny / "own_split.py").write_text("def split(text):\n    return text.split()\n")
-    (tiny / "own.words").write_text(json.dumps(["a", "b", "c"]))
+    (tiny / "own.words").write_text(json.dumps(["a", "b", "c", *(f"word{i}" for i in range(47))]))
     settings = {
         "tokenizer_class": "OwnTokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]},
@@ -274,6 +274,10 @@ def test_a_tokenizer_of_its_own_travels(own_tokenizer, tmp_path):
     result.save(tmp_path / "out")
     tokenizer = load_tokenizer(tmp_path / "out", trust_remote_code=True)
     assert tokenizer("c a b")["input_ids"] == [2, 0, 1]
+    with pytest.raises(InputError, match="tokenizer"):
+        qc.generate(tmp_path / "out", "c a b", max_new_tokens=1)
+    ids = qc.generate(tmp_path / "out", "c a b", max_new_tokens=1, trust_remote_code=True)
+    assert ids.prompt_tokens == 3
 
 
 def test_a_tokenizer_that_does_not_travel_is_said_before_anything_is_compiled(own_tokenizer):
