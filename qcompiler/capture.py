@@ -262,7 +262,8 @@ def _role(model: Any, output: str, shape: tuple[Dim, ...]) -> Role:
     """What an output is for: transformers calls the scores of a classifier logits, too."""
     if output != "logits":
         return "other"
-    is_head = model.get_output_embeddings() is not None or shape[-1] == model.config.get_text_config().vocab_size
+    head_of = getattr(model, "get_output_embeddings", None)
+    is_head = head_of is None or head_of() is not None or shape[-1] == model.config.get_text_config().vocab_size
     return "logits" if is_head and shape[:-1] == (BATCH, SEQUENCE) else "scores"
 
 
