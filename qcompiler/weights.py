@@ -206,12 +206,7 @@ class WeightStore:
         self._tensors[name] = StoredTensor(name, whole.dtype, whole.shape[1:], part)
 
     def alias(self, name: str, of: str, store: "WeightStore | None" = None) -> None:
-        """Ties ``name``, new or not, to the tensor of ``of``: stored once, until one of them is set anew.
-
-        Args:
-            name: the name.
-            of: the tensor.
-            store: where ``of`` is a name; by default here.
+        """Ties ``name``, new or not, to the tensor ``of`` (of another store): stored once, until one is set anew.
 
         Raises:
             WeightError: if there is no tensor ``of``.
@@ -220,10 +215,7 @@ class WeightStore:
         self._tensors[name] = (self if store is None else store)._find(of)
 
     def copy(self) -> "WeightStore":
-        """A store of the same tensors: what is set, derived or spilled in one does not reach the other.
-
-        Values in memory are shared, not copied.
-        """
+        """A store of the same tensors, values shared: what is set, derived or spilled in one leaves the other alone."""
         store = WeightStore()
         store._tensors = copy_tensors(self._tensors)
         return store
