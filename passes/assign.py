@@ -13,14 +13,17 @@ from qcompiler.spec import Scheme
 
 __all__ = ["Assign"]
 
+_RESULTS = ("logits", "scores")
+
 
 @dataclass(frozen=True)
 class Assign(Pass):
     """Gives every site a scheme.
 
-    The linear layers behind which no other follows (the output projection of a language model) stay in float unless an
-    override names them: their error reaches the logits undamped, and their weight is often the embedding table. So do
-    layers that choose among experts: they are small, and a row sent to another expert is no small error.
+    The linear layers behind which no other follows (the output projection of a language model, the scores of a
+    classifier) stay in float unless an override names them: their error reaches the output undamped, and their weight
+    is often the embedding table. So do layers that choose among experts: they are small, and a row sent to another
+    expert is no small error.
 
     Attributes:
         scheme: a scheme name, see `Scheme.parse`.
@@ -90,11 +93,11 @@ class Assign(Pass):
 
 
 def _last_sites(graph: Graph) -> set[str]:
-    """Sites of a language model that no other site reads from."""
-    index = graph.signature.index_of_output("logits")
+    """Sites of a language model or a classifier that no other site reads from."""
+    ends = [node for node, port in zip(graph.outputs, graph.signature.outputs, strict=True) if port.role in _RESULTS]
     sites = graph.sites()
-    if index is None or len(sites) < 2:
+    if not ends or len(sites) < 2:
         return set()
     read = ancestors([source for site in sites for node in site.nodes for source in node.all_input_nodes])
-    reaching = ancestors([graph.outputs[index]])
+    reaching = ancestors(ends)
     return {s.name for s in sites if not read.intersection(s.nodes) and reaching.intersection(s.nodes)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qcompiler.artifact import Artifact
 from qcompiler.canonicalize import canonicalize
 from qcompiler.capture import capture_directory, capture_module
+from qcompiler.checkpoint import no_directory
 from qcompiler.compiling import CalibrationInput, CompileResult, choose_device, compile_graph
 from qcompiler.errors import InputError, TargetError, did_you_mean
 from qcompiler.evaluate import Evaluation
@@ -102,7 +103,7 @@ def compile(
     """Quantizes a model in one streamed sweep per stage.
 
     Args:
-        model: what `capture` takes, or a graph it returned; a graph is rewritten in place.
+        model: what `capture` takes, or a graph it returned, which is left as it is.
         recipe: a name (`qcompiler.passes.recipes`), a ``.toml`` file, the place of somebody else's passes
             (``package.module:NAME`` or ``file.py:NAME``, which is imported and so runs), or passes in order.
         calibration: text, tokens or self-generated; for a plain module, an iterable of input tuples. Without it, a
@@ -115,7 +116,8 @@ def compile(
             machine's.
         device: ``cpu``, ``cuda`` or ``auto``.
         seed: the only source of randomness.
-        strict: a site that is left alone without being asked for is an error.
+        strict: a site that is left alone without being asked for is an error; so is what would be lost of the source
+            (tensors without a place in the graph, files that are not copied).
         work_dir: where finished segments and spilled values go; a temporary directory by default.
         progress: called with segments done, segments in all (0 in phases whose length nobody knows), and what is being
             done.
@@ -134,7 +136,7 @@ def compile(
         if progress is not None:
             progress(0, 0, "capture")
         with report.timed("capture"):
-            graph = model if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
+            graph = model.copy() if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
         return compile_graph(
             graph,
             pipeline,
@@ -397,7 +399,7 @@ def open_artifact(
     if engine not in (None, "kernels"):
         raise TargetError("unknown engine", got=engine, expected="kernels")
     if not root.is_dir():
-        raise InputError("no such directory", where=root)
+        raise no_directory(root)
     native = _native_directory(root)
     if (native / MANIFEST).is_file():
         if engine == "kernels":
@@ -469,15 +471,18 @@ def _held_out(path: Path | None) -> Tensor | None:
     return found if found is not None else load_held_out(path.parent / "native")
 
 
-def generate(artifact: str | Path | Artifact | CompileResult, prompt: str, **options: Any) -> Generation:
-    """Continues a prompt; options as in `qcompiler.generate`."""
+def generate(
+    artifact: str | Path | Artifact | CompileResult, prompt: str, *, trust_remote_code: bool = False, **options: Any
+) -> Generation:
+    """Continues a prompt; options as in `qcompiler.generate`. ``trust_remote_code``: a tokenizer may be code, too."""
     _check_seed(options.get("seed", 0))
     opened = _open(artifact, exact=False)
     if opened.path is None:
         raise InputError(
             "this artifact has no tokenizer beside it", remedy="save it, and copy the tokenizer's files beside it"
         )
-    return generate_text(opened, load_tokenizer(opened.path), prompt, **options)
+    tokenizer = load_tokenizer(opened.path, trust_remote_code=trust_remote_code)
+    return generate_text(opened, tokenizer, prompt, **options)
 
 
 def _open(artifact: str | Path | Artifact | CompileResult, *, exact: bool = True) -> Artifact:

@@ -19,6 +19,7 @@ from qcompiler.errors import CalibrationError, InputError, RecipeError
 from qcompiler.feed import feed, feed_tensors
 from qcompiler.graph import Graph
 from qcompiler.held_out import HeldOutCheck, precision_note
+from qcompiler.hf import companion_losses
 from qcompiler.native import NativeArtifact, save_native
 from qcompiler.pass_base import CalibrationRun, Effect, PassContext
 from qcompiler.pipeline import Pipeline
@@ -97,6 +98,9 @@ def compile_graph(
         QCompilerError: see `qcompiler.errors`; nothing is left behind.
     """
     report.unrecognized = list(graph.unrecognized)
+    report.notes += graph.notes
+    _judge_losses(graph, report, strict, trust_remote_code)
+    dtype = graph.remember_dtypes()
     report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
     report.parameters = int(graph.provenance["parameters"])
     context = PassContext(graph, device, seed)
@@ -176,7 +180,7 @@ def compile_graph(
             report.bytes_spilled += done.bytes_spilled
         graph.fisher = WeightStore()
         shutil.rmtree(workspace / _MEASURED, ignore_errors=True)
-        graph.round_rewritten()
+        graph.round_rewritten(dtype)
         verify_graph(graph)
         _judge_coverage(graph, report, strict)
         if check is not None:
@@ -310,6 +314,13 @@ def _bind(graph: Graph, calibration: Calibration | None, seed: int, trust_remote
         if max_positions is not None and max_positions < (calibration.length or 0):
             calibration = replace(calibration, length=max_positions)
     if calibration.source == "self-generated":
+        if graph.signature.index_of_output("logits") is None:
+            raise CalibrationError(
+                "this model predicts no tokens, so it cannot make up its own calibration text",
+                where=graph.provenance.get("source"),
+                got=f"output {graph.signature.outputs[0].name} {list(graph.signature.outputs[0].shape)}",
+                remedy="give text of the kind the model reads: Calibration.from_text, or --calib FILE",
+            )
         _check_finite(graph)
     companions = graph.provenance.get("companions")
     if companions is not None:
@@ -340,6 +351,20 @@ def _probe(graph: Graph, device: torch.device) -> Batch:
         vocab_size = 2 if index is None else int(graph.signature.outputs[index].shape[-1])
     shape = (2, min(16, max_positions or 16))
     return feed(graph, torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device))
+
+
+def _judge_losses(graph: Graph, report: CompileReport, strict: bool, trust_remote_code: bool) -> None:
+    """What neither the graph nor the files beside it will hold is said, and refused where strict."""
+    companions = graph.provenance.get("companions")
+    lost = [*graph.lost, *([] if companions is None else companion_losses(companions, trust_remote_code))]
+    report.notes += lost
+    if strict and lost:
+        raise InputError(
+            "something of the model would be lost, and strict was asked for",
+            where=graph.provenance.get("source"),
+            got="; ".join(lost),
+            remedy="compile without strict, or take out of the directory what is not needed",
+        )
 
 
 def _judge_coverage(graph: Graph, report: CompileReport, strict: bool) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,24 @@ import torch
 from torch import Tensor
 
 from qcompiler.capture import read_config
+from qcompiler.checkpoint import no_directory
+from qcompiler.companions import companion_files, left_behind
 from qcompiler.errors import InputError, MissingDependencyError, UnsupportedModelError, WeightError
 from qcompiler.weights import WeightStore
 
-__all__ = ["HFArtifact", "encode", "load_tokenizer", "read_limits"]
+__all__ = ["HFArtifact", "companion_losses", "encode", "load_tokenizer", "read_limits"]
 
 _log = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "*.model",
+    "*.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
 
 
 class HFArtifact:
@@ -135,7 +147,7 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None, trust_rem
 
     directory = Path(path)
     if not directory.is_dir():
-        raise InputError("no such model directory", where=directory)
+        raise no_directory(directory)
     if not any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         raise InputError(
             "the directory has no tokenizer",
@@ -160,6 +172,28 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None, trust_rem
             remedy="use the tokenizer the model was trained with",
         )
     return tokenizer
+
+
+def companion_losses(path: str | Path, trust_remote_code: bool = False) -> list[str]:
+    """What of a model directory will not be beside the compiled model, a sentence each.
+
+    That what travels is all the tokenizer needs is tried: it is loaded from those files alone.
+    """
+    directory, losses = Path(path), []
+    if others := left_behind(directory):
+        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+        losses.append(f"files of the source that are not copied: {', '.join(others[:8])}{more}")
+    companions = companion_files(directory)
+    if any(fnmatch(name, pattern) for name in companions for pattern in _TOKENIZER_FILES):
+        with tempfile.TemporaryDirectory() as place:
+            for name, file in companions.items():
+                (Path(place) / name).parent.mkdir(exist_ok=True)
+                (Path(place) / name).symlink_to(file.resolve())
+            try:
+                load_tokenizer(place, trust_remote_code=trust_remote_code)
+            except InputError as error:
+                losses.append(f"the tokenizer does not load from the files that are copied: {error.got or error.what}")
+    return losses
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:

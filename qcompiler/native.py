@@ -1,4 +1,9 @@
-"""The native artifact: the quantized graph as data (no code, no pickle), saved, loaded and run."""
+"""The native artifact: the quantized graph as data (no code, no pickle), saved, loaded and run.
+
+It is no Hugging Face checkpoint and must not be taken for one: whoever loaded it as such would get codes or random
+numbers for weights. Its weights have names of their own (``weights.safetensors``), and its ``config.json`` says so in
+the two fields that loaders look at; `read_companions` takes them out again.
+"""
 
 import json
 import shutil
@@ -11,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompiler.companions import companion_files
+from qcompiler.companions import read_companions
 from qcompiler.errors import ArtifactError, InputError, RecipeError
 from qcompiler.execute import Stretch
 from qcompiler.feed import feed
@@ -24,13 +29,19 @@ from qcompiler.weights import WeightStore
 
 __all__ = ["MANIFEST", "SCHEMA", "NativeArtifact", "load_held_out", "load_native", "save_native"]
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 _GRAPH = "graph.json"
 _REPORT = "report.json"
 _REPORT_PAGE = "report.html"
 _HELD_OUT = "held_out.json"
 _PARTIAL = ".partial-"
+_WEIGHTS = "weights"
+_NOT_FOR_OTHERS = {
+    "quantization_config": {"quant_method": "qcompiler"},
+    "transformers_weights": "none here. This model was compiled by qcompiler: run it with qcompiler.load(DIR), "
+    "`qcompiler generate DIR`, or lower it to ONNX with `qcompiler.lower(DIR, 'onnx', OUT)`",
+}
 
 
 def save_native(
@@ -72,18 +83,18 @@ def save_native(
         provenance = {key: value for key, value in graph.provenance.items() if key != "companions"}
         described = _json({"schema": SCHEMA, "provenance": provenance, **manifest})
         with StagedFiles(partial) as staged:
-            for name, path in companion_files(Path(source) if source else None).items():
+            for name, content in read_companions(Path(source) if source else None).items():
                 with staged.file(name) as write:
-                    write(path.read_bytes())
+                    write(_marked(content) if name == "config.json" else content)
             files = {_GRAPH: graph.to_dict(), _REPORT: report}
             if held_out is not None:
                 files[_HELD_OUT] = {"source": "not used in calibration", "ids": held_out.tolist()}
-            for name, content in files.items():
+            for name, fields in files.items():
                 with staged.file(name) as write:
-                    write(_json(content))
+                    write(_json(fields))
             with staged.file(_REPORT_PAGE) as write:
                 write(render_report(json.loads(_json(report)), json.loads(described)).encode())
-        graph.weights.save(partial, names=graph.weight_names())
+        graph.weights.save(partial, stem=_WEIGHTS, names=graph.weight_names())
         for path in sorted(partial.iterdir()):
             moved.append(path.replace(root / path.name))
         partial.rmdir()
@@ -92,12 +103,24 @@ def save_native(
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         for path in moved:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         if is_new:
             root.rmdir()
         if isinstance(error, OSError):
             raise InputError("the output cannot be written", where=root, got=error.strerror) from error
         raise
+
+
+def _marked(config: bytes) -> bytes:
+    """A ``config.json`` that loaders of checkpoints refuse; a broken one stays as it is."""
+    try:
+        fields = json.loads(config)
+    except ValueError:
+        return config
+    return _json({**fields, **_NOT_FOR_OTHERS}) if isinstance(fields, dict) else config
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
@@ -124,7 +147,7 @@ def load_native(directory: str | Path) -> tuple[Graph, dict[str, Any], dict[str,
     provenance = manifest.get("provenance")
     if not isinstance(provenance, dict) or not isinstance(provenance.get("parameters"), int):
         raise ArtifactError("the manifest is damaged", where=root / MANIFEST, expected="a provenance with parameters")
-    weights = WeightStore.from_directory(root)
+    weights = WeightStore.from_directory(root, stem=_WEIGHTS)
     fields = _read_json(root / _GRAPH)
     try:
         graph = Graph.from_dict(fields, weights, {**provenance, "companions": str(root)})
@@ -199,11 +222,13 @@ class NativeArtifact:
     ) -> None:
         index = graph.signature.index_of_output("logits")
         if index is None:
+            first = graph.signature.outputs[0]
             raise InputError(
                 "this model does not predict next tokens",
                 where=path,
-                got=f"outputs {', '.join(port.name for port in graph.signature.outputs)}",
-                expected="logits",
+                got=f"output {first.name} {list(first.shape)}",
+                expected="logits [batch, sequence, vocabulary]",
+                remedy="text is scored and generated by language models alone; run this one through its ONNX form",
             )
         self._graph, self._device = graph, torch.device(device)
         self.path = path

@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,10 +40,11 @@ class StagedFiles:
 
     @contextmanager
     def file(self, name: str) -> Iterator[Callable[[bytes | memoryview], None]]:
-        """Opens a file; yields a function that appends bytes to it."""
+        """Opens a file; yields a function that appends bytes to it. ``a/b`` lies in a folder, made if missing."""
         final = self._directory / name
-        temporary = self._directory / f".{name}.{os.getpid()}.partial"
+        temporary = final.parent / f".{final.name}.{os.getpid()}.partial"
         with _write_errors(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         self._staged.append((temporary, final))
 
@@ -79,6 +80,9 @@ class StagedFiles:
         finally:
             for temporary, _ in self._staged:
                 temporary.unlink(missing_ok=True)
+                if temporary.parent != self._directory:
+                    with suppress(OSError):  # a folder with files in it stays
+                        temporary.parent.rmdir()
 
 
 def _sync_directory(path: Path) -> None:

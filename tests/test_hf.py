@@ -21,8 +21,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import qcompiler as qc
 from qcompiler.errors import InputError, QCompilerError, UnsupportedModelError, WeightError
-from qcompiler.hf import HFArtifact, encode, load_tokenizer, read_limits
+from qcompiler.hf import HFArtifact, companion_losses, encode, load_tokenizer, read_limits
+from qcompiler.passes import RTN
 
 _TINY = {
     "hidden_size": 16,
@@ -219,6 +221,86 @@ def test_tokenizer_of_another_vocabulary_is_refused(booklm):
         load_tokenizer(booklm, vocab_size=4095)
     assert "4095" in caught.value.got
     assert load_tokenizer(booklm, vocab_size=5000) is not None
+
+
+OWN_TOKENIZER = """
+import json
+from pathlib import Path
+from transformers import PythonBackend
+from .{helper} import split
+
+class OwnTokenizer(PythonBackend):
+    vocab_files_names = {{"vocab_file": "own.words"}}
+
+    def __init__(self, vocab_file, **options):
+        self.words = json.loads(Path(vocab_file).read_text())
+        super().__init__(**options)
+
+    @property
+    def vocab_size(self):
+        return len(self.words)
+
+    def get_vocab(self):
+        return {{word: i for i, word in enumerate(self.words)}}
+
+    def _tokenize(self, text):
+        return split(text)
+
+    def _convert_token_to_id(self, token):
+        return self.words.index(token)
+
+    def _convert_id_to_token(self, index):
+        return self.words[index]
+"""
+
+
+@pytest.fixture
+def own_tokenizer(tiny):
+    """A model whose tokenizer is code in the directory, with a helper and a vocabulary of its own."""
+    (tiny / "tokenization_own.py").write_text(OWN_TOKENIZER.format(helper="own_split"))
+    (tiny / "own_split.py").write_text("def split(text):\n    return text.split()\n")
+    (tiny / "own.words").write_text(json.dumps(["a", "b", "c", *(f"word{i}" for i in range(47))]))
+    settings = {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]},
+    }
+    (tiny / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tiny
+
+
+def test_a_tokenizer_of_its_own_travels(own_tokenizer, tmp_path):
+    assert companion_losses(own_tokenizer, trust_remote_code=True) == []
+    result = qc.compile(own_tokenizer, [RTN(bits=4)], trust_remote_code=True, strict=True)
+    result.save(tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out", trust_remote_code=True)
+    assert tokenizer("c a b")["input_ids"] == [2, 0, 1]
+    with pytest.raises(InputError, match="tokenizer"):
+        qc.generate(tmp_path / "out", "c a b", max_new_tokens=1)
+    ids = qc.generate(tmp_path / "out", "c a b", max_new_tokens=1, trust_remote_code=True)
+    assert ids.prompt_tokens == 3
+
+
+def test_a_tokenizer_that_does_not_travel_is_said_before_anything_is_compiled(own_tokenizer):
+    text = (own_tokenizer / "tokenization_own.py").read_text()
+    hidden = text.replace('"own.words"', '"own" + ".words"')  # no name of a file stands there any more
+    assert hidden != text
+    (own_tokenizer / "tokenization_own.py").write_text(hidden)
+    losses = companion_losses(own_tokenizer, trust_remote_code=True)
+    assert losses[0] == "files of the source that are not copied: own.words"
+    assert losses[1].startswith("the tokenizer does not load from the files that are copied")
+    with pytest.raises(InputError, match="would be lost"):
+        qc.compile(own_tokenizer, [RTN(bits=4)], trust_remote_code=True, strict=True)
+    assert qc.compile(own_tokenizer, [RTN(bits=4)], trust_remote_code=True).report.notes[:2] == losses
+
+
+def test_code_is_not_run_unasked(own_tokenizer):
+    (own_tokenizer / "own_split.py").write_text("raise SystemExit('run')\n")
+    (loss,) = companion_losses(own_tokenizer)
+    assert "trust_remote_code" in loss
+
+
+def test_nothing_is_lost_of_the_shipped_model(booklm):
+    assert companion_losses(booklm) == []
 
 
 def test_missing_and_broken_tokenizer(tiny, booklm):

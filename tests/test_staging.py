@@ -14,6 +14,11 @@ def everything(path: Path) -> list[str]:
     return sorted(item.name for item in path.iterdir())
 
 
+def write_one(staged: StagedFiles, name: str) -> None:
+    with staged.file(name) as write:
+        write(b"x")
+
+
 def write_two(directory: Path) -> None:
     with StagedFiles(directory) as staged:
         for name in ("a", "b"):
@@ -28,6 +33,21 @@ def test_files_appear_together_at_the_end(tmp_path):
             write(b"x")
         assert all(name.startswith(".") for name in everything(tmp_path / "new" / "deep"))
     assert everything(tmp_path / "new" / "deep") == ["a"]
+
+
+def test_a_file_in_a_folder(tmp_path):
+    with StagedFiles(tmp_path) as staged:
+        write_one(staged, "templates/a.jinja")
+    assert (tmp_path / "templates" / "a.jinja").read_bytes() == b"x"
+
+    def write_where_no_folder_can_be():
+        with StagedFiles(tmp_path) as staged:
+            write_one(staged, "other/a")
+            write_one(staged, "templates/a.jinja/b")
+
+    with pytest.raises(InputError):
+        write_where_no_folder_can_be()
+    assert everything(tmp_path) == ["templates"]
 
 
 def test_a_file_is_replaced_whole(tmp_path):

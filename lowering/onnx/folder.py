@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qcompiler.companions import companion_files
+from qcompiler.companions import read_companions
 from qcompiler.graph import Graph
 from qcompiler.staging import StagedFiles
 
@@ -17,7 +17,7 @@ def copy_companions(source: Path | None, config: dict[str, Any] | None, staged: 
     Returns:
         The files by name.
     """
-    found = {name: file.read_bytes() for name, file in companion_files(source).items()}
+    found = read_companions(source)
     if "config.json" not in found and config is not None:
         found["config.json"] = json.dumps(config, indent=2, default=str).encode() + b"\n"
     for name, content in found.items():

@@ -79,8 +79,9 @@ def test_compile_prints_one_object_with_every_key(journey: Journey) -> None:
 
 def test_sizes_are_those_of_the_files(journey: Journey) -> None:
     result = journey.printed["result"]
-    for key, path in (("bytes_before", journey.model), ("bytes_after", journey.out / "native")):
-        file = (path / "model.safetensors").read_bytes()
+    native = journey.out / "native" / "weights.safetensors"
+    for key, path in (("bytes_before", journey.model / "model.safetensors"), ("bytes_after", native)):
+        file = path.read_bytes()
         data = len(file) - 8 - int.from_bytes(file[:8], "little")
         assert data == pytest.approx(result[key], abs=64)  # padding between tensors
     # 4096·64 embeddings and as many output weights in 16 bits, the layers in 4 or 8 with scales
