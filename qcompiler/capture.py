@@ -17,7 +17,7 @@ from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL, Dim, Port, Signatu
 from qcompiler.skeleton import bind_checkpoint, build_on_meta, copy_for_tracing, quiet_transformers, tied_names
 from qcompiler.weights import WeightStore
 
-__all__ = ["capture_directory", "capture_module", "read_config"]
+__all__ = ["capture_directory", "capture_module", "fingerprint_directory", "read_config"]
 
 _EXAMPLE = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}
 _FREE = torch.export.Dim.DYNAMIC
@@ -46,12 +46,32 @@ def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> G
             expected="a float checkpoint",
             remedy="compile the original model",
         )
+    store, model = _bound_checkpoint(directory, config, trust_remote_code)
+    fingerprint = store.fingerprint()  # of the checkpoint: constants of the graph come to the store later
+    graph = _capture_transformers(model, store)
+    graph.provenance.update(source=str(directory), config=config, fingerprint=fingerprint)
+    return graph
+
+
+def fingerprint_directory(path: str | Path, *, trust_remote_code: bool = False) -> str:
+    """The ``fingerprint`` that `capture_directory` puts into the provenance of a graph; the same wherever the directory
+    lies and however its tensors are divided into files.
+
+    Raises:
+        QCompilerError: as `capture_directory`.
+    """
+    directory = Path(path)
+    store, _ = _bound_checkpoint(directory, read_config(directory), trust_remote_code)
+    return store.fingerprint()
+
+
+def _bound_checkpoint(
+    directory: Path, config: dict[str, Any], trust_remote_code: bool
+) -> tuple[WeightStore, nn.Module]:
     store = WeightStore.from_directory(directory)
     model, computed = build_on_meta(directory, config, trust_remote_code)
     bind_checkpoint(store, model, computed)
-    graph = _capture_transformers(model, store)
-    graph.provenance.update(source=str(directory), config=config, fingerprint=store.fingerprint())
-    return graph
+    return store, model
 
 
 def capture_module(
@@ -88,7 +108,7 @@ def capture_module(
             where=type(model).__name__,
             remedy="qc.capture(model, (x,))",
         )
-    graph.provenance.update(source=type(model).__name__, config=config, fingerprint=store.fingerprint())
+    graph.provenance.update(source=type(model).__name__, config=config, fingerprint=store.fingerprint(), in_memory=True)
     return graph
 
 
