@@ -157,6 +157,12 @@ def test_special_tokens_spelled_in_a_text_stay_text(make):
     assert special & set(tokenizer("the</s>")["input_ids"][1:])  # nor do these change what others get
 
 
+def test_a_spelled_word_is_cut_only_where_the_vocabulary_has_it(monkeypatch):
+    monkeypatch.setattr(tokenizing, "_special_tokens", lambda tokenizer: {})
+    tokenizer = wrapped(word_piece())
+    assert not set(encode(tokenizer, "the</s> sea [gMASK]").tolist()) & {1, 2, 3, 4}
+
+
 def test_special_tokens_of_the_shipped_model(booklm):
     tokenizer = load_tokenizer(booklm)
     assert opening_tokens(tokenizer) == ()
