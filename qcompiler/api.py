@@ -6,7 +6,7 @@ With `qcompiler.cli`, the only module that sees every room.
 import dataclasses
 import inspect
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -426,7 +426,7 @@ def open_artifact(
 def evaluate(
     artifact: str | Path | Artifact | CompileResult,
     *,
-    text: str | Path | None = None,
+    text: str | Path | Iterable[str] | None = None,
     tokens: Tensor | None = None,
     against: str | Path | Artifact | None = None,
     cached: bool | None = None,

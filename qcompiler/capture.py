@@ -17,10 +17,10 @@ from qcompiler.exporting import Exported, export, first_line, symbolic_size, unt
 from qcompiler.graph import Graph
 from qcompiler.leftovers import unread_parameters, unused_tensors
 from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL, Dim, Port, Role, Signature
-from qcompiler.skeleton import bind_checkpoint, build_on_meta, copy_for_tracing, quiet_transformers, tied_names
+from qcompiler.skeleton import Binding, bind_checkpoint, build_on_meta, copy_for_tracing, quiet_transformers, tied_names
 from qcompiler.weights import WeightStore
 
-__all__ = ["capture_directory", "capture_module", "read_config"]
+__all__ = ["capture_directory", "capture_module", "fingerprint_directory", "read_config"]
 
 _EXAMPLE = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}
 _FREE = torch.export.Dim.DYNAMIC
@@ -58,11 +58,10 @@ def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> G
             expected="model.safetensors or its shards, and no such field",
             remedy="load the model with transformers and save it anew: model.save_pretrained(DIR)",
         )
-    store = WeightStore.from_directory(directory)
-    model, computed = build_on_meta(directory, config, trust_remote_code)
-    binding = bind_checkpoint(store, model, computed)
+    store, model, binding = _bound_checkpoint(directory, config, trust_remote_code)
+    fingerprint = binding.weights.fingerprint()  # of the checkpoint: constants of the graph come to the store later
     graph = _capture_transformers(model, binding.weights)
-    graph.provenance.update(source=str(directory), config=config, fingerprint=binding.weights.fingerprint())
+    graph.provenance.update(source=str(directory), config=config, fingerprint=fingerprint)
     if (lost := unused_tensors(binding.unused, store, model)) is not None:
         graph.lost.append(lost)
     graph.notes += [
@@ -71,6 +70,26 @@ def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> G
         for first, second in binding.untied
     ]
     return graph
+
+
+def fingerprint_directory(path: str | Path, *, trust_remote_code: bool = False) -> str:
+    """The ``fingerprint`` that `capture_directory` puts into the provenance of a graph; the same wherever the directory
+    lies and however its tensors are divided into files.
+
+    Raises:
+        QCompilerError: as `capture_directory`.
+    """
+    directory = Path(path)
+    _, _, binding = _bound_checkpoint(directory, read_config(directory), trust_remote_code)
+    return binding.weights.fingerprint()
+
+
+def _bound_checkpoint(
+    directory: Path, config: dict[str, Any], trust_remote_code: bool
+) -> tuple[WeightStore, nn.Module, Binding]:
+    store = WeightStore.from_directory(directory)
+    model, computed = build_on_meta(directory, config, trust_remote_code)
+    return store, model, bind_checkpoint(store, model, computed)
 
 
 def capture_module(
@@ -107,7 +126,7 @@ def capture_module(
             where=type(model).__name__,
             remedy="qc.capture(model, (x,))",
         )
-    graph.provenance.update(source=type(model).__name__, config=config, fingerprint=store.fingerprint())
+    graph.provenance.update(source=type(model).__name__, config=config, fingerprint=store.fingerprint(), in_memory=True)
     return graph
 
 

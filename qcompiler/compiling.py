@@ -20,6 +20,7 @@ from qcompiler.feed import feed, feed_tensors
 from qcompiler.graph import Graph
 from qcompiler.held_out import HeldOutCheck, precision_note
 from qcompiler.hf import companion_losses
+from qcompiler.model_config import declared, declared_positions
 from qcompiler.native import NativeArtifact, save_native
 from qcompiler.pass_base import CalibrationRun, Effect, PassContext
 from qcompiler.pipeline import Pipeline
@@ -111,18 +112,28 @@ def compile_graph(
         held_out: Tensor | None = None
         check: HeldOutCheck | None = None
         is_original = True  # nothing approximate has changed the model yet
+        is_given = isinstance(calibration, Calibration) and calibration.source != "self-generated"
+        is_calibrated = any(item.is_calibrated for item in pipeline.passes)
 
         def gather() -> list[Batch]:
             nonlocal batches, held_out, check
             if batches is None:
                 with _phase(report, "calibration", progress):
-                    batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
+                    batches, held_out = _batches(
+                        graph, calibration, context, report, trust_remote_code, is_calibrated=is_calibrated
+                    )
                     if held_out is not None and is_original:
                         check = HeldOutCheck.of(graph, held_out, device)
+                    elif held_out is not None:
+                        report.notes.append(
+                            "the result was not measured: the model was changed before calibration began"
+                        )
             return batches
 
         for stage in pipeline.stages:
             for item in stage.whole_graph:
+                if is_given and item.effect is Effect.APPROXIMATE:
+                    gather()  # the original is measured before anything changes it
                 before = state_of(graph, graph.fx.nodes)
                 probe: Batch | None = None
                 if item.effect is Effect.EXACT:
@@ -158,7 +169,7 @@ def compile_graph(
             is_checked = any(item.effect is Effect.EXACT for item in stage.swept)
             takes_tokens = graph.signature.input("ids") is not None
             wants_inputs = stage.is_calibrated or (is_checked and not takes_tokens and calibration is not None)
-            if wants_inputs:
+            if wants_inputs or is_given:
                 gather()
             with report.timed("sweep"):
                 done = sweep(
@@ -178,6 +189,8 @@ def compile_graph(
             report.sweeps += 1
             report.segments = done.segments
             report.bytes_spilled += done.bytes_spilled
+        if calibration is not None and batches is None:
+            report.notes.append("nothing in this recipe is calibrated: what was given to calibrate with was not used")
         graph.fisher = WeightStore()
         shutil.rmtree(workspace / _MEASURED, ignore_errors=True)
         graph.round_rewritten(dtype)
@@ -259,8 +272,10 @@ def _batches(
     context: PassContext,
     report: CompileReport,
     trust_remote_code: bool,
+    *,
+    is_calibrated: bool,
 ) -> tuple[list[Batch], Tensor | None]:
-    """Calibration inputs on the device, and the tokens set apart for measuring."""
+    """Calibration inputs on the device, and the tokens set apart for measuring: all, where nothing is calibrated."""
     if graph.signature.input("ids") is None:
         if calibration is None or isinstance(calibration, Calibration):
             raise CalibrationError(
@@ -278,9 +293,36 @@ def _batches(
         )
     bound = _bind(graph, calibration, context.seed, trust_remote_code)
     report.calibration = bound.to_dict()
-    report.notes += bound.notes
-    rows = max(1, _BATCH_TOKENS.get(context.device.type, 1024) // bound.ids.shape[1])
-    return [feed(graph, ids.to(context.device)) for ids in bound.ids.split(rows)], bound.held_out
+    if not is_calibrated:
+        has_logits = graph.signature.index_of_output("logits") is not None
+        use = "served to measure the result alone" if has_logits else "was not used"
+        report.notes.append(f"nothing in this recipe is calibrated: what was given to calibrate with {use}")
+        held_out = bound.groups[0] if bound.held_out is None else bound.held_out
+        return [], held_out[:_HELD_OUT_ROWS]
+    report.notes += [*bound.notes, *_doubts(graph, bound)]
+    at_once = _BATCH_TOKENS.get(context.device.type, 1024)
+    batches: list[Batch] = [
+        feed(graph, ids.to(context.device))
+        for group in bound.groups
+        for ids in group.split(max(1, at_once // group.shape[1]))
+    ]
+    return batches, bound.held_out
+
+
+def _doubts(graph: Graph, bound: CalibrationTokens) -> list[str]:
+    """What speaks against calibration tokens: too few to measure with, or to tell the channels of a layer apart."""
+    found = []
+    widest = max((site.in_features for site in graph.sites()), default=0)
+    if bound.tokens < widest:
+        found.append(
+            f"calibrated on {bound.tokens} tokens, fewer than the {widest} input channels of the widest layer: they "
+            "cannot tell all channels apart; give more text, or more samples"
+        )
+    if bound.held_out is None and graph.signature.index_of_output("logits") is not None:
+        found.append(
+            "the result was not measured: calibration took every window there is; give more text, or fewer samples"
+        )
+    return found
 
 
 def _module_inputs(graph: Graph, index: int, tensors: Sequence[Tensor], device: torch.device) -> Batch:
@@ -338,9 +380,8 @@ def _check_finite(graph: Graph) -> None:
 
 
 def _limits(graph: Graph) -> tuple[int | None, int | None]:
-    config = graph.provenance.get("config") or {}
-    positions = config.get("max_position_embeddings", config.get("n_positions"))
-    return config.get("vocab_size"), positions
+    config = graph.provenance.get("config")
+    return declared(config, "vocab_size"), declared_positions(config)
 
 
 def _probe(graph: Graph, device: torch.device) -> Batch:

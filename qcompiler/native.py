@@ -22,6 +22,7 @@ from qcompiler.execute import Stretch
 from qcompiler.feed import feed
 from qcompiler.graph import Graph, activation_rounding
 from qcompiler.kv_cache import cache_rounding
+from qcompiler.model_config import declared_positions
 from qcompiler.report import strict_json
 from qcompiler.report_html import render_report
 from qcompiler.staging import StagedFiles
@@ -233,9 +234,7 @@ class NativeArtifact:
         self._graph, self._device = graph, torch.device(device)
         self.path = path
         self.vocab_size = int(graph.signature.outputs[index].shape[-1])
-        config = graph.provenance.get("config") or {}
-        limits = (config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
-        self.max_positions: int | None = next((limit for limit in limits if limit), None)
+        self.max_positions: int | None = declared_positions(graph.provenance.get("config"))
         self.has_cache = graph.signature.has_cache
         self.has_quantized_cache = graph.signature.has_quantized_cache
         self.cache_bytes_per_token = graph.signature.cache_bytes_per_token

@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -23,8 +25,9 @@ from transformers import (
 
 import qcompiler as qc
 from qcompiler.errors import InputError, QCompilerError, UnsupportedModelError, WeightError
-from qcompiler.hf import HFArtifact, companion_losses, encode, load_tokenizer, read_limits
+from qcompiler.hf import HFArtifact, _parameter_count, companion_losses, load_tokenizer, read_limits
 from qcompiler.passes import RTN
+from qcompiler.tokenizing import encode
 
 _TINY = {
     "hidden_size": 16,
@@ -160,6 +163,25 @@ def test_broken_config(tiny, text, match):
         HFArtifact(tiny)
 
 
+def test_the_language_model_of_a_model_of_more(tmp_path):
+    """Sizes, limits and bits are those of what runs; its vision tower counts for nothing."""
+    sizes = {**_TINY, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size_mlp": 32, "num_local_experts": 2}
+    text = {**sizes, "num_experts_per_tok": 1, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 5}
+    seen = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seen |= {"image_size": 16, "patch_size": 8}
+    seen |= dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 16)
+    model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=seen))
+    model.save_pretrained(tmp_path)
+    artifact = HFArtifact(tmp_path)
+    assert (artifact.vocab_size, artifact.max_positions) == (50, 32)
+    assert read_limits(tmp_path) == (50, 32)
+    assert artifact.bits_per_weight() == pytest.approx(32, rel=1e-3)
+    stored = sum(t.nbytes for t in load_file(tmp_path / "model.safetensors").values())
+    assert artifact.stored_bytes() < 0.9 * stored
+    counted = _parameter_count(artifact._model, {"quantization_config": {}, "text_config": text}, False)
+    assert counted == sum(p.numel() for p in artifact._model.parameters())
+
+
 def test_missing_directory_and_config(tmp_path):
     with pytest.raises(InputError, match="no such"):
         HFArtifact(tmp_path / "nowhere")
@@ -193,27 +215,6 @@ def test_tokenizer_of_the_model(booklm):
     ids = encode(tokenizer, text)
     assert ids.dtype == torch.int64
     assert tokenizer.decode(ids.tolist()) == text
-
-
-def test_special_tokens_are_not_added_except_an_own_bos(booklm):
-    plain = load_tokenizer(booklm)
-    assert encode(plain, "night").tolist() == plain("night")["input_ids"]
-    opened = _with_template(booklm, "<|bos|> $A")
-    assert encode(opened, "night").tolist() == [0, *encode(plain, "night").tolist()]
-    closed = _with_template(booklm, "<|bos|> $A <|eos|>")
-    assert closed("night")["input_ids"][-1] == 1
-    assert encode(closed, "night").tolist() == encode(opened, "night").tolist()
-    only_closed = _with_template(booklm, "$A <|eos|>")
-    assert encode(only_closed, "night").tolist() == encode(plain, "night").tolist()
-
-
-def _with_template(booklm, template):
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = load_tokenizer(booklm)
-    special = [("<|bos|>", 0), ("<|eos|>", 1)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
-    return tokenizer
 
 
 def test_tokenizer_of_another_vocabulary_is_refused(booklm):

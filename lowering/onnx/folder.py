@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.companions import read_companions
+from qcompiler.errors import InputError
 from qcompiler.graph import Graph
+from qcompiler.model_config import declared, declared_positions
 from qcompiler.staging import StagedFiles
 
 __all__ = ["copy_companions", "generation_config"]
@@ -40,24 +42,24 @@ def generation_config(
     if not signature.has_cache or signature.index_of_output("logits") is None or signature.input("mask") is None:
         return None, []
     config: dict[str, Any] = graph.provenance.get("config") or {}
-    generation: dict[str, Any] = json.loads(companions.get("generation_config.json", b"{}"))
+    generation = _generation_settings(companions, path)
     past = [port for port in signature.inputs if port.role == "past"]
     cache = past[0].shape
     (vocabulary,) = (port.shape[-1] for port in signature.outputs if port.role == "logits")
 
     def first(*names: str) -> Any:
-        values = (source.get(name) for name in names for source in (generation, config))
-        return next((value for value in values if value is not None), None)
+        own = (source.get(name) for name in names for source in (generation, config))
+        return next((value for value in own if value is not None), declared(config, *names))
 
-    context = first("max_position_embeddings", "n_positions", "n_ctx")
+    context = declared_positions(config)
     end = first("eos_token_id")
     facts = {
-        "type": config.get("model_type"),
+        "type": declared(config, "model_type"),
         "context_length": context,
         "eos_token_id": end,
         "bos_token_id": first("bos_token_id"),
-        "hidden_size": first("hidden_size", "n_embd"),
-        "num_attention_heads": first("num_attention_heads", "n_head"),
+        "hidden_size": declared(config, "hidden_size", "n_embd"),
+        "num_attention_heads": declared(config, "num_attention_heads", "n_head"),
     }
     missing = [name for name, value in facts.items() if value is None]
     if signature.has_quantized_cache:
@@ -111,3 +113,13 @@ def generation_config(
         "decoder": decoder,
     }
     return {"model": model, "search": search}, []
+
+
+def _generation_settings(companions: dict[str, bytes], path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(companions.get("generation_config.json", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise InputError("generation_config.json is not a JSON object", where=path, got=error) from error
+    if not isinstance(found, dict):
+        raise InputError("generation_config.json is not a JSON object", where=path, got=type(found).__name__)
+    return found

@@ -25,6 +25,7 @@ from qcompiler.lowering.onnx.products import PRODUCT_BUILDERS
 from qcompiler.lowering.onnx.shapes import SHAPE_BUILDERS
 from qcompiler.lowering.onnx.storage import DATA_FILE
 from qcompiler.lowering.onnx.target import OnnxTarget
+from qcompiler.model_config import declared_positions
 from qcompiler.staging import StagedFiles
 from qcompiler.target import Support
 
@@ -159,12 +160,13 @@ def _model(graph: Graph, emitter: Emitter, outputs: list[ir.Value], target: Onnx
         opset_imports={"": target.opset},
         name="model",
     )
-    config = graph.provenance.get("config") or {}
     facts = {
         "parameters": graph.provenance.get("parameters"),
-        "max_positions": config.get("max_position_embeddings") or config.get("n_positions"),
+        "max_positions": declared_positions(graph.provenance.get("config")),
         "weight_bytes": emitter.weight_bytes,
         "fingerprint": graph.provenance.get("fingerprint"),
+        "source": graph.provenance.get("source"),
+        "in_memory": graph.provenance.get("in_memory"),
         "schemes": {site: scheme.to_dict() for site, scheme in graph.schemes.items()},
     }
     metadata = {METADATA_PREFIX + key: json.dumps(value) for key, value in facts.items() if value is not None}

@@ -1,5 +1,6 @@
 """The commands: each reads its options, calls `qcompiler.api`, and prints."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +46,10 @@ def compile(
             "--recipe", "-r", help="A name (see `qcompiler recipes`), FILE.toml, or FILE.py:NAME, which is run."
         ),
     ],
-    calib: Annotated[Path | None, typer.Option(help="A UTF-8 text to calibrate with.")] = None,
+    calib: Annotated[
+        Path | None,
+        typer.Option(help="A UTF-8 text to calibrate and to measure with, plain or JSON lines (text, messages, ...)."),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
     override: Annotated[
@@ -140,7 +144,9 @@ def evaluate(
     found["engine"] = None if engine is None else describe_engine(opened)
     if not as_json:
         shown = found if engine is None else {**found, "engine": engine_in_short(found["engine"])}
-        print_table({key: value for key, value in shown.items() if value is not None})
+        print_table({key: value for key, value in shown.items() if value is not None and key != "notes"})
+        for note in found["notes"]:
+            print(f"note: {note}")
     return found
 
 
@@ -161,7 +167,7 @@ def generate(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
-    """Continue a prompt."""
+    """Continue a prompt: greedily, unless asked to sample (what generation_config.json says of that is not read)."""
     opened = api.open_artifact(artifact, exact=False, engine=engine, device=device, trust_remote_code=trust_remote_code)
     result = api.generate(
         opened,
@@ -175,6 +181,8 @@ def generate(
     )
     if not as_json:
         print(prompt + result.text)
+        if result.finish == "positions":
+            print(f"stopped: the model takes no more than {opened.max_positions} tokens", file=sys.stderr)
     return {**result.to_dict(), "engine": None if engine is None else describe_engine(opened)}
 
 

@@ -305,3 +305,31 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     two, many = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert (tmp_path / "24" / "model.onnx.data").stat().st_size == 24 * 4 << 20
     assert (many - two) / 1024 < 16  # MiB, of 96 written
+
+
+@pytest.mark.parametrize("end", [1, [1, 3]])
+def test_generation_config_of_a_nested_configuration(end, tmp_path):
+    nested = {
+        "model_type": "llama",
+        "text_config": {**CONFIG, "eos_token_id": end},
+        "vision_config": {"hidden_size": 3},
+    }
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "generation_config.json").write_text('{"eos_token_id": null}')
+    lower(decoder(nested), tmp_path / "out", companions=source)
+    settings = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
+    assert (settings["eos_token_id"], settings["pad_token_id"], settings["context_length"]) == (end, 1, 64)
+    assert settings["decoder"]["hidden_size"] == 8
+    metadata = {entry.key: entry.value for entry in load(tmp_path / "out").metadata_props}
+    assert metadata["qcompiler.max_positions"] == "64"
+
+
+@pytest.mark.parametrize("broken", ["{", "[]"])
+def test_a_broken_generation_config(broken, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "generation_config.json").write_text(broken)
+    with pytest.raises(InputError, match="not a JSON object"):
+        lower(decoder(), tmp_path / "out", companions=source)
+    assert not (tmp_path / "out").exists()
