@@ -88,7 +88,7 @@ def _bound_checkpoint(
     directory: Path, config: dict[str, Any], trust_remote_code: bool
 ) -> tuple[WeightStore, nn.Module, Binding]:
     store = WeightStore.from_directory(directory)
-    model, computed = build_on_meta(directory, config, trust_remote_code)
+    model, computed = build_on_meta(directory, config, trust_remote_code, stored_bytes=store.stored_bytes())
     return store, model, bind_checkpoint(store, model, computed)
 
 
