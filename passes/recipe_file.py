@@ -18,6 +18,7 @@ from qcompiler.passes._import_passes import import_object, import_passes
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.recipes import recipe as named_recipe
 from qcompiler.pipeline import Pipeline
+from qcompiler.reading import read_named
 
 __all__ = ["load_recipe", "override_schemes", "read_recipe"]
 
@@ -100,7 +101,7 @@ def read_recipe(path: Path) -> tuple[Pass, ...]:
         RecipeError: naming file and key, for anything it cannot stand for.
     """
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark at the start
+        fields = tomllib.loads(read_named(path).decode("utf-8-sig"))  # editors on Windows put a mark at the start
     except OSError as error:
         raise RecipeError("the recipe file cannot be read", where=path, got=error.strerror) from error
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError, TOMLDecodeError; arrays in arrays in arrays

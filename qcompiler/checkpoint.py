@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from qcompiler.errors import InputError, WeightError
+from qcompiler.reading import read_named
 from qcompiler.safetensors_io import SafetensorsFile, parse_json_object
 from qcompiler.stored_tensor import StoredTensor, tensors_of
 
@@ -51,7 +52,7 @@ def open_checkpoint(root: Path, stem: str = "model") -> dict[str, StoredTensor]:
 def _tensors_of_index(root: Path, index: Path) -> dict[str, StoredTensor]:
     """The tensors that an index names, each looked up in its shard, and whatever else these shards hold."""
     try:
-        text = index.read_bytes()
+        text = read_named(index)
     except OSError as error:
         raise WeightError("the index cannot be read", where=index, got=error.strerror) from error
     weight_map = parse_json_object(text, index).get("weight_map")

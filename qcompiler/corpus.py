@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qcompiler.errors import InputError
+from qcompiler.reading import read_named
 from qcompiler.tokenizing import TokenStream, encode, opening_tokens
 
 __all__ = ["Conversation", "Corpus", "read_corpus"]
@@ -129,7 +130,7 @@ def _read(path: Path) -> list[str | Conversation]:
             remedy='write the column to a .jsonl file of lines such as {"text": "..."}',
         )
     try:
-        content = path.read_bytes().decode("utf-8-sig")
+        content = read_named(path).decode("utf-8-sig")
     except FileNotFoundError as error:
         is_name = path.suffix == ""
         raise InputError(

@@ -172,9 +172,10 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None, trust_rem
             tokenizer = AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
+            tokenizer("a")  # some of what its files say is read no earlier
+            largest = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # what a broken file raises depends on the kind of tokenizer
         raise InputError("the tokenizer cannot be loaded", where=directory, got=_shortened(error)) from error
-    largest = max(tokenizer.get_vocab().values(), default=-1)
     if vocab_size is not None and largest >= vocab_size:
         raise InputError(
             "the tokenizer does not fit the model",

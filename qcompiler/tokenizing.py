@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler.errors import InputError
+
 __all__ = ["TokenStream", "encode", "encode_prompt", "opening_tokens"]
 
 _PIECE = 1 << 18  # characters tokenized at once: a tokenizer holds some 200 bytes for each character it is given
@@ -87,7 +89,11 @@ def encode(tokenizer: Any, text: str) -> Tensor:
     comes out is what the whole gives, as long as a token depends on nothing farther away than that. Where two pieces
     never agree (a word longer than the overlap) the text is cut at the end of a token, and for tokenizers that do not
     tell places (those written in Python) at a space: decoded, it is the same text.
+
+    Raises:
+        InputError: half of a surrogate pair, which JSON and arguments can spell and no text has.
     """
+    _refuse_halves(text)
     pieces = [torch.tensor(opening_tokens(tokenizer), dtype=torch.int64), *_text_tokens(tokenizer, text)]
     special = _special_tokens(tokenizer)
     if torch.isin(torch.cat(pieces[1:]), torch.tensor(list(special), dtype=torch.int64)).any():
@@ -110,12 +116,28 @@ def encode_prompt(tokenizer: Any, text: str) -> Tensor:
 
     Special tokens that the prompt spells out are special tokens, because people write chat prompts that way. The
     opening of the tokenizer stands in front, once.
+
+    Raises:
+        InputError: half of a surrogate pair, which JSON and arguments can spell and no text has.
     """
+    _refuse_halves(text)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     opening = opening_tokens(tokenizer)
     if tuple(ids[: len(opening)]) != opening:
         ids = [*opening, *ids]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _refuse_halves(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            "the text holds half of a surrogate pair, which is no character",
+            got=f"{text[error.start]!a} at character {error.start}",
+            expected="what UTF-8 can write",
+            remedy="write the pair, or leave it out",
+        ) from error
 
 
 def _text_tokens(tokenizer: Any, text: str) -> Iterator[Tensor]:

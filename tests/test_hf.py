@@ -315,6 +315,33 @@ def test_missing_and_broken_tokenizer(tiny, booklm):
         load_tokenizer(tiny)
 
 
+def test_a_tokenizer_that_only_fails_in_use(booklm, tmp_path):
+    shutil.copy(booklm / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": [], "tokenizer_class": "TokenizersBackend"}')
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+def test_whatever_transformers_raises_is_typed(tiny, monkeypatch):
+    def fail(*arguments, **options):
+        raise AttributeError("'list' object has no attribute 'endswith'")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(UnsupportedModelError, match="cannot load this model"):
+        HFArtifact(tiny)
+
+
+def test_a_configuration_of_any_size_is_refused_before_memory_is_taken(tiny, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("transformers would take memory for all of it")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", never)
+    config = json.loads((tiny / "config.json").read_text()) | {"num_hidden_layers": 1 << 40}
+    (tiny / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightError, match="much larger"):
+        HFArtifact(tiny)
+
+
 def test_probe_notices_an_earlier_logit_that_moves(tiny):
     """The check itself: a model that leaks the last token backwards is caught whatever its class."""
     artifact = HFArtifact(tiny)

@@ -9,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from qcompiler import tokenizing
+from qcompiler.errors import InputError
 from qcompiler.hf import load_tokenizer
 from qcompiler.tokenizing import TokenStream, encode, encode_prompt, opening_tokens
 
@@ -191,3 +192,10 @@ def test_every_window_begins_with_the_opening_once():
     assert stream.windows(7).tolist() == [[7, 8, *range(100, 105)], [7, 8, 105, 106, 107, 7, 8]]
     assert stream.left_over(4) == 1
     assert stream.windows(2).shape == (0, 2)
+
+
+@pytest.mark.parametrize("read", [encode, encode_prompt])
+def test_half_of_a_surrogate_pair_is_no_character(booklm, read):
+    with pytest.raises(InputError) as caught:
+        read(load_tokenizer(booklm), "sea \ud83d")
+    assert caught.value.got == r"'\ud83d' at character 4"
