@@ -17,7 +17,7 @@ from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL, Dim, Port, Signatu
 from qcompiler.skeleton import bind_checkpoint, build_on_meta, copy_for_tracing, quiet_transformers, tied_names
 from qcompiler.weights import WeightStore
 
-__all__ = ["capture_directory", "capture_module", "read_config"]
+__all__ = ["capture_directory", "capture_module", "open_checkpoint", "read_config"]
 
 _EXAMPLE = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}
 _FREE = torch.export.Dim.DYNAMIC
@@ -36,6 +36,22 @@ def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> G
         UnsupportedModelError: the model is quantized already, or cannot be built or exported.
     """
     directory = Path(path)
+    config, store = open_checkpoint(directory)
+    model, computed = build_on_meta(directory, config, trust_remote_code)
+    bind_checkpoint(store, model, computed)
+    graph = _capture_transformers(model, store)
+    graph.provenance.update(source=str(directory), config=config, fingerprint=store.fingerprint())
+    return graph
+
+
+def open_checkpoint(directory: Path) -> tuple[dict[str, Any], WeightStore]:
+    """The configuration and the stored tensors of a Hugging Face directory; headers are read, no weight.
+
+    Raises:
+        InputError: no such directory, or a missing or broken ``config.json``.
+        WeightError: a damaged checkpoint.
+        UnsupportedModelError: the model is quantized already.
+    """
     config = read_config(directory)
     if config.get("quantization_config") is not None:
         settings = config["quantization_config"]
@@ -46,12 +62,7 @@ def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> G
             expected="a float checkpoint",
             remedy="compile the original model",
         )
-    store = WeightStore.from_directory(directory)
-    model, computed = build_on_meta(directory, config, trust_remote_code)
-    bind_checkpoint(store, model, computed)
-    graph = _capture_transformers(model, store)
-    graph.provenance.update(source=str(directory), config=config, fingerprint=store.fingerprint())
-    return graph
+    return config, WeightStore.from_directory(directory)
 
 
 def capture_module(

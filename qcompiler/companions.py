@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-__all__ = ["companion_files"]
+from qcompiler.errors import InputError
+
+__all__ = ["companion_files", "read_companions"]
 
 _NAMES = (
     "config.json",
@@ -27,3 +29,20 @@ def companion_files(directory: Path | None) -> dict[str, Path]:
     if directory is None:
         return {}
     return {name: directory / name for name in _NAMES if (directory / name).is_file()}
+
+
+def read_companions(directory: Path | None) -> dict[str, bytes]:
+    """What the companions found in a directory hold, by name.
+
+    Raises:
+        InputError: if one cannot be read.
+    """
+    found = {}
+    for name, path in companion_files(directory).items():
+        try:
+            found[name] = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                "a file that belongs to the model cannot be read", where=path, got=error.strerror
+            ) from error
+    return found

@@ -1,8 +1,6 @@
 """The native artifact: the quantized graph as data (no code, no pickle), saved, loaded and run."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompiler.companions import companion_files
+from qcompiler.companions import read_companions
 from qcompiler.errors import ArtifactError, InputError, RecipeError
 from qcompiler.execute import Stretch
 from qcompiler.feed import feed
@@ -19,10 +17,10 @@ from qcompiler.graph import Graph, activation_rounding
 from qcompiler.kv_cache import cache_rounding
 from qcompiler.report import strict_json
 from qcompiler.report_html import render_report
-from qcompiler.staging import StagedFiles
+from qcompiler.staging import StagedFiles, filled_directory
 from qcompiler.weights import WeightStore
 
-__all__ = ["MANIFEST", "SCHEMA", "NativeArtifact", "load_held_out", "load_native", "save_native"]
+__all__ = ["MANIFEST", "SCHEMA", "NativeArtifact", "add_target", "load_held_out", "load_native", "save_native"]
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -30,7 +28,6 @@ _GRAPH = "graph.json"
 _REPORT = "report.json"
 _REPORT_PAGE = "report.html"
 _HELD_OUT = "held_out.json"
-_PARTIAL = ".partial-"
 
 
 def save_native(
@@ -44,7 +41,7 @@ def save_native(
 
     Everything is written and synced to a hidden directory inside it first, and moved from there at the end, the
     manifest last: a directory without one is no artifact. Nothing is left behind if writing fails. Weights are
-    streamed, one at a time in memory.
+    streamed, one at a time in memory. See `qcompiler.staging.filled_directory`.
 
     Args:
         graph: quantized or not.
@@ -57,24 +54,13 @@ def save_native(
         InputError: if the directory is not empty or cannot be written.
         ResourceError: if the disk is full.
     """
-    root = Path(directory)
-    try:
-        is_new = not root.exists()
-        if not is_new and (not root.is_dir() or any(root.iterdir())):
-            raise InputError("the output is not empty", where=root, remedy="choose a new directory")
-        root.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=root))
-    except OSError as error:
-        raise InputError("the output cannot be written", where=root, got=error.strerror) from error
-    moved: list[Path] = []
-    try:
-        source = graph.provenance.get("companions")
-        provenance = {key: value for key, value in graph.provenance.items() if key != "companions"}
-        described = _json({"schema": SCHEMA, "provenance": provenance, **manifest})
-        with StagedFiles(partial) as staged:
-            for name, path in companion_files(Path(source) if source else None).items():
+    source = graph.provenance.get("companions")
+    described = _json(_described(graph, manifest))
+    with filled_directory(directory, last=MANIFEST) as place:
+        with StagedFiles(place) as staged:
+            for name, data in read_companions(Path(source) if source else None).items():
                 with staged.file(name) as write:
-                    write(path.read_bytes())
+                    write(data)
             files = {_GRAPH: graph.to_dict(), _REPORT: report}
             if held_out is not None:
                 files[_HELD_OUT] = {"source": "not used in calibration", "ids": held_out.tolist()}
@@ -83,21 +69,44 @@ def save_native(
                     write(_json(content))
             with staged.file(_REPORT_PAGE) as write:
                 write(render_report(json.loads(_json(report)), json.loads(described)).encode())
-        graph.weights.save(partial, names=graph.weight_names())
-        for path in sorted(partial.iterdir()):
-            moved.append(path.replace(root / path.name))
-        partial.rmdir()
-        with StagedFiles(root) as staged, staged.file(MANIFEST) as write:  # syncs the directory: the moves too
-            write(described)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        for path in moved:
-            path.unlink(missing_ok=True)
-        if is_new:
-            root.rmdir()
-        if isinstance(error, OSError):
-            raise InputError("the output cannot be written", where=root, got=error.strerror) from error
-        raise
+            with staged.file(MANIFEST) as write:
+                write(described)
+        graph.weights.save(place, names=graph.weight_names())
+
+
+def add_target(
+    directory: str | Path, graph: Graph, manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]
+) -> None:
+    """Adds what became of a target to the report beside a native artifact, which is replaced whole.
+
+    Where another artifact than that of ``graph`` and ``manifest`` lies there by now, or none, nothing is done.
+
+    Args:
+        directory: what `save_native` wrote.
+        graph, manifest: as they were saved.
+        name, entry: of ``report.json``'s ``targets``.
+
+    Raises:
+        ArtifactError: if the report is damaged.
+        InputError: if the directory cannot be written.
+        ResourceError: if the disk is full.
+    """
+    root = Path(directory)
+    described = json.loads(_json(_described(graph, manifest)))
+    if not (root / MANIFEST).is_file() or _read_json(root / MANIFEST) != described:
+        return
+    report = _read_json(root / _REPORT)
+    report["targets"] = {**report.get("targets", {}), name: strict_json(entry)}
+    with StagedFiles(root) as staged:
+        with staged.file(_REPORT) as write:
+            write(_json(report))
+        with staged.file(_REPORT_PAGE) as write:
+            write(render_report(report, described).encode())
+
+
+def _described(graph: Graph, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    provenance = {key: value for key, value in graph.provenance.items() if key != "companions"}
+    return {"schema": SCHEMA, "provenance": provenance, **manifest}
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -4,43 +4,45 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qcompiler.companions import companion_files
+from qcompiler.companions import read_companions
+from qcompiler.errors import InputError
 from qcompiler.graph import Graph
-from qcompiler.staging import StagedFiles
 
-__all__ = ["copy_companions", "generation_config"]
+__all__ = ["companions", "generation_config"]
 
 
-def copy_companions(source: Path | None, config: dict[str, Any] | None, staged: StagedFiles) -> dict[str, bytes]:
-    """Copies what the source directory has of tokenizer and configuration files; writes ``config`` where it has none.
+def companions(source: Path | None, config: dict[str, Any] | None) -> dict[str, bytes]:
+    """What the source directory has of tokenizer and configuration files, by name; ``config`` where it has none.
 
-    Returns:
-        The files by name.
+    Raises:
+        InputError: if one cannot be read.
     """
-    found = {name: file.read_bytes() for name, file in companion_files(source).items()}
+    found = read_companions(source)
     if "config.json" not in found and config is not None:
         found["config.json"] = json.dumps(config, indent=2, default=str).encode() + b"\n"
-    for name, content in found.items():
-        with staged.file(name) as append:
-            append(content)
     return found
 
 
-def generation_config(
-    graph: Graph, companions: dict[str, bytes], path: Path
-) -> tuple[dict[str, Any] | None, list[str]]:
+def generation_config(graph: Graph, files: dict[str, bytes]) -> tuple[dict[str, Any] | None, list[str]]:
     """``genai_config.json`` for a decoder with a cache, if everything it states is known.
 
     Source: the configuration reference of ONNX Runtime GenAI; ports are named in `qcompiler.signature`.
 
+    Args:
+        graph: what is lowered.
+        files: its `companions`.
+
     Returns:
         The object, or None and the names of the facts that are missing (none for a model that is no decoder).
+
+    Raises:
+        InputError: if ``generation_config.json`` is no JSON object.
     """
     signature = graph.signature
     if not signature.has_cache or signature.index_of_output("logits") is None or signature.input("mask") is None:
         return None, []
     config: dict[str, Any] = graph.provenance.get("config") or {}
-    generation: dict[str, Any] = json.loads(companions.get("generation_config.json", b"{}"))
+    generation = _generation_settings(files)
     past = [port for port in signature.inputs if port.role == "past"]
     cache = past[0].shape
     (vocabulary,) = (port.shape[-1] for port in signature.outputs if port.role == "logits")
@@ -111,3 +113,13 @@ def generation_config(
         "decoder": decoder,
     }
     return {"model": model, "search": search}, []
+
+
+def _generation_settings(files: dict[str, bytes]) -> dict[str, Any]:
+    try:
+        found = json.loads(files.get("generation_config.json", b"{}"))
+    except ValueError as error:
+        raise InputError("damaged JSON", where="generation_config.json", got=error) from error
+    if not isinstance(found, dict):
+        raise InputError("damaged JSON", where="generation_config.json", got=type(found).__name__, expected="an object")
+    return found

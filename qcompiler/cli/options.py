@@ -8,7 +8,7 @@ import typer
 from qcompiler import api
 from qcompiler.errors import InputError, RecipeError, TargetError
 
-__all__ = ["Engine", "Json", "Place", "Trust", "parse_bytes", "parse_overrides", "parse_targets"]
+__all__ = ["Engine", "Json", "Overwrite", "Place", "To", "Trust", "parse_bytes", "parse_overrides", "parse_targets"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Engine = Annotated[
@@ -16,6 +16,10 @@ Engine = Annotated[
 ]
 Place = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or auto; by default auto with kernels, and cpu without.")
+]
+To = Annotated[list[str] | None, typer.Option(help="A target, such as onnx or onnx:opset=23,float=float16.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace artifacts that the output holds, with all that is in them.")
 ]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code the model directory brings along.")
