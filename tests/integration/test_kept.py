@@ -72,6 +72,11 @@ def test_the_working_directory_with_files_in_it(model: Path, tmp_path: Path, mon
         }
         assert names(tmp_path) == ["README.md", "model", "native", "onnx"]
         assert before.items() <= file_bytes(tmp_path).items()
+        saved = json.loads((tmp_path / "native" / "report.json").read_text())
+        assert saved["targets"]["onnx"]["path"] == "onnx"
+        assert saved["targets"]["onnx"]["parity"]["max_difference"] < 1e-3
+    assert compile_to(".", Path("model"), "--overwrite").status == 0
+    assert names(tmp_path) == ["README.md", "model", "native"]  # what was made of the old one is outdated
 
 
 def test_a_link(model: Path, tmp_path: Path) -> None:
