@@ -273,14 +273,18 @@ def test_what_cannot_be_written_is_found_without_weights(maker):
     assert caught.value.got == "aten.lgamma.default, aten.erfinv.default"
 
 
-def test_a_refusal_names_the_place_in_the_model():
+@pytest.mark.parametrize(
+    ("operator", "arguments", "message"),
+    [(aten.lgamma.default, (), "no ONNX form"), (aten.to.dtype, (torch.complex64,), "no ONNX dtype")],
+)
+def test_a_refusal_names_the_place_in_the_model(operator, arguments, message):
     graph = decoder()
     (logits, *_) = graph.outputs
     with graph.fx.inserting_after(logits):
-        unknown = graph.fx.call_function(aten.lgamma.default, (logits,))
-    unknown.meta.update(logits.meta)
+        unknown = graph.fx.call_function(operator, (logits, *arguments))
+    unknown.meta.update(logits.meta, **({"dtype": arguments[0]} if arguments else {}))
     logits.replace_all_uses_with(unknown, delete_user_cb=lambda user: user is not unknown)
-    with pytest.raises(TargetError) as caught:
+    with pytest.raises(TargetError, match=message) as caught:
         OnnxTarget().check_graph(graph)
     assert str(caught.value.where) == f"{unknown.name}, near head.weight"
 
