@@ -254,8 +254,8 @@ def _probe(model: nn.Module, parameters: Mapping[str, Any], name: str) -> Any:
     Raises:
         UnsupportedModelError: if it takes no token ids, or wants more than them.
     """
-    wanted = [key for key in parameters if key not in ("args", "kwargs")]
-    if "input_ids" not in wanted:
+    wanted = [key for key, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    if wanted and "input_ids" not in wanted:  # one that names nothing hands all on
         raise UnsupportedModelError(
             "this model takes no token ids",
             where=name,
