@@ -66,7 +66,7 @@ def fingerprint_directory(path: str | Path, *, trust_remote_code: bool = False) 
 
 def _bound_checkpoint(directory: Path, trust_remote_code: bool) -> tuple[WeightStore, nn.Module, Binding]:
     config, store = open_checkpoint(directory)
-    model, computed = build_on_meta(directory, config, trust_remote_code)
+    model, computed = build_on_meta(directory, config, trust_remote_code, stored_bytes=store.stored_bytes())
     return store, model, bind_checkpoint(store, model, computed)
 
 
