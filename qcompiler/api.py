@@ -1,32 +1,29 @@
 """The public functions: capture, compile, lower, load, evaluate, generate.
 
-With `qcompiler.cli`, the only module that sees every room.
+With `qcompiler.cli`, the only module that sees every room; `qcompiler.to_target` sees the targets.
 """
 
 import dataclasses
 import inspect
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qcompiler.artifact import Artifact
 from qcompiler.canonicalize import canonicalize
-from qcompiler.capture import capture_directory, capture_module
+from qcompiler.capture import capture_directory, capture_module, open_checkpoint
 from qcompiler.checkpoint import no_directory
-from qcompiler.compiling import CalibrationInput, CompileResult, choose_device, compile_graph
-from qcompiler.errors import InputError, TargetError, did_you_mean
+from qcompiler.compiling import CalibrationInput, check_work_dir, choose_device, compile_graph
+from qcompiler.errors import InputError, TargetError
 from qcompiler.evaluate import Evaluation
 from qcompiler.evaluate import evaluate as evaluate_artifact
 from qcompiler.generate import Generation
 from qcompiler.generate import generate as generate_text
 from qcompiler.graph import Graph
 from qcompiler.hf import HFArtifact, load_tokenizer
-from qcompiler.native import MANIFEST, NativeArtifact, load_held_out, load_native
-from qcompiler.parity import check_parity
+from qcompiler.native import MANIFEST, load_held_out
 from qcompiler.pass_base import Pass
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.recipe_file import load_recipe, override_schemes
@@ -34,16 +31,26 @@ from qcompiler.passes.recipes import RECIPES
 from qcompiler.passes.recipes import recipe as named_recipe
 from qcompiler.pipeline import Pipeline
 from qcompiler.report import CompileReport
+from qcompiler.result import CompileResult, load, native_directory
 from qcompiler.spec import Scheme
 from qcompiler.sweep import Progress
 from qcompiler.target import TargetSpec
-
-if TYPE_CHECKING:
-    from qcompiler.lowering.kernels.model import KernelModel
+from qcompiler.to_target import (
+    WRITTEN_TARGETS,
+    check_target,
+    lower,
+    lower_to_kernels,
+    record_target,
+    target_spec,
+    write_target,
+)
 
 __all__ = [
+    "WRITTEN_TARGETS",
     "CompileResult",
     "capture",
+    "check_arguments",
+    "check_target",
     "compile",
     "describe_recipe",
     "evaluate",
@@ -52,11 +59,12 @@ __all__ = [
     "lower",
     "open_artifact",
     "recipe_matrix",
+    "record_target",
     "target_spec",
+    "write_target",
 ]
 
 Recipe = str | Path | Sequence[Pass]
-_TARGETS = ("onnx", "kernels")
 
 
 def capture(
@@ -108,8 +116,8 @@ def compile(
             (``package.module:NAME`` or ``file.py:NAME``, which is imported and so runs), or passes in order.
         calibration: text, tokens or self-generated; for a plain module, an iterable of input tuples. Without it, a
             recipe that needs calibration lets the model generate its own tokens, and says so.
-        targets: where the result is meant to go, by name or as `target_spec` gives them; schemes they refuse are errors
-            before anything is computed.
+        targets: where the result is meant to go, by name or as `target_spec` gives them; operators and schemes they
+            refuse are errors before anything is computed.
         overrides: glob pattern of sites → scheme or None, put behind those of the recipe's `Assign`: the last match
             wins.
         memory_budget: bytes of calibration values held in memory, more goes to disk; by default a quarter of the
@@ -124,12 +132,19 @@ def compile(
         trust_remote_code: run modelling code a directory brings along.
 
     Raises:
-        QCompilerError: see `qcompiler.errors`; nothing is left behind.
+        QCompilerError: see `qcompiler.errors`; nothing is left behind. Arguments are checked before any work, and what
+            a target cannot take is found on the graph, before calibration.
     """
-    _check_seed(seed)
-    pipeline = Pipeline(override_schemes(load_recipe(recipe), overrides))
-    place = choose_device(device)
     targets = (targets,) if isinstance(targets, str) else targets
+    passes = check_arguments(
+        model,
+        recipe,
+        overrides=overrides,
+        memory_budget=memory_budget,
+        device=device,
+        seed=seed,
+        work_dir=work_dir,
+    )
     specs = [target_spec(target) if isinstance(target, str) else target for target in targets]
     report = CompileReport()
     with report.timed("total"):
@@ -139,12 +154,12 @@ def compile(
             graph = model.copy() if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
         return compile_graph(
             graph,
-            pipeline,
+            Pipeline(passes),
             calibration,
             report=report,
             targets=specs,
             memory_budget=memory_budget,
-            device=place,
+            device=choose_device(device),
             seed=seed,
             strict=strict,
             work_dir=work_dir,
@@ -153,46 +168,38 @@ def compile(
         )
 
 
+def check_arguments(
+    model: str | Path | nn.Module | Graph,
+    recipe: Recipe,
+    *,
+    overrides: Mapping[str, str | None] | None = None,
+    memory_budget: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    work_dir: str | Path | None = None,
+) -> tuple[Pass, ...]:
+    """Whatever can be said against the arguments of `compile` before any work: that reads headers and writes nothing.
+
+    Returns:
+        The passes of the recipe, with the overrides, which are a recipe too: a file is not run again for them.
+
+    Raises:
+        QCompilerError: the first thing that is wrong.
+    """
+    _check_seed(seed)
+    if memory_budget is not None and memory_budget < 0:
+        raise InputError("the memory budget is negative", got=memory_budget, expected="bytes")
+    pipeline = Pipeline(override_schemes(load_recipe(recipe), overrides))
+    choose_device(device)
+    check_work_dir(work_dir)
+    if isinstance(model, (str, Path)):
+        open_checkpoint(Path(model))
+    return pipeline.passes
+
+
 def _check_seed(seed: int) -> None:
     if not -(1 << 63) <= seed < 1 << 63:
         raise InputError("the seed is too large", got=seed, expected="a number of 64 bits")
-
-
-def load(directory: str | Path) -> CompileResult:
-    """Reads a native artifact: ``OUT`` or ``OUT/native``. Weights stay on disk until they are used.
-
-    Raises:
-        ArtifactError: if there is none, or it is damaged.
-    """
-    root = _native_directory(Path(directory))
-    graph, manifest, report = load_native(root)
-    manifest.pop("schema")
-    return CompileResult(graph, CompileReport.from_dict(report), manifest, load_held_out(root))
-
-
-def _native_directory(path: Path) -> Path:
-    return path / "native" if (path / "native" / MANIFEST).is_file() else path
-
-
-def target_spec(name: str, *, opset: int | None = None) -> TargetSpec:
-    """The target of a name such as ``onnx``.
-
-    Args:
-        name: the target.
-        opset: for ``onnx``, the operator set; by default the one that `lower` takes.
-
-    Raises:
-        TargetError: for an unknown one, or an operator set that cannot be written.
-    """
-    if name == "onnx":
-        from qcompiler.lowering.onnx import OnnxTarget
-
-        return OnnxTarget() if opset is None else OnnxTarget(opset)
-    if name == "kernels":
-        from qcompiler.lowering.kernels.target import KernelsTarget
-
-        return KernelsTarget("cuda" if torch.cuda.is_available() else "cpu")
-    raise TargetError("unknown target", got=name, expected=", ".join(_TARGETS), remedy=did_you_mean(name, _TARGETS))
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -264,116 +271,6 @@ def recipe_matrix() -> dict[str, dict[str, str]]:
     return matrix
 
 
-@overload
-def lower(
-    result: CompileResult | str | Path,
-    target: Literal["kernels"],
-    directory: None = None,
-    *,
-    verify: bool = True,
-    device: str = "auto",
-    dtype: str | None = None,
-    tune: bool = False,
-) -> "KernelModel": ...
-
-
-@overload
-def lower(
-    result: CompileResult | str | Path, target: str, directory: str | Path, *, verify: bool = True, **options: Any
-) -> dict[str, Any]: ...
-
-
-def lower(
-    result: CompileResult | str | Path,
-    target: str,
-    directory: str | Path | None = None,
-    *,
-    verify: bool = True,
-    **options: Any,
-) -> Any:
-    """Lowers a compiled model to a target, and compares what came out with the native artifact.
-
-    Args:
-        result: a compiled model, or the directory of a native artifact.
-        target: ``onnx``, which is written and loaded again; or ``kernels``, which is a module in memory.
-        directory: for ``onnx``, a new or empty one.
-        verify: run both on a few tokens, and put the difference in the report.
-        options: of the target: for ``onnx``, ``opset`` and ``float_dtype``; for ``kernels``, ``device`` (``cpu``,
-            ``cuda`` or ``auto``), ``dtype`` (of activations) and ``tune`` (search for launch configurations).
-
-    Returns:
-        For ``onnx``, the target's report, with ``parity`` where it was verified. For ``kernels``, the model
-        (`qcompiler.lowering.kernels.KernelModel`), which has such a report.
-
-    Raises:
-        TargetError: for an unknown target or option, something the target does not take, or a directory that is
-            missing or one too many.
-        VerificationError: if what came out computes something else.
-    """
-    target_spec(target)
-    if (directory is None) is (target != "kernels"):
-        raise TargetError(
-            "this target is written to a directory" if directory is None else "this target is not written anywhere",
-            where=target,
-            got="no directory" if directory is None else directory,
-            expected="a new or empty directory" if directory is None else "no directory: a model in memory comes back",
-        )
-    if not isinstance(result, CompileResult):
-        result = load(result)
-    try:
-        if directory is None:
-            return _lower_to_kernels(result, verify=verify, **options)
-        return _lower_to_onnx(result, directory, verify=verify, **options)
-    except TypeError as error:
-        if "keyword argument" not in str(error):
-            raise
-        raise TargetError("unknown option of a target", where=target, got=error) from error
-
-
-def _lower_to_onnx(result: CompileResult, directory: str | Path, *, verify: bool, **options: Any) -> dict[str, Any]:
-    from qcompiler.lowering import onnx
-
-    written = onnx.lower(result.graph, directory, companions=result.graph.provenance.get("companions"), **options)
-    if verify and result.graph.signature.index_of_output("logits") is not None:
-        tolerance = 2e-2 if options.get("float_dtype") == "float16" else 1e-3
-        try:
-            written["parity"] = check_parity(
-                result.artifact(),
-                onnx.OnnxArtifact(Path(directory), accuracy_level=1),
-                tolerance=tolerance,
-                unrounded=_unrounded(result),
-            )
-        except BaseException:  # what was not verified must not look as if it had been
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-    result.report.targets["onnx"] = written
-    return written
-
-
-def _lower_to_kernels(
-    result: CompileResult, *, verify: bool, device: str = "auto", dtype: str | None = None, tune: bool = False
-) -> "KernelModel":
-    from qcompiler.lowering.kernels.model import lower as lower_graph
-    from qcompiler.lowering.kernels.noise import with_noise
-
-    place = choose_device(device)
-    model = lower_graph(result.graph, device=place, dtype=dtype, tune=tune)
-    if verify:
-        noisy = NativeArtifact(with_noise(result.graph, model.rounded, model.dtype), device=place)
-        model.report["parity"] = check_parity(
-            result.artifact(place), model, tolerance=0.0, unrounded=_unrounded(result, place), noisy=noisy
-        )
-    result.report.targets["kernels"] = model.report
-    return model
-
-
-def _unrounded(result: CompileResult, device: str | torch.device = "cpu") -> NativeArtifact | None:
-    """The model with activations and caches in float, where it rounds them."""
-    rounds = any(scheme.activation is not None for scheme in result.graph.schemes.values())
-    rounds |= result.graph.signature.has_quantized_cache
-    return NativeArtifact(result.graph, device=device, round_activations=False) if rounds else None
-
-
 def open_artifact(
     path: str | Path,
     *,
@@ -400,10 +297,10 @@ def open_artifact(
         raise TargetError("unknown engine", got=engine, expected="kernels")
     if not root.is_dir():
         raise no_directory(root)
-    native = _native_directory(root)
+    native = native_directory(root)
     if (native / MANIFEST).is_file():
         if engine == "kernels":
-            return lower(native, "kernels", verify=False, device=device or "auto")
+            return lower_to_kernels(load(native), verify=False, device=device or "auto")
         return load(native).artifact(choose_device(device or "cpu"))
     if engine is not None:
         raise TargetError("kernels run native artifacts alone", where=root, remedy="give OUT or OUT/native")

@@ -20,7 +20,7 @@ from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL, Dim, Port, Role, S
 from qcompiler.skeleton import Binding, bind_checkpoint, build_on_meta, copy_for_tracing, quiet_transformers, tied_names
 from qcompiler.weights import WeightStore
 
-__all__ = ["capture_directory", "capture_module", "fingerprint_directory", "read_config"]
+__all__ = ["capture_directory", "capture_module", "fingerprint_directory", "open_checkpoint", "read_config"]
 
 _EXAMPLE = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}
 _FREE = torch.export.Dim.DYNAMIC
@@ -39,6 +39,45 @@ def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> G
         UnsupportedModelError: the model is quantized already, or cannot be built or exported.
     """
     directory = Path(path)
+    store, model, binding = _bound_checkpoint(directory, trust_remote_code)
+    fingerprint = binding.weights.fingerprint()  # of the checkpoint: constants of the graph come to the store later
+    graph = _capture_transformers(model, binding.weights)
+    graph.provenance.update(source=str(directory), config=read_config(directory), fingerprint=fingerprint)
+    if (lost := unused_tensors(binding.unused, store, model)) is not None:
+        graph.lost.append(lost)
+    graph.notes += [
+        f"{first} and {second} are one tensor by config.json, but stored with different values: each is kept, as "
+        "transformers keeps it"
+        for first, second in binding.untied
+    ]
+    return graph
+
+
+def fingerprint_directory(path: str | Path, *, trust_remote_code: bool = False) -> str:
+    """The ``fingerprint`` that `capture_directory` puts into the provenance of a graph; the same wherever the directory
+    lies and however its tensors are divided into files.
+
+    Raises:
+        QCompilerError: as `capture_directory`.
+    """
+    _, _, binding = _bound_checkpoint(Path(path), trust_remote_code)
+    return binding.weights.fingerprint()
+
+
+def _bound_checkpoint(directory: Path, trust_remote_code: bool) -> tuple[WeightStore, nn.Module, Binding]:
+    config, store = open_checkpoint(directory)
+    model, computed = build_on_meta(directory, config, trust_remote_code, stored_bytes=store.stored_bytes())
+    return store, model, bind_checkpoint(store, model, computed)
+
+
+def open_checkpoint(directory: Path) -> tuple[dict[str, Any], WeightStore]:
+    """The configuration and the stored tensors of a Hugging Face directory; headers are read, no weight.
+
+    Raises:
+        InputError: no such directory, a missing or broken ``config.json``, or a compiled model.
+        WeightError: a damaged checkpoint.
+        UnsupportedModelError: the model is quantized already, or its weights lie elsewhere.
+    """
     _refuse_artifact(directory)
     config = read_config(directory)
     if config.get("quantization_config") is not None:
@@ -58,38 +97,7 @@ def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> G
             expected="model.safetensors or its shards, and no such field",
             remedy="load the model with transformers and save it anew: model.save_pretrained(DIR)",
         )
-    store, model, binding = _bound_checkpoint(directory, config, trust_remote_code)
-    fingerprint = binding.weights.fingerprint()  # of the checkpoint: constants of the graph come to the store later
-    graph = _capture_transformers(model, binding.weights)
-    graph.provenance.update(source=str(directory), config=config, fingerprint=fingerprint)
-    if (lost := unused_tensors(binding.unused, store, model)) is not None:
-        graph.lost.append(lost)
-    graph.notes += [
-        f"{first} and {second} are one tensor by config.json, but stored with different values: each is kept, as "
-        "transformers keeps it"
-        for first, second in binding.untied
-    ]
-    return graph
-
-
-def fingerprint_directory(path: str | Path, *, trust_remote_code: bool = False) -> str:
-    """The ``fingerprint`` that `capture_directory` puts into the provenance of a graph; the same wherever the directory
-    lies and however its tensors are divided into files.
-
-    Raises:
-        QCompilerError: as `capture_directory`.
-    """
-    directory = Path(path)
-    _, _, binding = _bound_checkpoint(directory, read_config(directory), trust_remote_code)
-    return binding.weights.fingerprint()
-
-
-def _bound_checkpoint(
-    directory: Path, config: dict[str, Any], trust_remote_code: bool
-) -> tuple[WeightStore, nn.Module, Binding]:
-    store = WeightStore.from_directory(directory)
-    model, computed = build_on_meta(directory, config, trust_remote_code, stored_bytes=store.stored_bytes())
-    return store, model, bind_checkpoint(store, model, computed)
+    return config, WeightStore.from_directory(directory)
 
 
 def capture_module(
@@ -246,8 +254,8 @@ def _probe(model: nn.Module, parameters: Mapping[str, Any], name: str) -> Any:
     Raises:
         UnsupportedModelError: if it takes no token ids, or wants more than them.
     """
-    wanted = [key for key in parameters if key not in ("args", "kwargs")]
-    if "input_ids" not in wanted:
+    wanted = [key for key, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    if wanted and "input_ids" not in wanted:  # one that names nothing hands all on
         raise UnsupportedModelError(
             "this model takes no token ids",
             where=name,

@@ -11,6 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from qcompiler.errors import InputError
+
 __all__ = ["SOURCE_ONLY", "companion_files", "left_behind", "read_companions"]
 
 SOURCE_ONLY = ("quantization_config", "transformers_weights")
@@ -72,8 +74,19 @@ def companion_files(directory: Path | None) -> dict[str, Path]:
 
 
 def read_companions(directory: Path | None) -> dict[str, bytes]:
-    """The contents of the companions, by path; ``config.json`` without what it says of the source's weights."""
-    contents = {name: path.read_bytes() for name, path in companion_files(directory).items()}
+    """The contents of the companions, by path; ``config.json`` without what it says of the source's weights.
+
+    Raises:
+        InputError: if one cannot be read.
+    """
+    contents = {}
+    for name, path in companion_files(directory).items():
+        try:
+            contents[name] = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                "a file that belongs to the model cannot be read", where=path, got=error.strerror
+            ) from error
     if "config.json" in contents:
         config = _json_object(contents["config.json"])
         if any(key in config for key in SOURCE_ONLY):

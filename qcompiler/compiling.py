@@ -1,19 +1,16 @@
 """`compile_graph`: carries a pipeline through a graph. It knows no concrete pass and no target."""
 
-import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import qcompiler
-from qcompiler.artifact import Artifact
 from qcompiler.calibration import Calibration, CalibrationTokens
 from qcompiler.errors import CalibrationError, InputError, RecipeError
 from qcompiler.feed import feed, feed_tensors
@@ -21,17 +18,19 @@ from qcompiler.graph import Graph
 from qcompiler.held_out import HeldOutCheck, precision_note
 from qcompiler.hf import companion_losses
 from qcompiler.model_config import declared, declared_positions
-from qcompiler.native import NativeArtifact, save_native
+from qcompiler.native import NativeArtifact
 from qcompiler.pass_base import CalibrationRun, Effect, PassContext
 from qcompiler.pipeline import Pipeline
 from qcompiler.probe import run_by_segments
 from qcompiler.report import CompileReport, peak_rss_bytes, quantized_bits_per_weight
+from qcompiler.result import CompileResult
+from qcompiler.staging import remove_tree, undisturbed
 from qcompiler.sweep import Batch, Progress, default_value_budget, sweep
 from qcompiler.target import TargetSpec, check_caches, check_schemes
 from qcompiler.verify import check_declared, check_exact, state_of, verify_graph
 from qcompiler.weights import WeightStore
 
-__all__ = ["CalibrationInput", "CompileResult", "choose_device", "compile_graph"]
+__all__ = ["CalibrationInput", "check_work_dir", "choose_device", "compile_graph"]
 
 CalibrationInput = Calibration | Iterable[tuple[Tensor, ...]] | None
 """Tokens for a language model; for another graph, its own inputs."""
@@ -41,36 +40,6 @@ CalibrationInput = Calibration | Iterable[tuple[Tensor, ...]] | None
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _HELD_OUT_ROWS = 16
 _MEASURED = "measured"  # of the work directory: what passes measure on the whole graph, for others to read
-
-
-@dataclass(repr=False)
-class CompileResult:
-    """A compiled model: what `compile` returns and `load` reads back.
-
-    Attributes:
-        graph: the quantized graph.
-        report: what was done.
-        manifest: recipe, seed, versions and source.
-        held_out: int64 ``[n, length]``, tokens that calibration did not see; what `evaluate` measures with by default.
-    """
-
-    graph: Graph
-    report: CompileReport
-    manifest: dict[str, Any]
-    held_out: Tensor | None = None
-
-    def __repr__(self) -> str:
-        recipe = ", ".join(str(item.get("pass")) for item in self.manifest.get("recipe", ()))
-        return f"<CompileResult of {recipe or 'nothing'}: {self.graph!r}, {self.report!r}>"
-
-    def save(self, directory: str | Path) -> None:
-        """Writes the native artifact to a new or empty directory; see `qcompiler.native`."""
-        save_native(self.graph, directory, self.manifest, self.report.to_dict(), self.held_out)
-
-    def artifact(self, device: str | torch.device = "cpu") -> Artifact:
-        """The compiled model, ready to run."""
-        companions = self.graph.provenance.get("companions")
-        return NativeArtifact(self.graph, Path(companions) if companions else None, device)
 
 
 def compile_graph(
@@ -98,6 +67,8 @@ def compile_graph(
     Raises:
         QCompilerError: see `qcompiler.errors`; nothing is left behind.
     """
+    for target in targets:
+        target.check_graph(graph)
     report.unrecognized = list(graph.unrecognized)
     report.notes += graph.notes
     _judge_losses(graph, report, strict, trust_remote_code)
@@ -107,7 +78,7 @@ def compile_graph(
     context = PassContext(graph, device, seed)
     with ExitStack() as undo:
         workspace = _workspace(work_dir, graph)
-        undo.callback(shutil.rmtree, workspace, ignore_errors=True)
+        undo.callback(remove_tree, workspace)
         batches: list[Batch] | None = None
         held_out: Tensor | None = None
         check: HeldOutCheck | None = None
@@ -192,7 +163,7 @@ def compile_graph(
         if calibration is not None and batches is None:
             report.notes.append("nothing in this recipe is calibrated: what was given to calibrate with was not used")
         graph.fisher = WeightStore()
-        shutil.rmtree(workspace / _MEASURED, ignore_errors=True)
+        remove_tree(workspace / _MEASURED)
         graph.round_rewritten(dtype)
         verify_graph(graph)
         _judge_coverage(graph, report, strict)
@@ -234,14 +205,29 @@ def _check_schemes(graph: Graph, targets: Sequence[TargetSpec]) -> None:
 
 def _workspace(work_dir: str | Path | None, graph: Graph) -> Path:
     """A new directory that lives as long as the graph's weights, which are read from there once they are rewritten."""
+    with undisturbed():
+        path = _make_directory(work_dir)
+        weakref.finalize(graph.weights, remove_tree, path)
+    return Path(path)
+
+
+def check_work_dir(work_dir: str | Path | None) -> None:
+    """Makes a temporary directory in it, and removes it.
+
+    Raises:
+        InputError: if that cannot be done.
+    """
+    with undisturbed():
+        Path(_make_directory(work_dir)).rmdir()
+
+
+def _make_directory(work_dir: str | Path | None) -> str:
     try:
-        path = tempfile.mkdtemp(prefix="qcompiler-", dir=work_dir)
+        return tempfile.mkdtemp(prefix="qcompiler-", dir=work_dir)
     except OSError as error:
         raise InputError(
             "the work directory cannot be written", where=work_dir or tempfile.gettempdir(), got=error.strerror
         ) from error
-    weakref.finalize(graph.weights, shutil.rmtree, path, ignore_errors=True)
-    return Path(path)
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,8 +6,6 @@ the two fields that loaders look at; `read_companions` takes them out again.
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +23,10 @@ from qcompiler.kv_cache import cache_rounding
 from qcompiler.model_config import declared_positions
 from qcompiler.report import strict_json
 from qcompiler.report_html import render_report
-from qcompiler.staging import StagedFiles
+from qcompiler.staging import StagedFiles, filled_directory
 from qcompiler.weights import WeightStore
 
-__all__ = ["MANIFEST", "SCHEMA", "NativeArtifact", "load_held_out", "load_native", "save_native"]
+__all__ = ["MANIFEST", "SCHEMA", "NativeArtifact", "add_target", "load_held_out", "load_native", "save_native"]
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -36,7 +34,6 @@ _GRAPH = "graph.json"
 _REPORT = "report.json"
 _REPORT_PAGE = "report.html"
 _HELD_OUT = "held_out.json"
-_PARTIAL = ".partial-"
 _WEIGHTS = "weights"
 _NOT_FOR_OTHERS = {
     "quantization_config": {"quant_method": "qcompiler"},
@@ -56,7 +53,7 @@ def save_native(
 
     Everything is written and synced to a hidden directory inside it first, and moved from there at the end, the
     manifest last: a directory without one is no artifact. Nothing is left behind if writing fails. Weights are
-    streamed, one at a time in memory.
+    streamed, one at a time in memory. See `qcompiler.staging.filled_directory`.
 
     Args:
         graph: quantized or not.
@@ -69,21 +66,10 @@ def save_native(
         InputError: if the directory is not empty or cannot be written.
         ResourceError: if the disk is full.
     """
-    root = Path(directory)
-    try:
-        is_new = not root.exists()
-        if not is_new and (not root.is_dir() or any(root.iterdir())):
-            raise InputError("the output is not empty", where=root, remedy="choose a new directory")
-        root.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=root))
-    except OSError as error:
-        raise InputError("the output cannot be written", where=root, got=error.strerror) from error
-    moved: list[Path] = []
-    try:
-        source = graph.provenance.get("companions")
-        provenance = {key: value for key, value in graph.provenance.items() if key != "companions"}
-        described = _json({"schema": SCHEMA, "provenance": provenance, **manifest})
-        with StagedFiles(partial) as staged:
+    source = graph.provenance.get("companions")
+    described = _json(_described(graph, manifest))
+    with filled_directory(directory, last=MANIFEST) as place:
+        with StagedFiles(place) as staged:
             for name, content in read_companions(Path(source) if source else None).items():
                 with staged.file(name) as write:
                     write(_marked(content) if name == "config.json" else content)
@@ -95,24 +81,44 @@ def save_native(
                     write(_json(fields))
             with staged.file(_REPORT_PAGE) as write:
                 write(render_report(json.loads(_json(report)), json.loads(described)).encode())
-        graph.weights.save(partial, stem=_WEIGHTS, names=graph.weight_names())
-        for path in sorted(partial.iterdir()):
-            moved.append(path.replace(root / path.name))
-        partial.rmdir()
-        with StagedFiles(root) as staged, staged.file(MANIFEST) as write:  # syncs the directory: the moves too
-            write(described)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        for path in moved:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        if is_new:
-            root.rmdir()
-        if isinstance(error, OSError):
-            raise InputError("the output cannot be written", where=root, got=error.strerror) from error
-        raise
+            with staged.file(MANIFEST) as write:
+                write(described)
+        graph.weights.save(place, stem=_WEIGHTS, names=graph.weight_names())
+
+
+def add_target(
+    directory: str | Path, graph: Graph, manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]
+) -> None:
+    """Adds what became of a target to the report beside a native artifact, which is replaced whole.
+
+    Where another artifact than that of ``graph`` and ``manifest`` lies there by now, or none, nothing is done.
+
+    Args:
+        directory: what `save_native` wrote.
+        graph, manifest: as they were saved.
+        name, entry: of ``report.json``'s ``targets``.
+
+    Raises:
+        ArtifactError: if the report is damaged.
+        InputError: if the directory cannot be written.
+        ResourceError: if the disk is full.
+    """
+    root = Path(directory)
+    described = json.loads(_json(_described(graph, manifest)))
+    if not (root / MANIFEST).is_file() or _read_json(root / MANIFEST) != described:
+        return
+    report = _read_json(root / _REPORT)
+    report["targets"] = {**report.get("targets", {}), name: strict_json(entry)}
+    with StagedFiles(root) as staged:
+        with staged.file(_REPORT) as write:
+            write(_json(report))
+        with staged.file(_REPORT_PAGE) as write:
+            write(render_report(report, described).encode())
+
+
+def _described(graph: Graph, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    provenance = {key: value for key, value in graph.provenance.items() if key != "companions"}
+    return {"schema": SCHEMA, "provenance": provenance, **manifest}
 
 
 def _marked(config: bytes) -> bytes:

@@ -1,10 +1,11 @@
-"""What a target makes of a quantization scheme, asked before calibration rather than found out after it."""
+"""What a target makes of a graph and its quantization schemes, asked ahead of calibration, not found out behind."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from qcompiler.errors import TargetError
+from qcompiler.graph import Graph
 from qcompiler.kv_cache import CacheFormat
 from qcompiler.spec import Scheme
 
@@ -47,6 +48,15 @@ class TargetSpec(Protocol):
 
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache of this format."""
+        ...
+
+    def check_graph(self, graph: Graph) -> None:
+        """Refuses, ahead of everything long, what it will not take of a graph that no pass has rewritten yet.
+
+        Raises:
+            TargetError: that names operator and node.
+            MissingDependencyError: without a package that lowering needs.
+        """
         ...
 
 

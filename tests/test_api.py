@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompiler as qc
-from qcompiler import api, compiling
+from qcompiler import api, compiling, to_target
 from qcompiler.errors import (
     ArtifactError,
     CalibrationError,
@@ -259,12 +259,13 @@ def test_self_generated_windows_fit_the_model() -> None:
 
 
 def test_what_was_lowered_and_not_verified_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object, **options: object) -> None:
-        assert (tmp_path / "onnx" / "model.onnx").is_file()
+    def refuse(native: object, written: Any, **options: object) -> None:
+        assert (written.path / "model.onnx").is_file()
+        assert not (tmp_path / "onnx" / "model.onnx").exists()
         raise VerificationError("computes something else")
 
     result = qc.compile(qc.capture(build("llama", layers=1)), [RTN(bits=4, group_size=16)])
-    monkeypatch.setattr(api, "check_parity", refuse)
+    monkeypatch.setattr(to_target, "check_parity", refuse)
     with pytest.raises(VerificationError):
         qc.lower(result, "onnx", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
@@ -299,7 +300,7 @@ def test_kernels_that_compute_something_else(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*arguments: object, **options: object) -> None:
         raise VerificationError("computes something else")
 
-    monkeypatch.setattr(api, "check_parity", refuse)
+    monkeypatch.setattr(to_target, "check_parity", refuse)
     with pytest.raises(VerificationError):
         qc.lower(result, "kernels", device="cpu")
     assert "kernels" not in result.report.targets
@@ -369,7 +370,7 @@ def test_what_is_printed_of_a_result_is_a_line() -> None:
 
 def test_a_single_target_needs_no_list() -> None:
     with pytest.raises(TargetError, match="does not take this scheme"):
-        qc.compile(language_model(), [Assign("nvfp4"), RTN()], targets="onnx", device="cpu")
+        qc.compile(build("llama"), [Assign("nvfp4"), RTN()], targets="onnx", device="cpu")
     with pytest.raises(TargetError) as caught:
         qc.compile(language_model(), "w8a16", targets="onxx", device="cpu")
     assert (caught.value.got, caught.value.remedy) == ("onxx", "did you mean onnx?")

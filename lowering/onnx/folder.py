@@ -8,41 +8,42 @@ from qcompiler.companions import read_companions
 from qcompiler.errors import InputError
 from qcompiler.graph import Graph
 from qcompiler.model_config import declared, declared_positions
-from qcompiler.staging import StagedFiles
 
-__all__ = ["copy_companions", "generation_config"]
+__all__ = ["companions", "generation_config"]
 
 
-def copy_companions(source: Path | None, config: dict[str, Any] | None, staged: StagedFiles) -> dict[str, bytes]:
-    """Copies what the source directory has of tokenizer and configuration files; writes ``config`` where it has none.
+def companions(source: Path | None, config: dict[str, Any] | None) -> dict[str, bytes]:
+    """What the source directory has of tokenizer and configuration files, by name; ``config`` where it has none.
 
-    Returns:
-        The files by name.
+    Raises:
+        InputError: if one cannot be read.
     """
     found = read_companions(source)
     if "config.json" not in found and config is not None:
         found["config.json"] = json.dumps(config, indent=2, default=str).encode() + b"\n"
-    for name, content in found.items():
-        with staged.file(name) as append:
-            append(content)
     return found
 
 
-def generation_config(
-    graph: Graph, companions: dict[str, bytes], path: Path
-) -> tuple[dict[str, Any] | None, list[str]]:
+def generation_config(graph: Graph, files: dict[str, bytes]) -> tuple[dict[str, Any] | None, list[str]]:
     """``genai_config.json`` for a decoder with a cache, if everything it states is known.
 
     Source: the configuration reference of ONNX Runtime GenAI; ports are named in `qcompiler.signature`.
 
+    Args:
+        graph: what is lowered.
+        files: its `companions`.
+
     Returns:
         The object, or None and the names of the facts that are missing (none for a model that is no decoder).
+
+    Raises:
+        InputError: if ``generation_config.json`` is no JSON object.
     """
     signature = graph.signature
     if not signature.has_cache or signature.index_of_output("logits") is None or signature.input("mask") is None:
         return None, []
     config: dict[str, Any] = graph.provenance.get("config") or {}
-    generation = _generation_settings(companions, path)
+    generation = _generation_settings(files)
     past = [port for port in signature.inputs if port.role == "past"]
     cache = past[0].shape
     (vocabulary,) = (port.shape[-1] for port in signature.outputs if port.role == "logits")
@@ -115,11 +116,11 @@ def generation_config(
     return {"model": model, "search": search}, []
 
 
-def _generation_settings(companions: dict[str, bytes], path: Path) -> dict[str, Any]:
+def _generation_settings(files: dict[str, bytes]) -> dict[str, Any]:
     try:
-        found = json.loads(companions.get("generation_config.json", b"{}"))
+        found = json.loads(files.get("generation_config.json", b"{}"))
     except (ValueError, RecursionError) as error:
-        raise InputError("generation_config.json is not a JSON object", where=path, got=error) from error
+        raise InputError("not a JSON object", where="generation_config.json", got=error) from error
     if not isinstance(found, dict):
-        raise InputError("generation_config.json is not a JSON object", where=path, got=type(found).__name__)
+        raise InputError("not a JSON object", where="generation_config.json", got=type(found).__name__)
     return found

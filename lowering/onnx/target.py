@@ -1,14 +1,18 @@
 """What ONNX Runtime makes of a quantized linear layer, said before anything is calibrated."""
 
+import importlib
+import importlib.util
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
-from qcompiler.errors import TargetError
+from qcompiler.errors import MissingDependencyError, TargetError
+from qcompiler.graph import Graph
 from qcompiler.kv_cache import CacheFormat
 from qcompiler.spec import QuantSpec, Scheme
 from qcompiler.target import Support
 
-__all__ = ["OPSETS", "OnnxTarget"]
+__all__ = ["OPSETS", "OnnxTarget", "import_writer"]
 
 OPSETS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 """Operator sets that can be written, and the IR version each goes with."""
@@ -79,6 +83,22 @@ class OnnxTarget:
             reason += ", its bytes taken apart by bit operations"
         return Support("runs", reason)
 
+    def check_graph(self, graph: Graph) -> None:
+        """Refuses what has no ONNX form, by emitting all but the weights.
+
+        Raises:
+            TargetError: for operators, dtypes or sizes.
+            InputError: if a file that goes beside the model cannot be read.
+            MissingDependencyError: without the packages that write ONNX, and run it to compare.
+        """
+        check = import_writer().check
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise MissingDependencyError(
+                "what is written as ONNX is run to compare it, and ONNX Runtime is not installed",
+                remedy="pip install onnxruntime",
+            )
+        check(graph, self)
+
     def _supports_weight(self, spec: QuantSpec, width: int) -> Support:
         if spec.group_size == 1 < width:
             return Support(
@@ -138,3 +158,21 @@ class OnnxTarget:
         if spec.bits == 3 or (spec.bits == 2 and self.opset < 25):
             return f"{spec.bits}-bit codes are stored in 4 bits: exact, but larger than they need be"
         return ""
+
+
+def import_writer() -> ModuleType:
+    """The module that writes ONNX, imported when it is wanted.
+
+    Raises:
+        MissingDependencyError: without the packages it needs.
+    """
+    try:
+        return importlib.import_module("qcompiler.lowering.onnx.writer")
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnx_ir", "ml_dtypes"):
+            raise
+        raise MissingDependencyError(
+            "writing ONNX needs packages that are not installed",
+            got=f"no module {error.name}",
+            remedy="pip install onnx onnx-ir",
+        ) from error

@@ -10,13 +10,26 @@ import typer
 import qcompiler
 from qcompiler import api
 from qcompiler.calibration import Calibration
-from qcompiler.cli.options import Engine, Json, Place, Trust, Verbose, parse_bytes, parse_overrides, parse_targets
-from qcompiler.cli.output import refuse_to_replace, staged_directory
-from qcompiler.cli.printing import describe_engine, engine_in_short, print_compiled, print_recipe
+from qcompiler.cli.options import (
+    Engine,
+    Json,
+    Overwrite,
+    Place,
+    To,
+    Trust,
+    Verbose,
+    parse_bytes,
+    parse_overrides,
+    parse_targets,
+)
+from qcompiler.cli.output import Kept, Output, opened_output
+from qcompiler.cli.printing import describe_engine, engine_in_short, print_compiled, print_converted, print_recipe
 from qcompiler.report import peak_rss_bytes
 from qcompiler.terminal import print_rows, print_table, show_progress
 
 __all__ = ["app"]
+
+_NAMES = ("native", *api.WRITTEN_TARGETS)  # what lies in an output directory
 
 app = typer.Typer(no_args_is_help=True, help="Compiles language models to low-bit ones, and measures them.")
 
@@ -38,8 +51,9 @@ def common(
 
 @app.command()
 def compile(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A directory for native and the targets.")],
     recipe: Annotated[
         str,
         typer.Option(
@@ -56,8 +70,8 @@ def compile(
         list[str] | None,
         typer.Option("--set", help="PATTERN=SCHEME for sites, such as 'lm_head=w8a16' or '*.0.*=none'."),
     ] = None,
-    to: Annotated[list[str] | None, typer.Option(help="A target, such as onnx or onnx:opset=23,float=float16.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what the output directory holds.")] = False,
+    to: To = None,
+    overwrite: Overwrite = False,
     memory_budget: Annotated[
         str | None, typer.Option(help="For calibration values, such as 4GB; more goes to disk.")
     ] = None,
@@ -77,14 +91,21 @@ def compile(
     calibration = None if calib is None else Calibration.from_text(calib, samples=samples, length=length, seed=seed)
     if calibration is None and (samples, length) != (64, 512):
         calibration = Calibration.self_generated(samples=samples, length=length, seed=seed)
-    refuse_to_replace(output, model)
-    with staged_directory(output, overwrite) as staged, show_progress(as_json and not verbose) as progress:
+    passes = api.check_arguments(
+        model, recipe, overrides=overrides, memory_budget=budget, device=device, seed=seed, work_dir=work_dir
+    )
+    kept: Kept = context.obj
+    kept.wanted, kept.output = {name: text for text, (name, _) in zip(to or [], targets, strict=True)}, str(output)
+    inputs = (calib, work_dir, Path(recipe.partition(":")[0]))
+    with (
+        opened_output(output, _NAMES, kept, overwrite=overwrite, model=model, inputs=inputs) as out,
+        show_progress(as_json and not verbose) as progress,
+    ):
         result = api.compile(
             model,
-            recipe,
+            passes,
             calibration,
-            targets=[api.target_spec(name, opset=options.get("opset")) for name, options in targets],
-            overrides=overrides,
+            targets=[api.target_spec(name, **options) for name, options in targets],
             memory_budget=budget,
             device=device,
             seed=seed,
@@ -93,15 +114,15 @@ def compile(
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
+        with out.part("native", outdated=_NAMES) as place:
+            result.save(place)
+        result.saved_in = out.root / "native"
         for name, options in targets:
-            written = api.lower(result, name, staged / name, **options)
-            written["path"] = str(output / name)
+            _add_target(result, name, options, out)
         result.report.peak_rss_bytes = peak_rss_bytes()
-        result.save(staged / "native")
-    report = result.report
-    fields = report.to_dict()
+    fields = result.report.to_dict()
     summary = {
-        "artifacts": {name: str(output / name) for name in ("native", *(name for name, _ in targets))},
+        "artifacts": kept.artifacts,
         "seconds": time.perf_counter() - started,
         **{key: fields[key] for key in ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight")},
         **{key: fields[key] for key in ("cache_bytes_per_token", "held_out")},
@@ -110,6 +131,47 @@ def compile(
     if not as_json:
         print_compiled(summary)
     return summary
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    artifact: Annotated[Path, typer.Argument(help="OUT or OUT/native, of an earlier compilation.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A directory for the targets; OUT itself will do.")],
+    to: To,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Write a compiled model to OUTPUT/<target> for every --to."""
+    started = time.perf_counter()
+    targets = parse_targets(to or [])
+    result = api.load(artifact)
+    for name, options in targets:
+        api.check_target(result, name, **options)
+    kept: Kept = context.obj
+    kept.wanted, kept.output = {name: text for text, (name, _) in zip(to or [], targets, strict=True)}, str(output)
+    kept.source = str(artifact)
+    with opened_output(output, list(kept.wanted), kept, overwrite=overwrite, inputs=(result.saved_in,)) as out:
+        written = {name: _add_target(result, name, options, out) for name, options in targets}
+    found = {
+        "artifacts": kept.artifacts,
+        "seconds": time.perf_counter() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "targets": {
+            name: {key: entry.get(key) for key in ("bytes", "parity", "notes")} for name, entry in written.items()
+        },
+    }
+    if not as_json:
+        print_converted(found)
+    return found
+
+
+def _add_target(result: api.CompileResult, name: str, options: dict[str, Any], out: Output) -> dict[str, Any]:
+    """Writes a target into the output; it is in the report as soon as it stands."""
+    with out.part(name) as place:
+        written = {**api.write_target(result, name, place, **options), "path": str(out.given / name)}
+    api.record_target(result, name, written)
+    return written
 
 
 @app.command()

@@ -70,7 +70,7 @@ def test_exit_status(monkeypatch: pytest.MonkeyPatch, error: BaseException, stat
     assert as_json.error["type"] == kind
     if isinstance(error, InputError):
         assert plain.errors == "error: wrong\n  where: there\n  got: 1\n  expected: 2\n  remedy: do this\n"
-        assert as_json.fields["error"] == error.to_dict()
+        assert as_json.fields["error"] == {**error.to_dict(), "artifacts": None, "next_command": None}
 
 
 def test_recipes() -> None:

@@ -37,7 +37,9 @@ def test_bytes(captured: Path, examples: int) -> None:
         st.binary(max_size=100),
         st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")),
         st.sampled_from([b"", b" " * 5000, b"\n" * 5000, b"\xef\xbb\xbf", b"\xff\xfe" + b"a\0" * 900, b"\0" * 5000]),
-        st.sampled_from(["a\u0300" * 900, "\u200d" * 900, "\U0001f600" * 300, "\r" * 999, "\x1b[31m" * 200]).map(str.encode),
+        st.sampled_from(["a\u0300" * 900, "\u200d" * 900, "\U0001f600" * 300, "\r" * 999, "\x1b[31m" * 200]).map(
+            str.encode
+        ),
         st.tuples(st.integers(0, len(_WORDS)), st.binary(max_size=8)).map(
             lambda edit: _WORDS[: edit[0]] + edit[1] + _WORDS[edit[0] :]
         ),
@@ -86,7 +88,13 @@ def test_records(captured: Path, examples: int) -> None:
 @pytest.mark.parametrize("purpose", ["evaluate", "measure", "calibrate"])
 @pytest.mark.parametrize(
     "content",
-    [b"a" * 1_000_000, b"the sea " * 125_000, b"[" * 1_000_000, b'{"text": "' + b"x " * 500_000 + b'"}', b" " * 999_999 + b"a"],
+    [
+        b"a" * 1_000_000,
+        b"the sea " * 125_000,
+        b"[" * 1_000_000,
+        b'{"text": "' + b"x " * 500_000 + b'"}',
+        b" " * 999_999 + b"a",
+    ],
     ids=["one word", "one line", "brackets", "one record", "spaces"],
 )
 def test_a_line_of_a_megabyte(captured: Path, content: bytes, purpose: str) -> None:
@@ -96,7 +104,9 @@ def test_a_line_of_a_megabyte(captured: Path, content: bytes, purpose: str) -> N
 
 
 @pytest.mark.parametrize("purpose", ["evaluate", "measure"])
-@pytest.mark.parametrize("name", ["pipe", "loop", "sibling", "dangling", "/dev/null", "", ".", "x" * 300, "x/" * 3000, "\udcff"])
+@pytest.mark.parametrize(
+    "name", ["pipe", "loop", "sibling", "dangling", "/dev/null", "", ".", "x" * 300, "x/" * 3000, "\udcff"]
+)
 def test_no_regular_file(captured: Path, name: str, purpose: str) -> None:
     with surroundings(captured) as place:
         os.mkfifo(place.root / "pipe")

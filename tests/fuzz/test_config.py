@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +24,11 @@ _OTHERS: dict[str, list[Any]] = {
     "num_key_value_heads": [*_SIZES, 3, 4],
     "max_position_embeddings": [0, -1, 1, 10**18],
     "rope_parameters": [{}, {"rope_type": "no-such"}, {"rope_type": "yarn"}, {"rope_theta": 0, "rope_type": "default"}],
-    "rope_scaling": [{"type": "linear", "factor": 0}, {"rope_type": "longrope"}, {"rope_type": "dynamic", "factor": -1}],
+    "rope_scaling": [
+        {"type": "linear", "factor": 0},
+        {"rope_type": "longrope"},
+        {"rope_type": "dynamic", "factor": -1},
+    ],
     "quantization_config": [{}, {"quant_method": "gptq"}, {"quant_method": []}, {"load_in_4bit": True}, []],
     "text_config": [{}, {"model_type": "llama"}, {"vocab_size": 5}, {"num_hidden_layers": 10**9}],
     "layer_types": [[], ["sliding_attention"], ["no-such"], ["full_attention"] * 100],

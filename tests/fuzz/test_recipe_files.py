@@ -33,7 +33,9 @@ _values = st.recursive(
     st.one_of(
         _strings,
         st.sampled_from(["true", "false", "0", "-1", "1", "4", "32", "0.01", "-0.5", "nan", "inf", "1e308", "9" * 40]),
-        st.sampled_from(["1979-05-27", "07:32:00", "1979-05-27T07:32:00Z", "'''a\nb'''", "0xff", "+0", "", "none", "?"]),
+        st.sampled_from(
+            ["1979-05-27", "07:32:00", "1979-05-27T07:32:00Z", "'''a\nb'''", "0xff", "+0", "", "none", "?"]
+        ),
     ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]"),
@@ -95,7 +97,9 @@ def test_compiled(original: Path, examples: int) -> None:
 @few_or_many(30, 500)
 def test_bytes(original: Path, examples: int) -> None:
     @bounded(examples)
-    @given(st.binary(max_size=200) | st.sampled_from([b"[" * 100_000, b"a=" + b"[" * 100_000, b"a.b." * 1_000 + b"c=1"]))
+    @given(
+        st.binary(max_size=200) | st.sampled_from([b"[" * 100_000, b"a=" + b"[" * 100_000, b"a.b." * 1_000 + b"c=1"])
+    )
     def check(content: bytes) -> None:
         with surroundings(original) as place:
             (place.root / "recipe.toml").write_bytes(content)

@@ -65,7 +65,9 @@ def _headers(draw: st.DrawFn, header: dict[str, Any]) -> dict[str, Any]:
             case "renamed":
                 result[draw(odd_texts)] = result.pop(name)
             case "more":
-                result[draw(odd_texts)] = draw(st.just({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}) | odd_values)
+                result[draw(odd_texts)] = draw(
+                    st.just({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}) | odd_values
+                )
             case "field":
                 entry[draw(odd_texts)] = draw(odd_values)
         result = result or {"x": {}}
@@ -117,7 +119,18 @@ def test_bytes(original: Path, examples: int) -> None:
 def test_indexes(original: Path, examples: int) -> None:
     header, _ = _parts(original / "model" / "model.safetensors")
     whole = {name: "a.safetensors" for name in header if name != "__metadata__"}
-    shards = ["a.safetensors", "b.safetensors", "../a", "/etc/passwd", "", ".", "config.json", "pipe", "loop", "x" * 300]
+    shards = [
+        "a.safetensors",
+        "b.safetensors",
+        "../a",
+        "/etc/passwd",
+        "",
+        ".",
+        "config.json",
+        "pipe",
+        "loop",
+        "x" * 300,
+    ]
     maps = st.dictionaries(st.sampled_from(sorted(whole)), st.sampled_from(shards) | odd_values, max_size=3)
     fields = maps.map(lambda some: {"metadata": {"total_size": 1}, "weight_map": {**whole, **some}})
     texts = st.one_of(

@@ -17,7 +17,12 @@ _SETTINGS: dict[str, list[Any]] = {
     "eos_token": [None, "the", {"__type": "AddedToken", "content": "<new>"}],
     "unk_token": [None, "the", "<new>"],
     "additional_special_tokens": [["a", "a"], [""], "x", {"a": "b"}],
-    "added_tokens_decoder": [{"5000": {"content": "<x>"}}, {"x": {}}, {"0": {"content": "y", "special": True}}, {"-1": 3}],
+    "added_tokens_decoder": [
+        {"5000": {"content": "<x>"}},
+        {"x": {}},
+        {"0": {"content": "y", "special": True}},
+        {"-1": 3},
+    ],
     "model_max_length": [0, -1, 1, 10**40, "x"],
     "chat_template": ["{{ 1/0 }}", "{% for %}", 3, [{"name": "default", "template": "x"}]],
     "auto_map": [{"AutoTokenizer": ["missing.Tokenizer", None]}, {"AutoTokenizer": "x"}],
@@ -30,7 +35,10 @@ _PARTS: dict[str, list[Any]] = {
     "model": [{"type": "BPE"}, {"type": "BPE", "vocab": {}, "merges": []}, {"type": "WordLevel", "vocab": {"a": 0}}]
     + [{"type": "Unigram", "vocab": []}, {"type": "Unigram", "vocab": [["a", float("nan")]], "unk_id": 9}]
     + [{"type": "BPE", "vocab": {"a": 1 << 31, "b": 7}, "merges": []}, {"type": "WordPiece", "vocab": {"a": 3}}]
-    + [{"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}, {"type": "BPE", "vocab": {"a": -1}, "merges": []}]
+    + [
+        {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]},
+        {"type": "BPE", "vocab": {"a": -1}, "merges": []},
+    ]
     + [{"type": "WordLevel", "vocab": {"the": 4095, "sea": 9999}, "unk_token": "the"}],
     "added_tokens": [[], [{"id": 5000, "content": "x", "special": True}], [{"id": 0}], [3]],
     "normalizer": [{"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}, {"type": "NoSuch"}]

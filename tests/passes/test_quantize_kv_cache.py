@@ -474,6 +474,9 @@ def test_refused_before_calibration(monkeypatch):
         def supports_cache(self, spec):
             return Support("refused", "no int4") if spec.bits == 4 else Support("runs")
 
+        def check_graph(self, graph):
+            pass
+
     with pytest.raises(TargetError, match="does not take a cache") as caught:
         qc.compile(language_model(), [QuantizeKVCache("int8", values="int4")], targets=[Picky()])
     assert "no int4" in str(caught.value)
