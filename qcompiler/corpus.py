@@ -143,7 +143,7 @@ def _read(path: Path) -> list[str | Conversation]:
     except UnicodeDecodeError as error:
         raise InputError("the text file is not UTF-8", where=path, got=error) from error
     except OSError as error:
-        raise InputError("the text file cannot be read", where=path, got=error) from error
+        raise InputError("the text file cannot be read", where=path, got=error.strerror) from error
     if "\0" in content:
         raise InputError("the text file is binary", where=path, got="bytes of zero", expected="UTF-8 text")
     if path.suffix.lower() in _JSON or _begins_with_an_object(content):

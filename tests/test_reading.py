@@ -30,5 +30,5 @@ def test_a_pipe_that_nothing_writes_to_is_empty(tmp_path):
 def test_what_cannot_be_read(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for path in (tmp_path, tmp_path / "no-such", tmp_path / "loop"):
-        with pytest.raises(OSError, match=tmp_path.name):
+        with pytest.raises(OSError, match=r"directory|No such|levels"):
             read_named(path)

@@ -44,9 +44,11 @@ odd_values: st.SearchStrategy[Any] = st.recursive(
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where something stands in nested values: the keys that lead to it. Of long lists and tables, at their start."""
-    keys = (
-        list(value)[:32] if isinstance(value, dict) else list(range(len(value)))[:3] if isinstance(value, list) else []
-    )
+    keys: list[Any] = []
+    if isinstance(value, dict):
+        keys = list(value)[:32]
+    elif isinstance(value, list):
+        keys = list(range(len(value)))[:3]
     return [found for key in keys for found in [(*path, key), *_places(value[key], (*path, key))]]
 
 

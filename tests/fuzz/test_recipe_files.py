@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,39 @@ def test_code(original: Path, code: str, name: str) -> None:
         place.run("recipes", name, "--json")
 
 
+_ELSEWHERE = [
+    ":",
+    "a:",
+    ":b",
+    "json:loads",
+    "json:no_such",
+    "no.such:X",
+    "no..such:X",
+    ".:X",
+    "..:X",
+    "/:X",
+    "sys:exit",
+    "os:abort",
+    "qcompiler.passes:RTN",
+    "qcompiler.passes:",
+    "sibling",
+    "sibling/kept.txt",
+    "none.toml",
+    "sibling.toml",
+    ".toml",
+    "/dev/null",
+    "W8A16",
+    "pipe.toml",
+    "pipe.py:X",
+]
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["", ":", "a:", ":b", "json:loads", "json:no_such", "no.such:X", "no..such:X", ".:X", "..:X", "/:X", "a\nb:c"]
-    + ["sibling", "sibling/kept.txt", "none.toml", "sibling.toml", ".toml", "/dev/null", "x" * 5000, "W8A16", "w8a16 "]
-    + ["qcompiler.passes:RTN", "qcompiler.passes:", "sys:exit", "os:abort", "\udcff", "\udcff.toml", "\udcff.py:X"],
+    "name", [*_ELSEWHERE, "", "a\nb:c", "x" * 5000, "w8a16 ", "\udcff", "\udcff.toml", "\udcff.py:X"]
 )
 def test_no_recipe(original: Path, name: str) -> None:
     with surroundings(original) as place:
         (place.root / "sibling.toml").mkdir()
+        for pipe in ("pipe.toml", "pipe.py"):
+            os.mkfifo(place.root / pipe)
         place.run("recipes", name, "--json")

@@ -32,28 +32,47 @@ _SETTINGS: dict[str, list[Any]] = {
     "split_special_tokens": [True],
 }
 _PARTS: dict[str, list[Any]] = {
-    "model": [{"type": "BPE"}, {"type": "BPE", "vocab": {}, "merges": []}, {"type": "WordLevel", "vocab": {"a": 0}}]
-    + [{"type": "Unigram", "vocab": []}, {"type": "Unigram", "vocab": [["a", float("nan")]], "unk_id": 9}]
-    + [{"type": "BPE", "vocab": {"a": 1 << 31, "b": 7}, "merges": []}, {"type": "WordPiece", "vocab": {"a": 3}}]
-    + [
+    "model": [
+        {"type": "BPE"},
+        {"type": "BPE", "vocab": {}, "merges": []},
+        {"type": "WordLevel", "vocab": {"a": 0}},
+        {"type": "Unigram", "vocab": []},
+        {"type": "Unigram", "vocab": [["a", float("nan")]], "unk_id": 9},
+        {"type": "BPE", "vocab": {"a": 1 << 31, "b": 7}, "merges": []},
+        {"type": "WordPiece", "vocab": {"a": 3}},
         {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]},
         {"type": "BPE", "vocab": {"a": -1}, "merges": []},
-    ]
-    + [{"type": "WordLevel", "vocab": {"the": 4095, "sea": 9999}, "unk_token": "the"}],
+        {"type": "WordLevel", "vocab": {"the": 4095, "sea": 9999}, "unk_token": "the"},
+    ],
     "added_tokens": [[], [{"id": 5000, "content": "x", "special": True}], [{"id": 0}], [3]],
-    "normalizer": [{"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}, {"type": "NoSuch"}]
-    + [{"type": "Replace", "pattern": {"Regex": "["}, "content": ""}, {"type": "Lowercase"}, {"type": "Precompiled"}]
-    + [{"type": "Precompiled", "precompiled_charsmap": "AAAA"}],
-    "pre_tokenizer": [{"type": "Whitespace"}, {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Removed"}]
-    + [{"type": "Sequence", "pretokenizers": []}, {"type": "Metaspace"}],
-    "post_processor": [{"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}]
-    + [{"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "no", "type_id": 0}}], "pair": []}]
-    + [{"type": "BertProcessing", "sep": ["a", 99999], "cls": ["b", 77777]}],
+    "normalizer": [
+        {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""},
+        {"type": "NoSuch"},
+        {"type": "Replace", "pattern": {"Regex": "["}, "content": ""},
+        {"type": "Lowercase"},
+        {"type": "Precompiled"},
+        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    ],
+    "pre_tokenizer": [
+        {"type": "Whitespace"},
+        {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Removed"},
+        {"type": "Sequence", "pretokenizers": []},
+        {"type": "Metaspace"},
+    ],
+    "post_processor": [
+        {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
+        {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "no", "type_id": 0}}], "pair": []},
+        {"type": "BertProcessing", "sep": ["a", 99999], "cls": ["b", 77777]},
+    ],
     "decoder": [{"type": "ByteFallback"}, {"type": "Strip", "content": "a", "start": 10**6, "stop": 1}],
-    "truncation": [{"max_length": 0, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}]
-    + [{"max_length": 2, "strategy": "OnlySecond", "stride": 5, "direction": "Right"}],
-    "padding": [{"strategy": {"Fixed": 100}, "direction": "Left", "pad_id": 4097, "pad_type_id": 0, "pad_token": "x"}]
-    + [{"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": 0, "pad_id": 0, "pad_token": "x"}],
+    "truncation": [
+        {"max_length": 0, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+        {"max_length": 2, "strategy": "OnlySecond", "stride": 5, "direction": "Right"},
+    ],
+    "padding": [
+        {"strategy": {"Fixed": 100}, "direction": "Left", "pad_id": 4097, "pad_type_id": 0, "pad_token": "x"},
+        {"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": 0, "pad_id": 0, "pad_token": "x"},
+    ],
 }
 
 
