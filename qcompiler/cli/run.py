@@ -12,7 +12,7 @@ import typer
 from qcompiler.cli.commands import app
 from qcompiler.cli.output import Kept
 from qcompiler.cli.signals import Interruptions
-from qcompiler.errors import QCompilerError, VerificationError
+from qcompiler.errors import InputError, QCompilerError, VerificationError
 
 __all__ = ["main"]
 
@@ -77,6 +77,9 @@ def _run(arguments: list[str], interruptions: Interruptions) -> int:
     except BrokenPipeError:
         return _EXIT_BUG
     except Exception as error:  # the boundary of the program: a fault of ours is reported as one
+        if isinstance(error, OSError) and error.filename is not None:  # not ours to read, too long
+            refused = InputError("a file or directory cannot be used", where=error.filename, got=error.strerror)
+            return fail(refused.to_dict(), f"error: {refused}", _EXIT_ERROR)
         traceback.print_exc(file=sys.stderr)
         fields = {"type": type(error).__name__, "what": str(error)}
         return fail(fields, "this is a fault of qcompiler; please report it", _EXIT_BUG)

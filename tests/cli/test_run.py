@@ -55,6 +55,8 @@ def test_help_is_no_error(arguments: tuple[str, ...]) -> None:
         (VerificationError("wrong"), 3, "VerificationError"),
         (KeyboardInterrupt(), 130, "Interrupted"),
         (ValueError("wrong"), 1, "ValueError"),
+        (PermissionError(13, "Permission denied", "/secret/model"), 2, "InputError"),
+        (OSError("of nothing that was named"), 1, "OSError"),
     ],
 )
 def test_exit_status(monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, kind: str) -> None:

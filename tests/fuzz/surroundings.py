@@ -61,11 +61,15 @@ class Surroundings:
     def temporary(self) -> Path:
         return self.root / "temporary"
 
-    def run(self, *arguments: object) -> Outcome:
+    def run(self, *arguments: object, output: str = "out") -> Outcome:
         """Runs the command and checks what it may do, whatever it is given.
 
         It ends with a status of its own and without a traceback; with ``--json``, one object tells which. Only the
-        output changes, and only if all went well; all else is as before, byte for byte.
+        output changes, and only if all went well or the error says what is kept; all else is as before, byte for byte.
+
+        Args:
+            arguments: of the command.
+            output: the path below ``root`` that may change.
         """
         before = _tree(self.root)
         with _little_memory():
@@ -73,17 +77,18 @@ class Surroundings:
         told = f"{arguments}\n{outcome.output}\n{outcome.errors}"
         assert outcome.status in (0, 2, 3, 130), told
         assert "Traceback" not in outcome.errors, told
-        if "--json" in arguments:
+        if "--json" in arguments and not {"--help", "--version"} & set(arguments):
             fields = outcome.fields
             assert fields["ok"] is (outcome.status == 0), told
             if outcome.status:
                 assert outcome.error["type"], told
                 assert outcome.error["what"], told
         elif outcome.status:
-            assert outcome.errors.strip(), told
+            assert (outcome.errors or outcome.output).strip(), told
         after = _tree(self.root)
-        if outcome.status == 0:
-            before, after = _without(before, "out"), _without(after, "out")
+        if outcome.status == 0 or "finished and kept:" in outcome.errors:
+            written = os.path.relpath((self.root / output).resolve(), self.root)
+            before, after = _without(before, written), _without(after, written)
         changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
         assert not changed, f"{changed}\n{told}"
         return outcome
@@ -132,8 +137,13 @@ def _tree(root: Path) -> dict[str, object]:
     return found
 
 
-def _without(tree: dict[str, object], top: str) -> dict[str, object]:
-    return {path: content for path, content in tree.items() if Path(path).parts[0] != top}
+def _without(tree: dict[str, object], output: str) -> dict[str, object]:
+    """A tree without what lies in the output, and the directories that lead to it."""
+    return {
+        path: content
+        for path, content in tree.items()
+        if not (Path(path).is_relative_to(output) or Path(output).is_relative_to(path))
+    }
 
 
 @contextlib.contextmanager
