@@ -308,7 +308,10 @@ def _refuse_ignored_quantization(directory: Path, config: dict[str, Any]) -> Non
 def _is_known_to_transformers(declared: dict[str, Any]) -> bool:
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    if declared.get("quant_method") is None and not (declared.get("load_in_8bit") or declared.get("load_in_4bit")):
+    method = declared.get("quant_method")
+    if not isinstance(method, str | None):
+        return False
+    if method is None and not (declared.get("load_in_8bit") or declared.get("load_in_4bit")):
         return False
     with _quiet():
         return bool(AutoHfQuantizer.supports_quant_method(declared))

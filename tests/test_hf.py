@@ -87,7 +87,7 @@ def test_read_limits_reads_no_weight(tiny):
     assert read_limits(tiny) == (50, 32)
 
 
-@pytest.mark.parametrize("method", ["modelopt", "some-new-format", None])
+@pytest.mark.parametrize("method", [[], "modelopt", "some-new-format", None])
 def test_quantization_that_transformers_would_ignore_is_refused(tiny, method):
     edit_config(tiny, quantization_config={"quant_method": method, "quant_algo": "FP8"})
     with pytest.raises(UnsupportedModelError, match="read as plain weights"):

@@ -84,7 +84,7 @@ class Surroundings:
                 assert outcome.error["type"], told
                 assert outcome.error["what"], told
         elif outcome.status:
-            assert (outcome.errors or outcome.output).strip(), told
+            assert (outcome.errors + outcome.output).strip(), told
         after = _tree(self.root)
         if outcome.status == 0 or "finished and kept:" in outcome.errors:
             written = os.path.relpath((self.root / output).resolve(), self.root)

@@ -115,7 +115,7 @@ def _output(line: list[str]) -> str:
     return next((after for before, after in reversed(list(itertools.pairwise(line))) if before == "-o"), "out")
 
 
-@few_or_many(120, 1500)
+@few_or_many(80, 600)
 def test_command_lines(captured: Path, examples: int) -> None:
     @bounded(examples)
     @given(_lines())
@@ -127,7 +127,7 @@ def test_command_lines(captured: Path, examples: int) -> None:
     check()
 
 
-@few_or_many(60, 1500)
+@few_or_many(40, 600)
 def test_words(captured: Path, examples: int) -> None:
     """Words of command lines in any order."""
     words = st.sampled_from(

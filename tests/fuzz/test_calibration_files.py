@@ -28,7 +28,7 @@ def _use(place: Surroundings, name: str, purpose: str) -> Outcome:
 _purposes = st.sampled_from(["evaluate", "evaluate", "measure", "calibrate"])
 
 
-@few_or_many(80, 800)
+@few_or_many(40, 300)
 def test_bytes(captured: Path, examples: int) -> None:
     special = st.lists(st.sampled_from(["<|eos|>", "<|bos|>", "<|pad|>", " ", "<|eos", "a"]), max_size=200).map(
         lambda parts: "".join(parts).encode()
@@ -67,7 +67,7 @@ _records: st.SearchStrategy[Any] = st.one_of(
 )
 
 
-@few_or_many(60, 800)
+@few_or_many(30, 300)
 def test_records(captured: Path, examples: int) -> None:
     """JSON of any structure; what is no text, such as half of a surrogate pair, can be written in it, too."""
 
@@ -85,7 +85,9 @@ def test_records(captured: Path, examples: int) -> None:
     check()
 
 
-@pytest.mark.parametrize("purpose", ["evaluate", "measure", "calibrate"])
+@pytest.mark.parametrize(
+    "purpose", ["evaluate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("measure", "calibrate"))]
+)
 @pytest.mark.parametrize(
     "content",
     [

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,7 +62,7 @@ def _use(place: Surroundings, purpose: str) -> Outcome:
 _purposes = st.sampled_from(["compile", "inspect", "evaluate", "generate"])
 
 
-@few_or_many(60, 600)
+@few_or_many(24, 300)
 def test_edited(original: Path, examples: int) -> None:
     fields = json.loads((original / "model" / "config.json").read_text())
 
@@ -75,7 +76,7 @@ def test_edited(original: Path, examples: int) -> None:
     check()
 
 
-@few_or_many(15)
+@few_or_many(8)
 def test_damaged(original: Path, examples: int) -> None:
     fields = json.loads((original / "model" / "config.json").read_text())
 
@@ -87,3 +88,24 @@ def test_damaged(original: Path, examples: int) -> None:
             _use(place, purpose)
 
     check()
+
+
+@pytest.mark.parametrize("purpose", ["compile", "evaluate", "generate"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 1 << 40},
+        {"hidden_size": 1 << 34},
+        {"head_dim": 1 << 34},
+        {"vocab_size": 1 << 34},
+        {"hidden_size": 0},
+        {"transformers_weights": [3]},
+        {"quantization_config": {"quant_method": []}},
+    ],
+    ids=str,
+)
+def test_refused(original: Path, fields: dict[str, Any], purpose: str) -> None:
+    with surroundings(original) as place:
+        config = json.loads((place.model / "config.json").read_text())
+        (place.model / "config.json").write_text(json.dumps(config | fields))
+        assert _use(place, purpose).status == 2

@@ -71,7 +71,7 @@ def _recipes(draw: st.DrawFn) -> str:
     return "\n".join([base, keys, *heading, *draw(st.lists(_tables(), max_size=3))])
 
 
-@few_or_many(150, 2000)
+@few_or_many(120, 1500)
 def test_read(original: Path, examples: int) -> None:
     @bounded(examples)
     @given(_recipes())
@@ -83,7 +83,7 @@ def test_read(original: Path, examples: int) -> None:
     check()
 
 
-@few_or_many(15, 200)
+@few_or_many(5, 80)
 def test_compiled(original: Path, examples: int) -> None:
     @bounded(examples)
     @given(_recipes())
@@ -95,7 +95,7 @@ def test_compiled(original: Path, examples: int) -> None:
     check()
 
 
-@few_or_many(30, 500)
+@few_or_many(25, 300)
 def test_bytes(original: Path, examples: int) -> None:
     @bounded(examples)
     @given(

@@ -74,7 +74,7 @@ def _headers(draw: st.DrawFn, header: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-@few_or_many(80, 800)
+@few_or_many(25)
 def test_headers(original: Path, examples: int) -> None:
     header, data = _parts(original / "model" / "model.safetensors")
 
@@ -88,7 +88,7 @@ def test_headers(original: Path, examples: int) -> None:
     check()
 
 
-@few_or_many(60, 800)
+@few_or_many(20)
 def test_bytes(original: Path, examples: int) -> None:
     header, data = _parts(original / "model" / "model.safetensors")
     content = (original / "model" / "model.safetensors").read_bytes()
@@ -115,7 +115,7 @@ def test_bytes(original: Path, examples: int) -> None:
     check()
 
 
-@few_or_many(60, 800)
+@few_or_many(20)
 def test_indexes(original: Path, examples: int) -> None:
     header, _ = _parts(original / "model" / "model.safetensors")
     whole = {name: "a.safetensors" for name in header if name != "__metadata__"}

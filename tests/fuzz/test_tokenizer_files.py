@@ -88,7 +88,7 @@ def _use(place: Surroundings, purpose: str) -> Outcome:
 _purposes = st.sampled_from(["compile", "evaluate", "evaluate", "generate", "generate"])
 
 
-@few_or_many(60, 600)
+@few_or_many(25)
 def test_parts_of_tokenizer_json(captured: Path, examples: int) -> None:
     fields = json.loads((captured / "model" / "tokenizer.json").read_text())
 
@@ -102,7 +102,7 @@ def test_parts_of_tokenizer_json(captured: Path, examples: int) -> None:
     check()
 
 
-@few_or_many(40, 600)
+@few_or_many(20)
 def test_settings(captured: Path, examples: int) -> None:
     fields = json.loads((captured / "model" / "tokenizer_config.json").read_text())
 
@@ -116,7 +116,7 @@ def test_settings(captured: Path, examples: int) -> None:
     check()
 
 
-@few_or_many(40, 600)
+@few_or_many(20)
 def test_damaged(captured: Path, examples: int) -> None:
     names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
     names += ["merges.txt", "tokenizer.model", "generation_config.json", "chat_template.jinja", "vocab.txt"]
