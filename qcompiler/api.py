@@ -53,6 +53,7 @@ __all__ = [
 
 Recipe = str | Path | Sequence[Pass]
 _TARGETS = ("onnx", "kernels")
+_NOISE_SAMPLES = 3
 _FLOAT16_TOKENS = 16  # evaluated operator by operator, which is slow
 
 
@@ -313,7 +314,10 @@ def _lower_to_kernels(
     place = choose_device(device)
     model = lower_graph(result.graph, device=place, dtype=dtype, tune=tune)
     if verify:
-        noisy = NativeArtifact(with_noise(result.graph, model.rounded, model.dtype), device=place)
+        noisy = [
+            NativeArtifact(with_noise(result.graph, model.rounded, model.dtype, sample=sample), device=place)
+            for sample in range(_NOISE_SAMPLES)
+        ]
         model.report["parity"] = check_parity(
             result.artifact(place), model, tolerance=0.0, unrounded=_unrounded(result, place), noisy=noisy
         )
