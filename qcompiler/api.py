@@ -4,7 +4,7 @@ With `qcompiler.cli`, the only module that sees every room.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -281,7 +281,8 @@ def _lower_to_onnx(result: CompileResult, directory: str | Path, *, verify: bool
                 result.artifact(),
                 onnx.OnnxArtifact(Path(directory), accuracy_level=1),
                 tolerance=tolerance,
-                unrounded=_unrounded(result),
+                unrounded=(unrounded := _unrounded(result)),
+                noisy=() if unrounded is None else _noisy(result.graph, None, torch.float32),
             )
             if options.get("float_dtype") == "float16":
                 written["float16_parity"] = _check_float16(result, directory, tolerance)
@@ -309,20 +310,27 @@ def _lower_to_kernels(
     result: CompileResult, *, verify: bool, device: str = "auto", dtype: str | None = None, tune: bool = False
 ) -> "KernelModel":
     from qcompiler.lowering.kernels.model import lower as lower_graph
-    from qcompiler.lowering.kernels.noise import with_noise
 
     place = choose_device(device)
     model = lower_graph(result.graph, device=place, dtype=dtype, tune=tune)
     if verify:
-        noisy = [
-            NativeArtifact(with_noise(result.graph, model.rounded, model.dtype, sample=sample), device=place)
-            for sample in range(_NOISE_SAMPLES)
-        ]
+        noisy = _noisy(result.graph, model.rounded, model.dtype, place)
         model.report["parity"] = check_parity(
             result.artifact(place), model, tolerance=0.0, unrounded=_unrounded(result, place), noisy=noisy
         )
     result.report.targets["kernels"] = model.report
     return model
+
+
+def _noisy(
+    graph: Graph, rounded: Collection[str] | None, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> Iterator[NativeArtifact]:
+    """Samples of a graph with the errors of a dtype, behind the nodes named or all; one in memory at a time."""
+    from qcompiler.lowering.kernels.noise import with_noise
+
+    names = [node.name for node in graph.fx.nodes if node.op == "call_function"] if rounded is None else rounded
+    for sample in range(_NOISE_SAMPLES):
+        yield NativeArtifact(with_noise(graph, names, dtype, sample=sample), device=device)
 
 
 def _unrounded(result: CompileResult, device: str | torch.device = "cpu") -> NativeArtifact | None:
