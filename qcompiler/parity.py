@@ -82,12 +82,16 @@ def check_parity(
             return artifact.forward(ids)
 
     own, mean_own = 0.0, 0.0  # what the model's own rounding does
+    is_sampled = False
     for sample in noisy:  # one in memory at a time
+        is_sampled = True
         most, mean = differences(forward(sample))
         own, mean_own = max(own, 2 * most), max(mean_own, 2 * mean)
     if unrounded is not None:
         most, mean = differences(forward(unrounded))
-        if mean_own + 2 * mean <= LOOSEST or not mean_own:  # else the samples alone, whose roundings fall otherwise too
+        if (
+            mean_own + 2 * mean <= LOOSEST or not is_sampled
+        ):  # else the samples alone, whose roundings fall otherwise too
             own, mean_own = own + 2 * most, mean_own + 2 * mean
     if not min(own, mean_own) <= LOOSEST:  # a NaN is not
         raise VerificationError(

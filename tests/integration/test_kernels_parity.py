@@ -30,6 +30,10 @@ RECIPES: dict[str, list[Pass]] = {
 }
 
 
+CHAOTIC = ("llama", "int4 activations")
+"""One value on the other side of a tie moves these logits as far as a fault does, in float32 too."""
+
+
 def compiled(family: str, recipe: str, seed: int = 0, change: Callable[[Any], None] | None = None) -> Graph:
     torch.manual_seed(seed)
     kind, config, own = SPECS[family]
@@ -59,16 +63,20 @@ def test_a_mixture_of_experts_in_bfloat16_passes(seed: int) -> None:
     assert parity(graph, graph)["mean_tolerance"] < 0.15
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [(family, recipe) for recipe in RECIPES for family in ("llama", "gpt2") if (family, recipe) != CHAOTIC],
+)
 def test_honest_models_pass(family: str, recipe: str) -> None:
     graph = compiled(family, recipe)
     dtype = torch.float32 if recipe == "int4 activations" else torch.bfloat16
-    assert parity(graph, graph, dtype)["mean_difference"] > 0
+    found = parity(graph, graph, dtype)
+    assert found["mean_tolerance"] < 0.5
+    assert found["kl_divergence"] < 0.01
 
 
 def test_a_bound_too_loose_to_mean_anything_fails() -> None:
-    graph = compiled("llama", "int4 activations")
+    graph = compiled(*CHAOTIC)
     with pytest.raises(VerificationError, match="cannot be verified"):
         parity(graph, graph)
 
@@ -78,7 +86,7 @@ def test_a_large_weight_does_not_make_everything_pass() -> None:
         model.model.layers[0].self_attn.o_proj.weight[0, 0] = 3e4
 
     graph = compiled("llama", "int8 activations", change=large)
-    assert parity(graph, graph)["mean_difference"] > 0
+    assert parity(graph, graph)["mean_tolerance"] < 0.25
 
 
 def permuted(tensor: Tensor) -> Tensor:
@@ -92,7 +100,7 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[Tensor], Tensor]]] = {
     "heads mixed up": ("llama", "weights", "layers.1.self_attn.o_proj.weight_codes", lambda t: t.roll(16, 1)),
     "a scale under int8": ("llama", "int8 activations", "layers.1.mlp.down_proj.weight_scale", lambda t: t * 2),
     "a bias under int8": ("gpt2", "int8 activations", "h.1.mlp.c_proj.bias", torch.zeros_like),
-    "a scale under int4": ("llama", "int4 activations", "layers.0.mlp.down_proj.weight_scale", lambda t: t * 2),
+    "a bias under int4": ("gpt2", "int4 activations", "h.1.mlp.c_proj.bias", torch.zeros_like),
     "a scale beside fp8": ("llama", "fp8 caches", "layers.1.mlp.up_proj.weight_scale", lambda t: t * 2),
     "heads beside fp8": ("llama", "fp8 caches", "layers.1.self_attn.o_proj.weight_codes", lambda t: t.roll(16, 1)),
     "an expert": ("mixtral", "fp8 caches", "layers.1.self_attn.o_proj.weight_scale", lambda t: t * 2),
