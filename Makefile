@@ -45,7 +45,7 @@ format: setup
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-# Benchmarks need text, which is not shipped: make bench CALIB=calibration.txt TEXT=held-out.txt
+# Benchmarks need more text than examples/text holds: make bench CALIB=calibration.txt TEXT=held-out.txt
 MODEL ?= examples/booklm
 bench: setup
 	$(BIN)/python -m benchmarks.quality $(MODEL) --calib $(CALIB) --text $(TEXT)

@@ -146,18 +146,20 @@ def _write_windows(options: argparse.Namespace, scratch: Path) -> Path:
     """The evaluation tokens of each text, int64 ``[windows, length]``, cut as `qcompiler.evaluate` would."""
     from safetensors.torch import save_file
 
-    from qcompiler.calibration import read_text
+    from qcompiler.corpus import read_corpus
     from qcompiler.evaluate import WINDOW
-    from qcompiler.hf import encode, load_tokenizer, read_limits
+    from qcompiler.hf import load_tokenizer, read_limits
+    from qcompiler.tokenizing import TokenStream
 
     length = min(WINDOW, read_limits(options.model)[1] or WINDOW)
     tokenizer = load_tokenizer(options.model)
     windows = {}
     for text in options.text:
-        stream = encode(tokenizer, read_text(text))[: options.max_tokens]
-        if len(stream) < length:
+        whole = read_corpus(text).stream(tokenizer)
+        stream = TokenStream(whole.ids[: options.max_tokens], whole.opening)
+        windows[text.stem] = stream.windows(length).contiguous()
+        if len(windows[text.stem]) == 0:
             raise SystemExit(f"--text {text}: {len(stream)} tokens are less than one window of {length}")
-        windows[text.stem] = stream[: len(stream) // length * length].view(-1, length).contiguous()
     save_file(windows, scratch / "windows.safetensors")
     return scratch / "windows.safetensors"
 

@@ -1,8 +1,7 @@
 """Compiles the shipped model with two recipes, compares them with the original, and generates text from the INT4 model.
 
 ``make demo`` runs it. Each recipe is compiled by the ``qcompiler`` command in a process of its own, so that the peak
-memory shown is its own. No text is shipped: calibration text and held-out text are sampled from the original model,
-which makes the comparison easier than real text would.
+memory shown is its own.
 """
 
 import argparse
@@ -17,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 import qcompiler as qc
-from qcompiler.hf import load_tokenizer
 
-MODEL = Path(__file__).parent / "booklm"
+EXAMPLES = Path(__file__).parent
+MODEL = EXAMPLES / "booklm"
+CALIBRATION, HELD_OUT = EXAMPLES / "text" / "calibration.txt", EXAMPLES / "text" / "held-out.txt"
 RECIPES = ("w4a16-rtn", "w4a16-gptq")
-CALIBRATION_ROWS, HELD_OUT_ROWS, LENGTH = 48, 16, 256
 PROMPT = "It was late in the evening when"
 
 
@@ -33,17 +32,15 @@ def main() -> None:
     console = Console(width=110)
     start = time.perf_counter()
 
-    console.print("sampling calibration and held-out text from the original model ...")
-    calibration, held_out = sample_texts(output)
     table = Table("model", "MiB", "bits/weight", "perplexity", "KL to original", "top-1", "seconds", "peak MiB")
     for index, recipe in enumerate(RECIPES):
         console.print(f"compiling with {recipe} ...")
         directory = output / recipe
         compiled = run(
             "compile", MODEL, "-r", recipe, "-o", directory, "--to", "onnx", "--overwrite",
-            "--calib", calibration, "--samples", CALIBRATION_ROWS - 4, "--length", LENGTH,
+            "--calib", CALIBRATION, "--samples", 44, "--length", 256,
         )  # fmt: skip
-        measured = run("evaluate", directory, "--text", held_out, "--against", MODEL)
+        measured = run("evaluate", directory, "--text", HELD_OUT, "--against", MODEL)
         if index == 0:
             size = f"{compiled['bytes_before'] / 2**20:.1f}"
             table.add_row(
@@ -68,17 +65,6 @@ def main() -> None:
     console.print(PROMPT + generated.text, style="italic", highlight=False)
     rate = len(generated.tokens) / generated.seconds
     console.print(f"\n{rate:.0f} tokens per second; {time.perf_counter() - start:.0f} s in all")
-
-
-def sample_texts(output: Path) -> tuple[Path, Path]:
-    """Samples from the original model into two text files, for calibration and for measuring."""
-    output.mkdir(parents=True, exist_ok=True)
-    rows = qc.Calibration.self_generated(samples=CALIBRATION_ROWS + HELD_OUT_ROWS, length=LENGTH).bind(MODEL).ids
-    tokenizer = load_tokenizer(MODEL)
-    files = output / "calibration.txt", output / "held-out.txt"
-    for file, part in zip(files, (rows[:CALIBRATION_ROWS], rows[CALIBRATION_ROWS:]), strict=True):
-        file.write_text("\n".join(tokenizer.batch_decode(part, skip_special_tokens=True)), encoding="utf-8")
-    return files
 
 
 def run(*arguments: Any) -> dict[str, Any]:

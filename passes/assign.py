@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
-from qcompiler.errors import RecipeError
+from qcompiler.errors import RecipeError, did_you_mean
 from qcompiler.experts import routers
 from qcompiler.graph import Graph, ancestors
 from qcompiler.pass_base import CANONICAL, SCHEMES, Effect, Pass, PassContext, PassResult, Skip
@@ -13,14 +13,17 @@ from qcompiler.spec import Scheme
 
 __all__ = ["Assign"]
 
+_RESULTS = ("logits", "scores")
+
 
 @dataclass(frozen=True)
 class Assign(Pass):
     """Gives every site a scheme.
 
-    The linear layers behind which no other follows (the output projection of a language model) stay in float unless an
-    override names them: their error reaches the logits undamped, and their weight is often the embedding table. So do
-    layers that choose among experts: they are small, and a row sent to another expert is no small error.
+    The linear layers behind which no other follows (the output projection of a language model, the scores of a
+    classifier) stay in float unless an override names them: their error reaches the output undamped, and their weight
+    is often the embedding table. So do layers that choose among experts: they are small, and a row sent to another
+    expert is no small error.
 
     Attributes:
         scheme: a scheme name, see `Scheme.parse`.
@@ -44,6 +47,7 @@ class Assign(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({SCHEMES})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "overrides", dict(self.overrides))  # not the caller's, which may change
         for name in (self.scheme, *self.overrides.values()):
             self._parse(name)
@@ -77,21 +81,23 @@ class Assign(Pass):
             if name is None:
                 skips.append(Skip(site.name, self.name, reason, asked=True))
         if unmatched:
+            names = dict.fromkeys(part for site in sites for part in (site.name, site.name.rpartition(".")[2]))
+            near, listed = did_you_mean(min(unmatched).strip("*."), names), "`qcompiler inspect MODEL` lists the sites"
             raise RecipeError(
                 "an override matches no site",
                 got=", ".join(sorted(unmatched)),
                 expected="patterns of site names, such as " + ", ".join(site.name for site in sites[:3]),
-                remedy="`qcompiler inspect MODEL` lists the sites",
+                remedy=f"{near} {listed}" if near else listed,
             )
         return PassResult(modified=False, skips=tuple(skips))
 
 
 def _last_sites(graph: Graph) -> set[str]:
-    """Sites of a language model that no other site reads from."""
-    index = graph.signature.index_of_output("logits")
+    """Sites of a language model or a classifier that no other site reads from."""
+    ends = [node for node, port in zip(graph.outputs, graph.signature.outputs, strict=True) if port.role in _RESULTS]
     sites = graph.sites()
-    if index is None or len(sites) < 2:
+    if not ends or len(sites) < 2:
         return set()
     read = ancestors([source for site in sites for node in site.nodes for source in node.all_input_nodes])
-    reaching = ancestors([graph.outputs[index]])
+    reaching = ancestors(ends)
     return {s.name for s in sites if not read.intersection(s.nodes) and reaching.intersection(s.nodes)}

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from qcompiler import numerics
-from qcompiler.errors import RecipeError
 from qcompiler.folding import consumer_scale, per_channel
 from qcompiler.graph import Graph, Site
 from qcompiler.observers import Gram, Statistic
+from qcompiler.options import Within
 from qcompiler.pass_base import PassContext
 from qcompiler.passes._scale_regions import Choice, Observed, ScaleRegions, clamped
 from qcompiler.passes.rtn import refuse_codebooks
@@ -46,11 +47,7 @@ class AWQ(ScaleRegions):
     layers for every candidate; second moments instead of mean magnitudes; with and without the weight's own magnitude.
     """
 
-    grid: int = 20
-
-    def __post_init__(self) -> None:
-        if self.grid < 2:
-            raise RecipeError("the grid of AWQ is too small", got=self.grid, expected="at least 2")
+    grid: Annotated[int, Within(2, 1000)] = 20
 
     @property
     def kinds(self) -> tuple[type[Statistic], ...]:

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from qcompiler import numerics
 from qcompiler.graph import Graph, Site
 from qcompiler.observers import CrossGram, Gram
+from qcompiler.options import Within
 from qcompiler.pass_base import (
     CANONICAL,
     SCHEMES,
@@ -53,6 +54,9 @@ class GPTQ(Pass):
             to 1 (arXiv 2504.02692). Above 0 the calibration batches also run through the original weights, which
             doubles the time of the sweep.
 
+    Raises:
+        RecipeError: for options out of range.
+
     Source: arXiv 2210.17323, algorithm 1; act-order and static groups from its reference implementation.
     """
 
@@ -60,13 +64,17 @@ class GPTQ(Pass):
     group_size: int | None = None
     symmetric: bool | None = None
     act_order: bool = True
-    damping: float = 0.05
-    sweeps: int = 2
-    correction: float = 0.5
+    damping: Annotated[float, Within(0, 1)] = 0.05
+    sweeps: Annotated[int, Within(0)] = 2
+    correction: Annotated[float, Within(0, 1)] = 0.5
 
     effect: ClassVar[Effect] = Effect.APPROXIMATE
     requires: ClassVar[frozenset[str]] = frozenset({CANONICAL, SCHEMES})
     establishes: ClassVar[frozenset[str]] = frozenset({WEIGHTS_QUANTIZED})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.implied_passes()  # a shorthand that means nothing is refused here
 
     def implied_passes(self) -> tuple[Pass, ...]:
         """An `Assign` where ``bits`` is given."""

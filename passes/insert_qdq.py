@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -12,8 +12,10 @@ from torch import Tensor, fx
 from qcompiler import numerics
 from qcompiler.errors import RecipeError, ZeroCoverageError
 from qcompiler.execute import Stretch
+from qcompiler.experts import routed_from
 from qcompiler.graph import Graph, Site, ancestors
 from qcompiler.observers import Histogram, RowSample
+from qcompiler.options import Within
 from qcompiler.pass_base import (
     ACTIVATIONS_QUANTIZED,
     CANONICAL,
@@ -67,7 +69,7 @@ class InsertQDQ(Pass):
     """
 
     observer: Method | None = "mse"
-    percentile: float = 99.99
+    percentile: Annotated[float, Within(50, 100, above=True)] = 99.99
     least_sqnr_db: float | None = None
 
     effect: ClassVar[Effect] = Effect.APPROXIMATE
@@ -75,6 +77,7 @@ class InsertQDQ(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({ACTIVATIONS_QUANTIZED})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.observer is not None:
             check_method(self.observer, self.percentile)
 
@@ -100,17 +103,23 @@ class InsertQDQ(Pass):
         """Quantizes the inputs of a wave."""
         reports: list[SiteReport] = []
         skips: list[Skip] = []
+        seen_at = _seen_at(wave, statistics) if self.is_calibrated else {}
         for spec, sites in _tied(wave, context.graph):
             start = time.perf_counter()
-            chosen = self._range(sites, spec, statistics)
-            noise = _tried(sites, spec, chosen, statistics, context) if self.is_calibrated else {}
+            if not spec.dynamic and self.is_calibrated and not any(seen_at[site.name].values for site in sites):
+                skips += _leave_unreached(sites, self.name, context.graph)
+                continue
+            chosen = self._range(sites, spec, statistics, seen_at)
+            noise = _tried(sites, spec, chosen, statistics, seen_at, context) if self.is_calibrated else {}
             if noise and min(tried.output_sqnr_db for tried in noise.values()) < self._least_sqnr_db(spec):
-                skips += self._leave(sites, spec, noise, statistics, context.graph)
+                skips += self._leave(sites, spec, noise, statistics, seen_at, context.graph)
                 continue
             _insert(sites, spec, chosen, context.graph)
             seconds = (time.perf_counter() - start) / len(sites)
             for site in sites:
                 details = {"input": f"{chosen.name}_scale" if chosen.name else "dynamic", **chosen.details}
+                if self.is_calibrated and seen_at[site.name].is_borrowed:
+                    details |= _BORROWED
                 sqnr = chosen.sqnr_db
                 if site.name in noise:
                     details["output_sqnr_db"] = noise[site.name].output_sqnr_db
@@ -123,10 +132,10 @@ class InsertQDQ(Pass):
     def _least_sqnr_db(self, spec: QuantSpec) -> float:
         return self.least_sqnr_db if self.least_sqnr_db is not None else 20.0 if spec.bits >= 8 else 12.0
 
-    def _range(self, sites: list[Site], spec: QuantSpec, statistics: Mapping[Tap, Any]) -> "_Range":
+    def _range(self, sites: list[Site], spec: QuantSpec, statistics: Mapping[Tap, Any], seen_at: "_SeenAt") -> "_Range":
         if spec.dynamic:
             return _Range()
-        seen = self._observed(sites, spec, statistics)
+        seen = self._observed(sites, spec, statistics, seen_at)
         assert self.observer is not None
         low, high = choose_range(seen, spec, "minmax" if spec.has_factor else self.observer, percentile=self.percentile)
         scale, zero_point = activation_qparams(low, high, spec)
@@ -140,11 +149,12 @@ class InsertQDQ(Pass):
         spec: QuantSpec,
         noise: Mapping[str, "_Noise"],
         statistics: Mapping[Tap, Any],
+        seen_at: "_SeenAt",
         graph: Graph,
     ) -> list[Skip]:
         """Takes the activation out of the schemes of some sites, and says why."""
         worst = min(noise, key=lambda site: noise[site].output_sqnr_db)
-        value = next(site for site in sites if site.name == worst).inputs[0]
+        value = seen_at[worst].values[0]
         largest = statistics[Tap(value, RowSample)].result().abs().amax(0)
         ratio = float(largest.max() / largest.median().clamp(min=torch.finfo(torch.float32).tiny))
         left, wanted = f"{noise[worst].output_sqnr_db:.1f} dB", f"{self._least_sqnr_db(spec):g} are wanted"
@@ -156,7 +166,9 @@ class InsertQDQ(Pass):
             graph.schemes[site.name] = replace(graph.schemes[site.name], activation=None)
         return [Skip(site.name, self.name, reason) for site in sites]
 
-    def _observed(self, sites: list[Site], spec: QuantSpec, statistics: Mapping[Tap, Any]) -> Histogram:
+    def _observed(
+        self, sites: list[Site], spec: QuantSpec, statistics: Mapping[Tap, Any], seen_at: "_SeenAt"
+    ) -> Histogram:
         """What was seen at all inputs of some sites."""
         if not self.is_calibrated:
             raise RecipeError(
@@ -167,15 +179,8 @@ class InsertQDQ(Pass):
                 remedy="InsertQDQ(observer='mse')",
             )
         merged = Histogram()
-        for value in dict.fromkeys(value for site in sites for value in site.inputs):
+        for value in dict.fromkeys(value for site in sites for value in seen_at[site.name].values):
             merged.merge(statistics[Tap(value, Histogram)])
-        if not merged.has_seen:
-            raise ZeroCoverageError(
-                "calibration never reached this layer",
-                where=sites[0].name,
-                expected="at least one input row",
-                remedy="use more or other calibration text, or leave the layer out with an override",
-            )
         return merged
 
 
@@ -198,18 +203,73 @@ class _Noise:
     output_sqnr_db: float
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """The values whose statistics stand for the input of a site: its own, or those of other experts."""
+
+    values: tuple[fx.Node, ...]
+    is_borrowed: bool = False
+
+
+_SeenAt = Mapping[str, _Seen]
+_BORROWED = {"calibration_rows": 0, "fallback": "range of its fellow experts: no calibration row was sent to this one"}
+
+
+def _seen_at(wave: Wave, statistics: Mapping[Tap, Any]) -> dict[str, _Seen]:
+    """What calibration saw of each site's input; of an expert that got no row, what it saw of its fellows'.
+
+    Raises:
+        ZeroCoverageError: for a site without any that is no expert: then the calibration is at fault, not the routing.
+    """
+    own = {site.name: tuple(v for v in site.inputs if statistics[Tap(v, RowSample)].rows) for site in wave}
+    found = {site.name: _Seen(own[site.name]) for site in wave}
+    for site in wave:
+        if own[site.name]:
+            continue
+        mixture = routed_from(site)
+        if not mixture:
+            raise ZeroCoverageError(
+                "calibration never reached this layer",
+                where=site.name,
+                expected="at least one input row",
+                remedy="use more or other calibration text, or leave the layer out with an override",
+            )
+        needs_range = any(Tap(value, Histogram) in statistics for value in site.inputs)
+        values = [
+            value
+            for other in wave
+            if routed_from(other) == mixture
+            for value in own[other.name]
+            if not needs_range or Tap(value, Histogram) in statistics
+        ]
+        found[site.name] = _Seen(tuple(dict.fromkeys(values)), is_borrowed=True)
+    return found
+
+
+def _leave_unreached(sites: list[Site], by: str, graph: Graph) -> list[Skip]:
+    """Leaves inputs in float whose range nothing tells: a mixture of experts that got no row at all."""
+    for site in sites:
+        graph.schemes[site.name] = replace(graph.schemes[site.name], activation=None)
+    reason = "its input stays in float: no calibration row was sent to this expert or to its fellows"
+    return [Skip(site.name, by, reason) for site in sites]
+
+
 def _tried(
-    sites: list[Site], spec: QuantSpec, chosen: _Range, statistics: Mapping[Tap, Any], context: PassContext
+    sites: list[Site],
+    spec: QuantSpec,
+    chosen: _Range,
+    statistics: Mapping[Tap, Any],
+    seen_at: _SeenAt,
+    context: PassContext,
 ) -> dict[str, _Noise]:
-    """By site that calibration reached, what rounding its input would do."""
+    """By site whose input is known, what rounding it would do."""
     weights: dict[fx.Node, Site] = {site.nodes[0].args[1]: site for site in sites}  # type: ignore[misc]
     behind = ancestors(weights)
     nodes = [node for node in context.graph.fx.nodes if node in behind]
     loaded = Stretch(nodes, list(weights)).load(context.graph.weights.read, context.device)
     found = {}
     for weight, site in weights.items():
-        samples = [statistics[Tap(value, RowSample)] for value in site.inputs]
-        rows = [sample.result() for sample in samples if sample.rows]
+        rows = [statistics[Tap(value, RowSample)].result() for value in seen_at[site.name].values]
         if rows:
             joined = torch.cat(rows)
             rounded = round_rows(joined, spec, chosen.scale, chosen.zero_point)

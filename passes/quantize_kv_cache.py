@@ -93,6 +93,7 @@ class QuantizeKVCache(Pass):
     rewrites_upstream: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for option, name in (("format", self.format), ("keys", self.keys), ("values", self.values)):
             if name not in _DTYPES and not (option != "format" and name in (None, "float")):
                 raise RecipeError(

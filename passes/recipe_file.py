@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import qcompiler.passes as shipped
-from qcompiler.errors import RecipeError
+from qcompiler.errors import RecipeError, did_you_mean
 from qcompiler.pass_base import Pass
 from qcompiler.passes._import_passes import import_object, import_passes
 from qcompiler.passes.assign import Assign
@@ -100,7 +100,7 @@ def read_recipe(path: Path) -> tuple[Pass, ...]:
         RecipeError: naming file and key, for anything it cannot stand for.
     """
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        fields = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark at the start
     except OSError as error:
         raise RecipeError("the recipe file cannot be read", where=path, got=error.strerror) from error
     except ValueError as error:  # UnicodeDecodeError, TOMLDecodeError
@@ -132,7 +132,8 @@ def _named(name: str, path: Path) -> tuple[Pass, ...]:
         return named_recipe(name)
     except RecipeError as error:
         error.where = f"{path}: base"
-        error.remedy = "without a base, list all the passes"
+        if error.remedy is None or not error.remedy.startswith("did you mean"):
+            error.remedy = "without a base, list all the passes"
         raise
 
 
@@ -236,6 +237,7 @@ def _pass_class(name: str, path: Path, where: str) -> type[Pass]:
                 where=f"{where}.use",
                 got=name,
                 expected=", ".join(known) + "; or package.module:ClassName, path/to/file.py:ClassName",
+                remedy=did_you_mean(name, known),
             )
         return known[name]
     try:
@@ -256,7 +258,12 @@ def _is_pass_class(value: object) -> bool:
 def _refuse_unknown(fields: Mapping[str, Any], known: Sequence[str], where: object, what: str) -> None:
     unknown = [key for key in fields if key not in known]
     if unknown:
-        raise RecipeError(f"unknown key in {what}", where=f"{where}: {unknown[0]}", expected=", ".join(known))
+        raise RecipeError(
+            f"unknown key in {what}",
+            where=f"{where}: {unknown[0]}",
+            expected=", ".join(known),
+            remedy=did_you_mean(unknown[0], known),
+        )
 
 
 def _typed(fields: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from qcompiler.errors import RecipeError
+from qcompiler.errors import RecipeError, did_you_mean
 from qcompiler.pass_base import ACTIVATIONS_QUANTIZED, WEIGHTS_QUANTIZED, Pass
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.awq import AWQ
@@ -64,11 +64,13 @@ def recipe(name: str) -> tuple[Pass, ...]:
         return (CACHES[name](),)
     base, plus, cache = name.partition("+")
     if base not in RECIPES or (plus and cache not in CACHES):
+        names = (*RECIPES, *CACHES) if base not in RECIPES else tuple(CACHES)
         raise RecipeError(
             "unknown recipe",
             got=name,
             expected=f"{', '.join(RECIPES)}; each with +{', +'.join(CACHES)}, or one of those alone",
-            remedy="or give FILE.toml, FILE.py:NAME, or a list of passes in Python",
+            remedy=did_you_mean(name if base not in RECIPES else cache, names)
+            or "or give FILE.toml, FILE.py:NAME, or a list of passes in Python",
         )
     passes = RECIPES[base]()
     return _with_cache(passes, CACHES[cache]()) if plus else passes

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -58,7 +58,7 @@ class RTN(Pass):
         search: see above.
 
     Raises:
-        RecipeError: for another search.
+        RecipeError: for another search, or a shorthand that means nothing.
     """
 
     bits: int | None = None
@@ -71,8 +71,8 @@ class RTN(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({WEIGHTS_QUANTIZED})
 
     def __post_init__(self) -> None:
-        if self.search not in get_args(ScaleSearch):
-            raise RecipeError("unknown search of RTN", got=self.search, expected=", ".join(get_args(ScaleSearch)))
+        super().__post_init__()
+        self.implied_passes()  # a shorthand that means nothing is refused here
 
     @property
     def is_calibrated(self) -> bool:
@@ -180,8 +180,18 @@ def refuse_codebooks(graph: Graph, quantizer: Pass) -> None:
 
 
 def implied_assign(bits: int | None, group_size: int | None, symmetric: bool | None) -> tuple[Pass, ...]:
-    """The `Assign` that a quantizer's ``bits`` is shorthand for."""
+    """The `Assign` that a quantizer's ``bits`` is shorthand for.
+
+    Raises:
+        RecipeError: for bits or groups that no scheme has, or groups without bits.
+    """
     if bits is None:
+        if group_size is not None or symmetric is not None:
+            raise RecipeError(
+                "group_size and symmetric are shorthand for an Assign, as bits is",
+                got=f"group_size={group_size}, symmetric={symmetric} without bits",
+                expected="bits besides, or an Assign ahead that says it",
+            )
         return ()
     return (Assign(f"w{bits}a16", group_size=group_size, symmetric=symmetric),)
 

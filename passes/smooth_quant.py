@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from qcompiler import numerics
-from qcompiler.errors import RecipeError
 from qcompiler.folding import consumer_scale, per_channel
 from qcompiler.graph import Graph, Site
 from qcompiler.observers import AbsMax, RowSample, Statistic
+from qcompiler.options import Within
 from qcompiler.pass_base import PassContext
 from qcompiler.passes._scale_regions import Choice, Observed, ScaleRegions, clamped
 from qcompiler.regions import Consumer, Region
@@ -51,11 +52,7 @@ class SmoothQuant(ScaleRegions):
     the paper takes one exponent for a model.
     """
 
-    alpha: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise RecipeError("alpha is a migration strength", got=self.alpha, expected="a number in [0, 1], or None")
+    alpha: Annotated[float, Within(0, 1)] | None = None
 
     @property
     def kinds(self) -> tuple[type[Statistic], ...]:

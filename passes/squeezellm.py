@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from qcompiler import numerics
 from qcompiler.errors import CalibrationError, RecipeError
 from qcompiler.graph import Graph, Site
 from qcompiler.observers import CrossGram, Gram, Statistic
+from qcompiler.options import Within
 from qcompiler.pass_base import (
     CANONICAL,
     FISHER,
@@ -38,7 +39,6 @@ __all__ = ["Moments", "Sensitivity", "SqueezeLLM", "squeeze"]
 
 Sensitivity = Literal["fisher", "gram"]
 
-_LARGEST_FRACTION = 0.1
 _FAINTEST = 1e-6  # of the mean: a weight that nothing minds has a value near it in the table all the same
 _SENSITIVE_SHARE = 1 / 9  # of the weights kept apart: 0.05 of 0.45 per cent in the paper
 
@@ -87,27 +87,17 @@ class SqueezeLLM(Pass):
     """
 
     bits: int | None = None
-    sparse_fraction: float = 0.0045
+    sparse_fraction: Annotated[float, Within(0, 0.1)] = 0.0045
     sensitivity: Sensitivity = "gram"
-    rounds: int = 4
-    damping: float = 0.05
-    correction: float = 0.5
+    rounds: Annotated[int, Within(0)] = 4
+    damping: Annotated[float, Within(0, 1, above=True)] = 0.05
+    correction: Annotated[float, Within(0, 1)] = 0.5
 
     effect: ClassVar[Effect] = Effect.APPROXIMATE
     establishes: ClassVar[frozenset[str]] = frozenset({WEIGHTS_QUANTIZED})
 
     def __post_init__(self) -> None:
-        if self.sensitivity not in get_args(Sensitivity):
-            expected = ", ".join(get_args(Sensitivity))
-            raise RecipeError("unknown sensitivity of SqueezeLLM", got=self.sensitivity, expected=expected)
-        for name, value, valid, expected in (
-            ("sparse_fraction", self.sparse_fraction, 0 <= self.sparse_fraction <= _LARGEST_FRACTION, "in [0, 0.1]"),
-            ("rounds", self.rounds, self.rounds >= 0, "0 or more"),
-            ("damping", self.damping, 0 < self.damping <= 1, "above 0, at most 1"),
-            ("correction", self.correction, 0 <= self.correction <= 1, "in [0, 1]"),
-        ):
-            if not valid:
-                raise RecipeError("an option of SqueezeLLM is out of range", where=name, got=value, expected=expected)
+        super().__post_init__()
         if self.bits is not None and self.bits not in (2, 3, 4):
             raise RecipeError(
                 "a codebook has two to four bits", where="SqueezeLLM", got=self.bits, expected="2, 3 or 4"

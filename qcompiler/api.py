@@ -1,20 +1,21 @@
 """The public functions: capture, compile, lower, load, evaluate, generate.
 
-With `qcompiler.cli`, the only module that sees every room.
+With `qcompiler.cli`, the only module that sees every room; `qcompiler.to_target` sees the targets.
 """
 
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qcompiler.artifact import Artifact
 from qcompiler.canonicalize import canonicalize
-from qcompiler.capture import capture_directory, capture_module
-from qcompiler.compiling import CalibrationInput, CompileResult, choose_device, compile_graph
+from qcompiler.capture import capture_directory, capture_module, open_checkpoint
+from qcompiler.checkpoint import no_directory
+from qcompiler.compiling import CalibrationInput, check_work_dir, choose_device, compile_graph
 from qcompiler.errors import InputError, TargetError
 from qcompiler.evaluate import Evaluation
 from qcompiler.evaluate import evaluate as evaluate_artifact
@@ -22,8 +23,7 @@ from qcompiler.generate import Generation
 from qcompiler.generate import generate as generate_text
 from qcompiler.graph import Graph
 from qcompiler.hf import HFArtifact, load_tokenizer
-from qcompiler.native import MANIFEST, NativeArtifact, load_held_out, load_native
-from qcompiler.parity import check_parity
+from qcompiler.native import MANIFEST, load_held_out
 from qcompiler.pass_base import Pass
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.recipe_file import load_recipe, override_schemes
@@ -31,30 +31,40 @@ from qcompiler.passes.recipes import RECIPES
 from qcompiler.passes.recipes import recipe as named_recipe
 from qcompiler.pipeline import Pipeline
 from qcompiler.report import CompileReport
+from qcompiler.result import CompileResult, load, native_directory
 from qcompiler.spec import Scheme
 from qcompiler.sweep import Progress
 from qcompiler.target import TargetSpec
-
-if TYPE_CHECKING:
-    from qcompiler.lowering.kernels.model import KernelModel
+from qcompiler.to_target import (
+    WRITTEN_TARGETS,
+    check_target,
+    lower,
+    lower_to_kernels,
+    record_target,
+    target_spec,
+    write_target,
+)
 
 __all__ = [
+    "WRITTEN_TARGETS",
     "CompileResult",
     "capture",
+    "check_arguments",
+    "check_target",
     "compile",
+    "describe_recipe",
     "evaluate",
     "generate",
     "load",
     "lower",
     "open_artifact",
     "recipe_matrix",
+    "record_target",
     "target_spec",
+    "write_target",
 ]
 
 Recipe = str | Path | Sequence[Pass]
-_TARGETS = ("onnx", "kernels")
-_NOISE_SAMPLES = 3
-_FLOAT16_TOKENS = 16  # evaluated operator by operator, which is slow
 
 
 def capture(
@@ -88,7 +98,7 @@ def compile(
     recipe: Recipe,
     calibration: CalibrationInput = None,
     *,
-    targets: Sequence[str | TargetSpec] = (),
+    targets: str | Sequence[str | TargetSpec] = (),
     overrides: Mapping[str, str | None] | None = None,
     memory_budget: int | None = None,
     device: str = "auto",
@@ -101,43 +111,55 @@ def compile(
     """Quantizes a model in one streamed sweep per stage.
 
     Args:
-        model: what `capture` takes, or a graph it returned; a graph is rewritten in place.
+        model: what `capture` takes, or a graph it returned, which is left as it is.
         recipe: a name (`qcompiler.passes.recipes`), a ``.toml`` file, the place of somebody else's passes
             (``package.module:NAME`` or ``file.py:NAME``, which is imported and so runs), or passes in order.
         calibration: text, tokens or self-generated; for a plain module, an iterable of input tuples. Without it, a
             recipe that needs calibration lets the model generate its own tokens, and says so.
-        targets: where the result is meant to go, by name or as `target_spec` gives them; schemes they refuse are errors
-            before anything is computed.
+        targets: where the result is meant to go, by name or as `target_spec` gives them; operators and schemes they
+            refuse are errors before anything is computed.
         overrides: glob pattern of sites → scheme or None, put behind those of the recipe's `Assign`: the last match
             wins.
         memory_budget: bytes of calibration values held in memory, more goes to disk; by default a quarter of the
             machine's.
         device: ``cpu``, ``cuda`` or ``auto``.
         seed: the only source of randomness.
-        strict: a site that is left alone without being asked for is an error.
+        strict: a site that is left alone without being asked for is an error; so is what would be lost of the source
+            (tensors without a place in the graph, files that are not copied).
         work_dir: where finished segments and spilled values go; a temporary directory by default.
-        progress: called with segments done, segments in all, and what is being done.
+        progress: called with segments done, segments in all (0 in phases whose length nobody knows), and what is being
+            done.
         trust_remote_code: run modelling code a directory brings along.
 
     Raises:
-        QCompilerError: see `qcompiler.errors`; nothing is left behind.
+        QCompilerError: see `qcompiler.errors`; nothing is left behind. Arguments are checked before any work, and what
+            a target cannot take is found on the graph, before calibration.
     """
-    _check_seed(seed)
-    pipeline = Pipeline(override_schemes(load_recipe(recipe), overrides))
-    place = choose_device(device)
+    targets = (targets,) if isinstance(targets, str) else targets
+    passes = check_arguments(
+        model,
+        recipe,
+        overrides=overrides,
+        memory_budget=memory_budget,
+        device=device,
+        seed=seed,
+        work_dir=work_dir,
+    )
     specs = [target_spec(target) if isinstance(target, str) else target for target in targets]
     report = CompileReport()
     with report.timed("total"):
+        if progress is not None:
+            progress(0, 0, "capture")
         with report.timed("capture"):
-            graph = model if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
+            graph = model.copy() if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
         return compile_graph(
             graph,
-            pipeline,
+            Pipeline(passes),
             calibration,
             report=report,
             targets=specs,
             memory_budget=memory_budget,
-            device=place,
+            device=choose_device(device),
             seed=seed,
             strict=strict,
             work_dir=work_dir,
@@ -146,198 +168,107 @@ def compile(
         )
 
 
+def check_arguments(
+    model: str | Path | nn.Module | Graph,
+    recipe: Recipe,
+    *,
+    overrides: Mapping[str, str | None] | None = None,
+    memory_budget: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    work_dir: str | Path | None = None,
+) -> tuple[Pass, ...]:
+    """Whatever can be said against the arguments of `compile` before any work: that reads headers and writes nothing.
+
+    Returns:
+        The passes of the recipe, with the overrides, which are a recipe too: a file is not run again for them.
+
+    Raises:
+        QCompilerError: the first thing that is wrong.
+    """
+    _check_seed(seed)
+    if memory_budget is not None and memory_budget < 0:
+        raise InputError("the memory budget is negative", got=memory_budget, expected="bytes")
+    pipeline = Pipeline(override_schemes(load_recipe(recipe), overrides))
+    choose_device(device)
+    check_work_dir(work_dir)
+    if isinstance(model, (str, Path)):
+        open_checkpoint(Path(model))
+    return pipeline.passes
+
+
 def _check_seed(seed: int) -> None:
     if not -(1 << 63) <= seed < 1 << 63:
         raise InputError("the seed is too large", got=seed, expected="a number of 64 bits")
 
 
-def load(directory: str | Path) -> CompileResult:
-    """Reads a native artifact: ``OUT`` or ``OUT/native``. Weights stay on disk until they are used.
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe consists of, as plain JSON values.
+
+    Returns:
+        ``name``, ``is_calibrated``; ``passes``: ``pass`` (the class), ``summary`` (a line) and ``options`` (those that
+        are not the defaults); ``scheme``: what its `Assign` gives to a layer, ``weight`` and ``activation`` as text,
+        None without one; ``caches``: formats; ``targets``: ``status`` and ``reason`` of layers of ordinary width.
 
     Raises:
-        ArtifactError: if there is none, or it is damaged.
+        RecipeError: for an unknown one.
     """
-    root = _native_directory(Path(directory))
-    graph, manifest, report = load_native(root)
-    manifest.pop("schema")
-    return CompileResult(graph, CompileReport.from_dict(report), manifest, load_held_out(root))
+    passes = Pipeline(load_recipe(recipe)).passes
+    assigned = [Scheme.parse(item.scheme) for item in passes if isinstance(item, Assign) and item.scheme]
+    targets = {name: [spec.supports(scheme, _WIDTH) for scheme in assigned] for name, spec in _matrix_targets().items()}
+    return {
+        "name": str(recipe) if isinstance(recipe, (str, Path)) else ", ".join(type(item).__name__ for item in passes),
+        "is_calibrated": any(item.is_calibrated for item in passes),
+        "passes": [
+            {
+                "pass": type(item).__name__,
+                "summary": (inspect.getdoc(type(item)) or "").partition("\n")[0],
+                "options": _changed_options(item),
+            }
+            for item in passes
+        ],
+        "scheme": {"weight": str(assigned[0].weight or "float"), "activation": str(assigned[0].activation or "float")}
+        if assigned
+        else None,
+        "caches": [str(found) for item in passes for found in item.cache_formats()],
+        "targets": {
+            name: {"status": found[0].status, "reason": found[0].reason} for name, found in targets.items() if found
+        },
+    }
 
 
-def _native_directory(path: Path) -> Path:
-    return path / "native" if (path / "native" / MANIFEST).is_file() else path
+def _changed_options(item: Pass) -> dict[str, Any]:
+    """The options of a pass that are not its defaults."""
+    fields = {field.name: field for field in dataclasses.fields(item)}
+    return {
+        name: value
+        for name, value in item.options().items()
+        if fields[name].default is dataclasses.MISSING or getattr(item, name) != fields[name].default
+        if not (fields[name].default_factory is not dataclasses.MISSING and not value)
+    }
 
 
-def target_spec(name: str, *, opset: int | None = None) -> TargetSpec:
-    """The target of a name such as ``onnx``.
+_WIDTH = 4096  # of an ordinary layer
 
-    Args:
-        name: the target.
-        opset: for ``onnx``, the operator set; by default the one that `lower` takes.
 
-    Raises:
-        TargetError: for an unknown one, or an operator set that cannot be written.
-    """
-    if name == "onnx":
-        from qcompiler.lowering.onnx import OnnxTarget
+def _matrix_targets() -> dict[str, TargetSpec]:
+    from qcompiler.lowering.kernels.target import KernelsTarget
 
-        return OnnxTarget() if opset is None else OnnxTarget(opset)
-    if name == "kernels":
-        from qcompiler.lowering.kernels.target import KernelsTarget
-
-        return KernelsTarget("cuda" if torch.cuda.is_available() else "cpu")
-    raise TargetError("unknown target", got=name, expected=", ".join(_TARGETS))
+    kernels = {"kernels (CUDA)": KernelsTarget("cuda"), "kernels (CPU)": KernelsTarget("cpu")}
+    return {"onnx": target_spec("onnx"), **kernels}
 
 
 def recipe_matrix() -> dict[str, dict[str, str]]:
     """Recipe × target: ``fused``, ``runs``, ``writes-only`` or ``refused``, for layers of ordinary width."""
-    from qcompiler.lowering.kernels.target import KernelsTarget
-
-    specs: dict[str, TargetSpec] = {"onnx": target_spec("onnx")}
-    specs |= {"kernels (CUDA)": KernelsTarget("cuda"), "kernels (CPU)": KernelsTarget("cpu")}
+    specs = _matrix_targets()
     matrix: dict[str, dict[str, str]] = {}
     for name in RECIPES:
         passes = Pipeline(named_recipe(name)).passes
         schemes = [Scheme.parse(item.scheme) for item in passes if isinstance(item, Assign) and item.scheme]
         matrix[name] = {"native": "runs"}
         for target, spec in specs.items():
-            matrix[name][target] = ", ".join(spec.supports(scheme, 4096).status for scheme in schemes)
+            matrix[name][target] = ", ".join(spec.supports(scheme, _WIDTH).status for scheme in schemes)
     return matrix
-
-
-@overload
-def lower(
-    result: CompileResult | str | Path,
-    target: Literal["kernels"],
-    directory: None = None,
-    *,
-    verify: bool = True,
-    device: str = "auto",
-    dtype: str | None = None,
-    tune: bool = False,
-) -> "KernelModel": ...
-
-
-@overload
-def lower(
-    result: CompileResult | str | Path, target: str, directory: str | Path, *, verify: bool = True, **options: Any
-) -> dict[str, Any]: ...
-
-
-def lower(
-    result: CompileResult | str | Path,
-    target: str,
-    directory: str | Path | None = None,
-    *,
-    verify: bool = True,
-    **options: Any,
-) -> Any:
-    """Lowers a compiled model to a target, and compares what came out with the native artifact.
-
-    Args:
-        result: a compiled model, or the directory of a native artifact.
-        target: ``onnx``, which is written and loaded again; or ``kernels``, which is a module in memory.
-        directory: for ``onnx``, a new or empty one.
-        verify: run both on a few tokens, and put the difference in the report.
-        options: of the target: for ``onnx``, ``opset`` and ``float_dtype``; for ``kernels``, ``device`` (``cpu``,
-            ``cuda`` or ``auto``), ``dtype`` (of activations) and ``tune`` (search for launch configurations).
-
-    Returns:
-        For ``onnx``, the target's report, with ``parity`` where it was verified. For ``kernels``, the model
-        (`qcompiler.lowering.kernels.KernelModel`), which has such a report.
-
-    Raises:
-        TargetError: for an unknown target or option, something the target does not take, or a directory that is
-            missing or one too many.
-        VerificationError: if what came out computes something else.
-    """
-    target_spec(target)
-    if (directory is None) is (target != "kernels"):
-        raise TargetError(
-            "this target is written to a directory" if directory is None else "this target is not written anywhere",
-            where=target,
-            got="no directory" if directory is None else directory,
-            expected="a new or empty directory" if directory is None else "no directory: a model in memory comes back",
-        )
-    if not isinstance(result, CompileResult):
-        result = load(result)
-    try:
-        if directory is None:
-            return _lower_to_kernels(result, verify=verify, **options)
-        return _lower_to_onnx(result, directory, verify=verify, **options)
-    except TypeError as error:
-        if "keyword argument" not in str(error):
-            raise
-        raise TargetError("unknown option of a target", where=target, got=error) from error
-
-
-def _lower_to_onnx(result: CompileResult, directory: str | Path, *, verify: bool, **options: Any) -> dict[str, Any]:
-    from qcompiler.lowering import onnx
-
-    written = onnx.lower(result.graph, directory, companions=result.graph.provenance.get("companions"), **options)
-    if verify and result.graph.signature.index_of_output("logits") is not None:
-        tolerance = 2e-2 if options.get("float_dtype") == "float16" else 1e-3
-        try:
-            written["parity"] = check_parity(
-                result.artifact(),
-                onnx.OnnxArtifact(Path(directory), accuracy_level=1),
-                tolerance=tolerance,
-                unrounded=(unrounded := _unrounded(result)),
-                noisy=() if unrounded is None else _noisy(result.graph, None, torch.float32),
-            )
-            if options.get("float_dtype") == "float16":
-                written["float16_parity"] = _check_float16(result, directory, tolerance)
-        except BaseException:  # what was not verified must not look as if it had been
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-    result.report.targets["onnx"] = written
-    return written
-
-
-def _check_float16(result: CompileResult, directory: str | Path, tolerance: float) -> dict[str, Any]:
-    """The same comparison in true float16, which ONNX Runtime does not compute in on a CPU; a few tokens."""
-    from qcompiler.lowering.onnx.reference import Float16Artifact
-
-    evaluated = Float16Artifact(directory)
-    if result.held_out is not None:
-        evaluated.forward(result.held_out[:1, :_FLOAT16_TOKENS])  # refuses what overflows on real text
-    unrounded = _unrounded(result)
-    return check_parity(
-        result.artifact(), evaluated, tolerance=tolerance, unrounded=unrounded, rows=1, length=_FLOAT16_TOKENS
-    )
-
-
-def _lower_to_kernels(
-    result: CompileResult, *, verify: bool, device: str = "auto", dtype: str | None = None, tune: bool = False
-) -> "KernelModel":
-    from qcompiler.lowering.kernels.model import lower as lower_graph
-
-    place = choose_device(device)
-    model = lower_graph(result.graph, device=place, dtype=dtype, tune=tune)
-    if verify:
-        noisy = _noisy(result.graph, model.rounded, model.dtype, place)
-        model.report["parity"] = check_parity(
-            result.artifact(place), model, tolerance=0.0, unrounded=_unrounded(result, place), noisy=noisy
-        )
-    result.report.targets["kernels"] = model.report
-    return model
-
-
-def _noisy(
-    graph: Graph, rounded: Collection[str] | None, dtype: torch.dtype, device: str | torch.device = "cpu"
-) -> Iterator[NativeArtifact]:
-    """Samples of a graph with the errors of a dtype, behind the nodes named or all; one in memory at a time."""
-    from qcompiler.lowering.kernels.noise import with_noise
-
-    names = [node.name for node in graph.fx.nodes if node.op == "call_function"] if rounded is None else rounded
-    for sample in range(_NOISE_SAMPLES):
-        yield NativeArtifact(with_noise(graph, names, dtype, sample=sample), device=device)
-
-
-def _unrounded(result: CompileResult, device: str | torch.device = "cpu") -> NativeArtifact | None:
-    """The model with activations and caches in float, where it rounds them."""
-    rounds = any(scheme.activation is not None for scheme in result.graph.schemes.values())
-    rounds |= result.graph.signature.has_quantized_cache
-    return NativeArtifact(result.graph, device=device, round_activations=False) if rounds else None
 
 
 def open_artifact(
@@ -365,11 +296,11 @@ def open_artifact(
     if engine not in (None, "kernels"):
         raise TargetError("unknown engine", got=engine, expected="kernels")
     if not root.is_dir():
-        raise InputError("no such directory", where=root)
-    native = _native_directory(root)
+        raise no_directory(root)
+    native = native_directory(root)
     if (native / MANIFEST).is_file():
         if engine == "kernels":
-            return lower(native, "kernels", verify=False, device=device or "auto")
+            return lower_to_kernels(load(native), verify=False, device=device or "auto")
         return load(native).artifact(choose_device(device or "cpu"))
     if engine is not None:
         raise TargetError("kernels run native artifacts alone", where=root, remedy="give OUT or OUT/native")
@@ -392,7 +323,7 @@ def open_artifact(
 def evaluate(
     artifact: str | Path | Artifact | CompileResult,
     *,
-    text: str | Path | None = None,
+    text: str | Path | Iterable[str] | None = None,
     tokens: Tensor | None = None,
     against: str | Path | Artifact | None = None,
     cached: bool | None = None,
@@ -437,13 +368,18 @@ def _held_out(path: Path | None) -> Tensor | None:
     return found if found is not None else load_held_out(path.parent / "native")
 
 
-def generate(artifact: str | Path | Artifact | CompileResult, prompt: str, **options: Any) -> Generation:
-    """Continues a prompt; options as in `qcompiler.generate`."""
+def generate(
+    artifact: str | Path | Artifact | CompileResult, prompt: str, *, trust_remote_code: bool = False, **options: Any
+) -> Generation:
+    """Continues a prompt; options as in `qcompiler.generate`. ``trust_remote_code``: a tokenizer may be code, too."""
     _check_seed(options.get("seed", 0))
     opened = _open(artifact, exact=False)
     if opened.path is None:
-        raise InputError("this artifact has no tokenizer beside it", remedy="use qcompiler.generate.generate")
-    return generate_text(opened, load_tokenizer(opened.path), prompt, **options)
+        raise InputError(
+            "this artifact has no tokenizer beside it", remedy="save it, and copy the tokenizer's files beside it"
+        )
+    tokenizer = load_tokenizer(opened.path, trust_remote_code=trust_remote_code)
+    return generate_text(opened, tokenizer, prompt, **options)
 
 
 def _open(artifact: str | Path | Artifact | CompileResult, *, exact: bool = True) -> Artifact:

@@ -3,21 +3,24 @@
 import contextlib
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from qcompiler.checkpoint import no_directory
 from qcompiler.errors import InputError, UnsupportedModelError
-from qcompiler.exporting import Exported, export, symbolic_size, trouble
+from qcompiler.exporting import Exported, export, first_line, symbolic_size, untraceable
 from qcompiler.graph import Graph
-from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL, Dim, Port, Signature
-from qcompiler.skeleton import bind_checkpoint, build_on_meta, copy_for_tracing, quiet_transformers, tied_names
+from qcompiler.leftovers import unread_parameters, unused_tensors
+from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL, Dim, Port, Role, Signature
+from qcompiler.skeleton import Binding, bind_checkpoint, build_on_meta, copy_for_tracing, quiet_transformers, tied_names
 from qcompiler.weights import WeightStore
 
-__all__ = ["capture_directory", "capture_module", "read_config"]
+__all__ = ["capture_directory", "capture_module", "fingerprint_directory", "open_checkpoint", "read_config"]
 
 _EXAMPLE = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}
 _FREE = torch.export.Dim.DYNAMIC
@@ -36,6 +39,46 @@ def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> G
         UnsupportedModelError: the model is quantized already, or cannot be built or exported.
     """
     directory = Path(path)
+    store, model, binding = _bound_checkpoint(directory, trust_remote_code)
+    fingerprint = binding.weights.fingerprint()  # of the checkpoint: constants of the graph come to the store later
+    graph = _capture_transformers(model, binding.weights)
+    graph.provenance.update(source=str(directory), config=read_config(directory), fingerprint=fingerprint)
+    if (lost := unused_tensors(binding.unused, store, model)) is not None:
+        graph.lost.append(lost)
+    graph.notes += [
+        f"{first} and {second} are one tensor by config.json, but stored with different values: each is kept, as "
+        "transformers keeps it"
+        for first, second in binding.untied
+    ]
+    return graph
+
+
+def fingerprint_directory(path: str | Path, *, trust_remote_code: bool = False) -> str:
+    """The ``fingerprint`` that `capture_directory` puts into the provenance of a graph; the same wherever the directory
+    lies and however its tensors are divided into files.
+
+    Raises:
+        QCompilerError: as `capture_directory`.
+    """
+    _, _, binding = _bound_checkpoint(Path(path), trust_remote_code)
+    return binding.weights.fingerprint()
+
+
+def _bound_checkpoint(directory: Path, trust_remote_code: bool) -> tuple[WeightStore, nn.Module, Binding]:
+    config, store = open_checkpoint(directory)
+    model, computed = build_on_meta(directory, config, trust_remote_code)
+    return store, model, bind_checkpoint(store, model, computed)
+
+
+def open_checkpoint(directory: Path) -> tuple[dict[str, Any], WeightStore]:
+    """The configuration and the stored tensors of a Hugging Face directory; headers are read, no weight.
+
+    Raises:
+        InputError: no such directory, a missing or broken ``config.json``, or a compiled model.
+        WeightError: a damaged checkpoint.
+        UnsupportedModelError: the model is quantized already, or its weights lie elsewhere.
+    """
+    _refuse_artifact(directory)
     config = read_config(directory)
     if config.get("quantization_config") is not None:
         settings = config["quantization_config"]
@@ -46,12 +89,15 @@ def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> G
             expected="a float checkpoint",
             remedy="compile the original model",
         )
-    store = WeightStore.from_directory(directory)
-    model, computed = build_on_meta(directory, config, trust_remote_code)
-    bind_checkpoint(store, model, computed)
-    graph = _capture_transformers(model, store)
-    graph.provenance.update(source=str(directory), config=config, fingerprint=store.fingerprint())
-    return graph
+    if config.get("transformers_weights") is not None:
+        raise UnsupportedModelError(
+            "config.json says that the weights lie elsewhere than usual",
+            where=f"{directory / 'config.json'}: transformers_weights",
+            got=config["transformers_weights"],
+            expected="model.safetensors or its shards, and no such field",
+            remedy="load the model with transformers and save it anew: model.save_pretrained(DIR)",
+        )
+    return config, WeightStore.from_directory(directory)
 
 
 def capture_module(
@@ -88,7 +134,7 @@ def capture_module(
             where=type(model).__name__,
             remedy="qc.capture(model, (x,))",
         )
-    graph.provenance.update(source=type(model).__name__, config=config, fingerprint=store.fingerprint())
+    graph.provenance.update(source=type(model).__name__, config=config, fingerprint=store.fingerprint(), in_memory=True)
     return graph
 
 
@@ -99,9 +145,17 @@ def read_config(directory: Path) -> dict[str, Any]:
         InputError: if the directory or the file is missing, or the file is not a JSON object.
     """
     if not directory.is_dir():
-        raise InputError("no such model directory", where=directory, remedy="give the path of a Hugging Face directory")
+        raise no_directory(directory)
     file = directory / "config.json"
     if not file.is_file():
+        if (directory / "adapter_config.json").is_file():
+            raise InputError(
+                "this directory holds an adapter, not a model",
+                where=directory,
+                expected="config.json and weights",
+                remedy="merge it into its model first: PeftModel.from_pretrained(model, path).merge_and_unload()"
+                ".save_pretrained(DIR)",
+            )
         raise InputError("the model directory has no config.json", where=directory)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -110,6 +164,22 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError("config.json does not describe a model", where=file, expected="an object with a model_type")
     return config
+
+
+def _refuse_artifact(directory: Path) -> None:
+    """Refuses what was compiled already: the native artifact, the directory it lies in, an ONNX folder."""
+    marks = ("manifest.json", "native/manifest.json", "model.onnx", "onnx/model.onnx")
+    mark = next((mark for mark in marks if (directory / mark).is_file()), None)
+    has_weights = any(next(directory.glob(pattern), None) for pattern in ("model*.safetensors", "*.bin", "*.pth"))
+    if mark is not None and not has_weights:
+        raise InputError(
+            "this is a compiled model already",
+            where=directory,
+            got=mark,
+            expected="the directory of an original model",
+            remedy="compile the original again with the new recipe; to lower what is compiled, use qcompiler.lower; "
+            "to run it, qcompiler evaluate or generate",
+        )
 
 
 # --- transformers models ----------------------------------------------------------------------------------------------
@@ -151,20 +221,19 @@ def _capture_transformers(model: nn.Module, store: WeightStore) -> Graph:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError("encoder-decoder models are not captured", where=name)
     parameters = inspect.signature(model.forward).parameters
-    with torch.no_grad(), quiet_transformers(), trouble(name):
+    with torch.no_grad(), quiet_transformers():
         _choose_implementations(model)
-        # fake tensors tell models that look at values not to
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            ids = torch.empty((_EXAMPLE[BATCH], _EXAMPLE[SEQUENCE]), dtype=torch.int64, device="meta")
-            probe = model(input_ids=ids, return_dict=True, **({"use_cache": True} if "use_cache" in parameters else {}))
+        probe = _probe(model, parameters, name)
     output = next((field for field in ("logits", "last_hidden_state") if hasattr(probe, field)), None)
     if output is None:
         raise UnsupportedModelError("the model returns neither logits nor hidden states", where=name)
     past = _cache_ports(probe, name)
     has_types = bool(getattr(config, "type_vocab_size", 0))  # else what is asked for is read as tokens, and 0 is one
     inputs = _input_ports(parameters, has_cache=bool(past), has_types=has_types)
-    width = getattr(probe, output).shape[-1]
-    result = Port(output, "logits" if output == "logits" else "other", "float32", (BATCH, SEQUENCE, width))
+    sizes = {_EXAMPLE[BATCH]: BATCH, _EXAMPLE[SEQUENCE]: SEQUENCE}
+    *leading, width = getattr(probe, output).shape
+    shape = (*(sizes.get(size, size) for size in leading), width)
+    result = Port(output, _role(model, output, shape), "float32", shape)
     present = tuple(
         Port(f"present.{p.layer}.{p.part}", "present", p.dtype, (BATCH, p.shape[1], TOTAL, p.shape[3]), p.layer, p.part)
         for p in past
@@ -177,6 +246,52 @@ def _capture_transformers(model: nn.Module, store: WeightStore) -> Graph:
             name,
         )
     return _graph(exported, Signature((*inputs, *past), (result, *present)), store, model, strip="model.")
+
+
+def _probe(model: nn.Module, parameters: Mapping[str, Any], name: str) -> Any:
+    """What the model returns for token ids alone, on tensors without values; nothing stays behind in the model.
+
+    Raises:
+        UnsupportedModelError: if it takes no token ids, or wants more than them.
+    """
+    wanted = [key for key, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    if wanted and "input_ids" not in wanted:  # one that names nothing hands all on
+        raise UnsupportedModelError(
+            "this model takes no token ids",
+            where=name,
+            got=f"inputs {', '.join(wanted[:4])}",
+            expected="a language model, which takes input_ids",
+            remedy="capture it as a module, with example inputs: qc.capture(model, (x,)); or name its language model",
+        )
+    attributes = {module: dict(module.__dict__) for module in model.modules()}
+    options = {"use_cache": True} if "use_cache" in parameters else {}
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):  # fake tensors tell models that look at values not to
+            ids = torch.empty((_EXAMPLE[BATCH], _EXAMPLE[SEQUENCE]), dtype=torch.int64, device="meta")
+            return model(input_ids=ids, return_dict=True, **options)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise untraceable(name, error) from error
+    except Exception as error:  # a model's own code can fail in any way
+        raise UnsupportedModelError(
+            "this model does not run on token ids alone",
+            where=name,
+            got=first_line(error),
+            expected=f"that of its inputs ({', '.join(wanted[:4])}, ...) input_ids are enough",
+            remedy="compile its language model, or capture it as a module with example inputs: qc.capture(model, (x,))",
+        ) from error
+    finally:
+        for module, before in attributes.items():  # what it kept for the next call has no values
+            module.__dict__.clear()
+            module.__dict__.update(before)
+
+
+def _role(model: Any, output: str, shape: tuple[Dim, ...]) -> Role:
+    """What an output is for: transformers calls the scores of a classifier logits, too."""
+    if output != "logits":
+        return "other"
+    head_of = getattr(model, "get_output_embeddings", None)
+    is_head = head_of is None or head_of() is not None or shape[-1] == model.config.get_text_config().vocab_size
+    return "logits" if is_head and shape[:-1] == (BATCH, SEQUENCE) else "scores"
 
 
 def _choose_implementations(model: Any) -> None:
@@ -276,8 +391,12 @@ def _plain_port(name: str, value: Tensor, symbols: dict[str, Dim]) -> Port:
 
 
 def _graph(exported: Exported, signature: Signature, store: WeightStore, model: nn.Module, *, strip: str) -> Graph:
-    provenance = {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "limits": exported.limits(exported.symbols(signature)),
-    }
-    return Graph(exported.to_fx(signature, store, tied_names(model), strip), signature, store, provenance=provenance)
+    names, limits = tied_names(model), exported.limits(exported.symbols(signature))
+    graph = Graph(exported.to_fx(signature, store, names, strip), signature, store, provenance={"limits": limits})
+    read = set(graph.weight_names())
+    taking_part = {name: not read.isdisjoint(names[name]) for name, _ in model.named_parameters()}
+    graph.provenance["parameters"] = sum(p.numel() for name, p in model.named_parameters() if taking_part[name])
+    unread = [name for name, takes_part in taking_part.items() if not takes_part]
+    if (lost := unread_parameters(unread, (name for name in taking_part if taking_part[name]), store)) is not None:
+        graph.lost.append(lost)
+    return graph

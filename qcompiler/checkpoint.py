@@ -1,5 +1,6 @@
 """Where the weights of a model directory lie: one safetensors file, or the shards that an index names."""
 
+import re
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -7,28 +8,48 @@ from qcompiler.errors import InputError, WeightError
 from qcompiler.safetensors_io import SafetensorsFile, parse_json_object
 from qcompiler.stored_tensor import StoredTensor, tensors_of
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "open_checkpoint"]
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+__all__ = ["no_directory", "open_checkpoint", "weight_files"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def open_checkpoint(root: Path) -> dict[str, StoredTensor]:
+def no_directory(path: Path) -> InputError:
+    """The error for a model directory that is not there; for what may be a name on the Hugging Face Hub, how to get it.
+
+    Nothing is downloaded here.
+    """
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) is not None and not path.parent.exists()
+    return InputError(
+        "no such model directory",
+        where=path,
+        got="a file" if path.is_file() else "nothing of that name on this machine, and nothing is downloaded",
+        expected="a directory with config.json and safetensors",
+        remedy=f"if this is a name on the Hugging Face Hub: hf download {path} --local-dir {path.name}, and give "
+        f"{path.name}"
+        if is_name
+        else "give the path of a Hugging Face directory",
+    )
+
+
+def weight_files(stem: str) -> tuple[str, str]:
+    """The name of the one file of weights, and of the index to several."""
+    return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+
+
+def open_checkpoint(root: Path, stem: str = "model") -> dict[str, StoredTensor]:
     """The tensors of a directory; only headers are read. See `WeightStore.from_directory`."""
+    single, index = weight_files(stem)
     if not root.is_dir():
         raise InputError("not a model directory", where=root, expected="a directory with safetensors weights")
-    if (root / SINGLE_FILE).exists() or (root / SINGLE_FILE).is_symlink():
-        return tensors_of(SafetensorsFile(_inside(root, SINGLE_FILE, root / SINGLE_FILE)))
-    if (root / INDEX_FILE).exists():
-        return _tensors_of_index(root)
-    raise _no_weights(root)
+    if (root / single).exists() or (root / single).is_symlink():
+        return tensors_of(SafetensorsFile(_inside(root, single, root / single)))
+    if (root / index).exists():
+        return _tensors_of_index(root, root / index)
+    raise _no_weights(root, f"{single} or {index}")
 
 
-def _tensors_of_index(root: Path) -> dict[str, StoredTensor]:
-    """The tensors that an index names, each looked up in its shard; tied names that the shards note besides."""
-    index = root / INDEX_FILE
+def _tensors_of_index(root: Path, index: Path) -> dict[str, StoredTensor]:
+    """The tensors that an index names, each looked up in its shard, and whatever else these shards hold."""
     try:
         text = index.read_bytes()
     except OSError as error:
@@ -44,11 +65,9 @@ def _tensors_of_index(root: Path) -> dict[str, StoredTensor]:
         if name not in shards[shard]:
             raise WeightError("the index names a tensor that is not in its shard", where=f"{root / shard}: {name}")
         tensors[name] = shards[shard][name]
-    named = set(tensors.values())
     for members in shards.values():
         for name, entry in members.items():
-            if entry.label != name and entry in named:
-                tensors.setdefault(name, entry)
+            tensors.setdefault(name, entry)
     return tensors
 
 
@@ -81,7 +100,7 @@ def _inside(root: Path, name: str, where: Path) -> Path:
     return path
 
 
-def _no_weights(root: Path) -> WeightError:
+def _no_weights(root: Path, expected: str) -> WeightError:
     pickles = sorted(path.name for pattern in _PICKLES for path in root.glob(pattern))
     shards = sorted(path.name for path in root.glob("*.safetensors"))
     if shards:
@@ -89,7 +108,7 @@ def _no_weights(root: Path) -> WeightError:
             "safetensors files, but no index to them",
             where=root,
             got=", ".join(shards[:4]),
-            expected=f"{SINGLE_FILE} or {INDEX_FILE}",
+            expected=expected,
             remedy="the copy is incomplete: add the index",
         )
     if pickles:
@@ -97,8 +116,8 @@ def _no_weights(root: Path) -> WeightError:
             "pickled weights are not read: loading them can run any code",
             where=root,
             got=", ".join(pickles[:4]),
-            expected=f"{SINGLE_FILE} or {INDEX_FILE}",
+            expected=expected,
             remedy="convert them where you trust them: AutoModelForCausalLM.from_pretrained(path)"
             ".save_pretrained(path, safe_serialization=True)",
         )
-    return WeightError("no weights in the directory", where=root, expected=f"{SINGLE_FILE} or {INDEX_FILE}")
+    return WeightError("no weights in the directory", where=root, expected=expected)

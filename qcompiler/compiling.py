@@ -1,35 +1,36 @@
 """`compile_graph`: carries a pipeline through a graph. It knows no concrete pass and no target."""
 
-import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import qcompiler
-from qcompiler.artifact import Artifact
 from qcompiler.calibration import Calibration, CalibrationTokens
 from qcompiler.errors import CalibrationError, InputError, RecipeError
 from qcompiler.feed import feed, feed_tensors
 from qcompiler.graph import Graph
 from qcompiler.held_out import HeldOutCheck, precision_note
-from qcompiler.native import NativeArtifact, save_native
+from qcompiler.hf import companion_losses
+from qcompiler.model_config import declared, declared_positions
+from qcompiler.native import NativeArtifact
 from qcompiler.pass_base import CalibrationRun, Effect, PassContext
 from qcompiler.pipeline import Pipeline
 from qcompiler.probe import run_by_segments
 from qcompiler.report import CompileReport, peak_rss_bytes, quantized_bits_per_weight
+from qcompiler.result import CompileResult
+from qcompiler.staging import remove_tree, undisturbed
 from qcompiler.sweep import Batch, Progress, default_value_budget, sweep
 from qcompiler.target import TargetSpec, check_caches, check_schemes
 from qcompiler.verify import check_declared, check_exact, state_of, verify_graph
 from qcompiler.weights import WeightStore
 
-__all__ = ["CalibrationInput", "CompileResult", "choose_device", "compile_graph"]
+__all__ = ["CalibrationInput", "check_work_dir", "choose_device", "compile_graph"]
 
 CalibrationInput = Calibration | Iterable[tuple[Tensor, ...]] | None
 """Tokens for a language model; for another graph, its own inputs."""
@@ -39,32 +40,6 @@ CalibrationInput = Calibration | Iterable[tuple[Tensor, ...]] | None
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _HELD_OUT_ROWS = 16
 _MEASURED = "measured"  # of the work directory: what passes measure on the whole graph, for others to read
-
-
-@dataclass
-class CompileResult:
-    """A compiled model: what `compile` returns and `load` reads back.
-
-    Attributes:
-        graph: the quantized graph.
-        report: what was done.
-        manifest: recipe, seed, versions and source.
-        held_out: int64 ``[n, length]``, tokens that calibration did not see; what `evaluate` measures with by default.
-    """
-
-    graph: Graph
-    report: CompileReport
-    manifest: dict[str, Any]
-    held_out: Tensor | None = None
-
-    def save(self, directory: str | Path) -> None:
-        """Writes the native artifact to a new or empty directory; see `qcompiler.native`."""
-        save_native(self.graph, directory, self.manifest, self.report.to_dict(), self.held_out)
-
-    def artifact(self, device: str | torch.device = "cpu") -> Artifact:
-        """The compiled model, ready to run."""
-        companions = self.graph.provenance.get("companions")
-        return NativeArtifact(self.graph, Path(companions) if companions else None, device)
 
 
 def compile_graph(
@@ -92,29 +67,44 @@ def compile_graph(
     Raises:
         QCompilerError: see `qcompiler.errors`; nothing is left behind.
     """
+    for target in targets:
+        target.check_graph(graph)
     report.unrecognized = list(graph.unrecognized)
+    report.notes += graph.notes
+    _judge_losses(graph, report, strict, trust_remote_code)
+    dtype = graph.remember_dtypes()
     report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
     report.parameters = int(graph.provenance["parameters"])
     context = PassContext(graph, device, seed)
     with ExitStack() as undo:
         workspace = _workspace(work_dir, graph)
-        undo.callback(shutil.rmtree, workspace, ignore_errors=True)
+        undo.callback(remove_tree, workspace)
         batches: list[Batch] | None = None
         held_out: Tensor | None = None
         check: HeldOutCheck | None = None
         is_original = True  # nothing approximate has changed the model yet
+        is_given = isinstance(calibration, Calibration) and calibration.source != "self-generated"
+        is_calibrated = any(item.is_calibrated for item in pipeline.passes)
 
         def gather() -> list[Batch]:
             nonlocal batches, held_out, check
             if batches is None:
-                with report.timed("calibration"):
-                    batches, held_out = _batches(graph, calibration, context, report, trust_remote_code)
+                with _phase(report, "calibration", progress):
+                    batches, held_out = _batches(
+                        graph, calibration, context, report, trust_remote_code, is_calibrated=is_calibrated
+                    )
                     if held_out is not None and is_original:
                         check = HeldOutCheck.of(graph, held_out, device)
+                    elif held_out is not None:
+                        report.notes.append(
+                            "the result was not measured: the model was changed before calibration began"
+                        )
             return batches
 
         for stage in pipeline.stages:
             for item in stage.whole_graph:
+                if is_given and item.effect is Effect.APPROXIMATE:
+                    gather()  # the original is measured before anything changes it
                 before = state_of(graph, graph.fx.nodes)
                 probe: Batch | None = None
                 if item.effect is Effect.EXACT:
@@ -150,7 +140,7 @@ def compile_graph(
             is_checked = any(item.effect is Effect.EXACT for item in stage.swept)
             takes_tokens = graph.signature.input("ids") is not None
             wants_inputs = stage.is_calibrated or (is_checked and not takes_tokens and calibration is not None)
-            if wants_inputs:
+            if wants_inputs or is_given:
                 gather()
             with report.timed("sweep"):
                 done = sweep(
@@ -170,13 +160,15 @@ def compile_graph(
             report.sweeps += 1
             report.segments = done.segments
             report.bytes_spilled += done.bytes_spilled
+        if calibration is not None and batches is None:
+            report.notes.append("nothing in this recipe is calibrated: what was given to calibrate with was not used")
         graph.fisher = WeightStore()
-        shutil.rmtree(workspace / _MEASURED, ignore_errors=True)
-        graph.round_rewritten()
+        remove_tree(workspace / _MEASURED)
+        graph.round_rewritten(dtype)
         verify_graph(graph)
         _judge_coverage(graph, report, strict)
         if check is not None:
-            with report.timed("held-out check"):
+            with _phase(report, "held-out check", progress):
                 report.held_out = check.measure(graph, device)
             if (note := precision_note(report.held_out, report.parameters)) is not None:
                 report.notes.append(note)
@@ -195,6 +187,13 @@ def compile_graph(
     return CompileResult(graph, report, manifest, held_out)
 
 
+def _phase(report: CompileReport, name: str, progress: Progress | None) -> AbstractContextManager[None]:
+    """A phase that is timed, and announced; nobody knows how long it takes."""
+    if progress is not None:
+        progress(0, 0, name)
+    return report.timed(name)
+
+
 def _terms(graph: Graph) -> int:
     """The number of terms in all sums that a result goes through at most, one behind the other."""
     return sum(site.in_features for site in graph.sites()) or 1
@@ -206,14 +205,29 @@ def _check_schemes(graph: Graph, targets: Sequence[TargetSpec]) -> None:
 
 def _workspace(work_dir: str | Path | None, graph: Graph) -> Path:
     """A new directory that lives as long as the graph's weights, which are read from there once they are rewritten."""
+    with undisturbed():
+        path = _make_directory(work_dir)
+        weakref.finalize(graph.weights, remove_tree, path)
+    return Path(path)
+
+
+def check_work_dir(work_dir: str | Path | None) -> None:
+    """Makes a temporary directory in it, and removes it.
+
+    Raises:
+        InputError: if that cannot be done.
+    """
+    with undisturbed():
+        Path(_make_directory(work_dir)).rmdir()
+
+
+def _make_directory(work_dir: str | Path | None) -> str:
     try:
-        path = tempfile.mkdtemp(prefix="qcompiler-", dir=work_dir)
+        return tempfile.mkdtemp(prefix="qcompiler-", dir=work_dir)
     except OSError as error:
         raise InputError(
             "the work directory cannot be written", where=work_dir or tempfile.gettempdir(), got=error.strerror
         ) from error
-    weakref.finalize(graph.weights, shutil.rmtree, path, ignore_errors=True)
-    return Path(path)
 
 
 def choose_device(name: str) -> torch.device:
@@ -228,8 +242,13 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError("unknown device", got=name, expected="cpu, cuda, cuda:1, ... or auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError("nothing here runs on such a device", got=name, expected="cpu, cuda, cuda:1, ... or auto")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device is available", got=name, expected="cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        most = torch.cuda.device_count() - 1
+        raise InputError("no such CUDA device", got=name, expected=f"cuda:0 to cuda:{most}" if most else "cuda:0")
     return device
 
 
@@ -239,8 +258,10 @@ def _batches(
     context: PassContext,
     report: CompileReport,
     trust_remote_code: bool,
+    *,
+    is_calibrated: bool,
 ) -> tuple[list[Batch], Tensor | None]:
-    """Calibration inputs on the device, and the tokens set apart for measuring."""
+    """Calibration inputs on the device, and the tokens set apart for measuring: all, where nothing is calibrated."""
     if graph.signature.input("ids") is None:
         if calibration is None or isinstance(calibration, Calibration):
             raise CalibrationError(
@@ -258,9 +279,36 @@ def _batches(
         )
     bound = _bind(graph, calibration, context.seed, trust_remote_code)
     report.calibration = bound.to_dict()
-    report.notes += bound.notes
-    rows = max(1, _BATCH_TOKENS.get(context.device.type, 1024) // bound.ids.shape[1])
-    return [feed(graph, ids.to(context.device)) for ids in bound.ids.split(rows)], bound.held_out
+    if not is_calibrated:
+        has_logits = graph.signature.index_of_output("logits") is not None
+        use = "served to measure the result alone" if has_logits else "was not used"
+        report.notes.append(f"nothing in this recipe is calibrated: what was given to calibrate with {use}")
+        held_out = bound.groups[0] if bound.held_out is None else bound.held_out
+        return [], held_out[:_HELD_OUT_ROWS]
+    report.notes += [*bound.notes, *_doubts(graph, bound)]
+    at_once = _BATCH_TOKENS.get(context.device.type, 1024)
+    batches: list[Batch] = [
+        feed(graph, ids.to(context.device))
+        for group in bound.groups
+        for ids in group.split(max(1, at_once // group.shape[1]))
+    ]
+    return batches, bound.held_out
+
+
+def _doubts(graph: Graph, bound: CalibrationTokens) -> list[str]:
+    """What speaks against calibration tokens: too few to measure with, or to tell the channels of a layer apart."""
+    found = []
+    widest = max((site.in_features for site in graph.sites()), default=0)
+    if bound.tokens < widest:
+        found.append(
+            f"calibrated on {bound.tokens} tokens, fewer than the {widest} input channels of the widest layer: they "
+            "cannot tell all channels apart; give more text, or more samples"
+        )
+    if bound.held_out is None and graph.signature.index_of_output("logits") is not None:
+        found.append(
+            "the result was not measured: calibration took every window there is; give more text, or fewer samples"
+        )
+    return found
 
 
 def _module_inputs(graph: Graph, index: int, tensors: Sequence[Tensor], device: torch.device) -> Batch:
@@ -294,6 +342,13 @@ def _bind(graph: Graph, calibration: Calibration | None, seed: int, trust_remote
         if max_positions is not None and max_positions < (calibration.length or 0):
             calibration = replace(calibration, length=max_positions)
     if calibration.source == "self-generated":
+        if graph.signature.index_of_output("logits") is None:
+            raise CalibrationError(
+                "this model predicts no tokens, so it cannot make up its own calibration text",
+                where=graph.provenance.get("source"),
+                got=f"output {graph.signature.outputs[0].name} {list(graph.signature.outputs[0].shape)}",
+                remedy="give text of the kind the model reads: Calibration.from_text, or --calib FILE",
+            )
         _check_finite(graph)
     companions = graph.provenance.get("companions")
     if companions is not None:
@@ -311,9 +366,8 @@ def _check_finite(graph: Graph) -> None:
 
 
 def _limits(graph: Graph) -> tuple[int | None, int | None]:
-    config = graph.provenance.get("config") or {}
-    positions = config.get("max_position_embeddings", config.get("n_positions"))
-    return config.get("vocab_size"), positions
+    config = graph.provenance.get("config")
+    return declared(config, "vocab_size"), declared_positions(config)
 
 
 def _probe(graph: Graph, device: torch.device) -> Batch:
@@ -324,6 +378,20 @@ def _probe(graph: Graph, device: torch.device) -> Batch:
         vocab_size = 2 if index is None else int(graph.signature.outputs[index].shape[-1])
     shape = (2, min(16, max_positions or 16))
     return feed(graph, torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device))
+
+
+def _judge_losses(graph: Graph, report: CompileReport, strict: bool, trust_remote_code: bool) -> None:
+    """What neither the graph nor the files beside it will hold is said, and refused where strict."""
+    companions = graph.provenance.get("companions")
+    lost = [*graph.lost, *([] if companions is None else companion_losses(companions, trust_remote_code))]
+    report.notes += lost
+    if strict and lost:
+        raise InputError(
+            "something of the model would be lost, and strict was asked for",
+            where=graph.provenance.get("source"),
+            got="; ".join(lost),
+            remedy="compile without strict, or take out of the directory what is not needed",
+        )
 
 
 def _judge_coverage(graph: Graph, report: CompileReport, strict: bool) -> None:

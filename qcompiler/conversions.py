@@ -4,7 +4,7 @@ The experts of a mixture, for instance, lie apart in most checkpoints and togeth
 names is transformers' own knowledge; here its transforms are applied when a tensor is read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,34 +16,46 @@ from qcompiler.weights import WeightStore
 __all__ = ["convert_names"]
 
 
-def convert_names(store: WeightStore, model: nn.Module, is_used: Callable[[str], bool]) -> None:
-    """Gives a store the tensors that transformers would make of it for a model. No tensor is read.
+def convert_names(store: WeightStore, model: nn.Module) -> tuple[WeightStore, list[str]]:
+    """The tensors of a checkpoint under the names of a model's parameters and buffers. No tensor is read.
+
+    Names may lack the prefix of the base model or have it where the model does not, and may be older spellings. Of two
+    tensors that claim one name, the first in natural order has it. Source: `convert_and_load_state_dict_in_model` of
+    transformers.
 
     Args:
-        store: of a checkpoint; changed in place.
+        store: of a checkpoint; left as it is.
         model: of transformers, on meta.
-        is_used: whether a stored name is one of the model's as it is.
+
+    Returns:
+        The tensors that the model has a place for, and the stored names of those that go nowhere.
     """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
-    except ImportError:  # another version, without such knowledge
-        return
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+
     transforms = get_model_conversion_mapping(model)
     converters = [item for item in transforms if isinstance(item, WeightConverter)]
     renamings = [item for item in transforms if not isinstance(item, WeightConverter)]
     prefix, wanted = getattr(model, "base_model_prefix", None), model.state_dict(keep_vars=True)
+    found, unused = WeightStore(), []
     groups: dict[str, dict[str, list[str]]] = {}
-    for name in sorted((name for name in store.names() if not is_used(name)), key=dot_natural_key):
+    for name in sorted(store.names(), key=dot_natural_key):
         new, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
-        if pattern is not None:
+        if new not in wanted and name in wanted:  # a name that is right already, but looks like an older one
+            new, pattern = rename_source_key(name, [], [], prefix, wanted)
+        if new not in wanted or new in found:
+            unused.append(name)
+        elif pattern is not None:
             groups.setdefault(new, {}).setdefault(pattern, []).append(name)
-        elif new != name and new in wanted and new not in store:
-            store.rename(name, new)
+        else:
+            found.alias(new, name, store)
     for target, sources in groups.items():
         pattern = next(iter(sources))
         converter = next(item for item in converters if pattern in item.source_patterns)
-        _Conversion(converter, model, target, sources).define(store)
+        conversion = _Conversion(converter, model, target, sources)
+        if not conversion.define(store, found):
+            unused += conversion.names
+    return found, unused
 
 
 class _Conversion:
@@ -59,27 +71,30 @@ class _Conversion:
     def __init__(self, converter: Any, model: Any, target: str, sources: dict[str, list[str]]) -> None:
         self._converter, self._model, self._target, self._sources = converter, model, target, sources
 
-    def define(self, store: WeightStore) -> None:
-        """Puts the results into the store, each computed when it is read."""
-        infos = [store.info(name) for name in self._names]
+    def define(self, store: WeightStore, found: WeightStore) -> bool:
+        """Puts what is made of tensors of ``store`` into ``found``, computed when it is read; False if it cannot be."""
+        infos = [store.info(name) for name in self.names]
         dtype = infos[0].dtype
         like = [torch.empty(info.shape, dtype=getattr(torch, info.dtype, None), device="meta") for info in infos]
         try:
             results = self._run(like)
         except Exception:  # these operations meet tensors they were not made for: what is missing is reported by name
-            return
+            return False
         if len(results) == 1 and self._are_slices():
-            self._define_slices(store, dtype)
-            return
+            self._define_slices(store, found, dtype)
+            return True
         for name, result in results.items():
 
             def one(*tensors: Tensor, name: str = name) -> Tensor:
                 return self._run(tensors)[name]
 
-            store.derive(name, self._names, one, dtype=dtype, shape=tuple(result.shape), rearranges=True)
+            shape = tuple(result.shape)
+            found.derive(name, self.names, one, dtype=dtype, shape=shape, rearranges=True, store=store)
+        return True
 
     @property
-    def _names(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors it is made of."""
         return tuple(name for names in self._sources.values() for name in names)
 
     def _run(self, tensors: Sequence[Tensor], counts: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -118,7 +133,7 @@ class _Conversion:
             return False
         return whole.shape[0] == count and torch.equal(whole, torch.cat(parts))
 
-    def _define_slices(self, store: WeightStore, dtype: str) -> None:
+    def _define_slices(self, store: WeightStore, found: WeightStore, dtype: str) -> None:
         """As a stack of parts that can be read one by one."""
         lists = list(self._sources.values())
         parts: list[str] = []
@@ -130,8 +145,9 @@ class _Conversion:
         for names in zip(*lists, strict=True):
             like = [torch.empty(store.info(name).shape, device="meta") for name in names]
             parts.append(f"{self._target}~{len(parts)}")
-            store.derive(parts[-1], names, part, dtype=dtype, shape=tuple(part(*like).shape), rearranges=True)
-        shape = (len(parts), *store.info(parts[0]).shape)
-        store.derive(self._target, tuple(parts), stack, dtype=dtype, shape=shape, rearranges=True)
+            shape = tuple(part(*like).shape)
+            found.derive(parts[-1], names, part, dtype=dtype, shape=shape, rearranges=True, store=store)
+        shape = (len(parts), *found.info(parts[0]).shape)
+        found.derive(self._target, tuple(parts), stack, dtype=dtype, shape=shape, rearranges=True)
         for name in parts:
-            store.remove(name)
+            found.remove(name)

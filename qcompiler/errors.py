@@ -1,5 +1,8 @@
 """The errors a user can meet: each says what went wrong, where, what was found, what was expected and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "ArtifactError",
     "CalibrationError",
@@ -14,6 +17,7 @@ __all__ = [
     "VerificationError",
     "WeightError",
     "ZeroCoverageError",
+    "did_you_mean",
 ]
 
 
@@ -110,3 +114,21 @@ class MissingDependencyError(QCompilerError):
 
 class ResourceError(QCompilerError):
     """Not enough memory or disk."""
+
+
+def did_you_mean(got: object, known: Iterable[str]) -> str | None:
+    """A remedy that names what was probably meant: nearly the same word, or one that holds it; None if nothing is near.
+
+    Args:
+        got: what was given.
+        known: what would have been accepted.
+    """
+
+    def plain(word: str) -> str:
+        return word.strip().lower().replace("_", "-").replace(" ", "-")
+
+    wanted, words = plain(str(got)), {plain(word): word for word in known}
+    near = [wanted] if wanted in words else difflib.get_close_matches(wanted, words, n=3, cutoff=0.7)
+    if not near and len(wanted) > 2:
+        near = [word for word in words if wanted in word][:3]
+    return f"did you mean {' or '.join(words[word] for word in near)}?" if near else None

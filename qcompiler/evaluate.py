@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from qcompiler.artifact import Artifact
-from qcompiler.calibration import read_text
+from qcompiler.corpus import read_corpus
 from qcompiler.errors import ArtifactError, InputError
-from qcompiler.hf import encode, load_tokenizer
+from qcompiler.hf import load_tokenizer
+from qcompiler.original import check_original
+from qcompiler.tokenizing import TokenStream
 
 __all__ = ["WINDOW", "Evaluation", "evaluate"]
 
@@ -39,6 +41,7 @@ class Evaluation:
         cache_bytes_per_token: bytes that one token of one sequence takes in the cache, scales included; None where that
             is not known, or there is no cache.
         cached: whether half of each window was decoded with the cache.
+        notes: what to know about these numbers.
         seconds: wall-clock time, the original's part included.
     """
 
@@ -52,16 +55,17 @@ class Evaluation:
     seconds: float
     cache_bytes_per_token: int | None = None
     cached: bool = False
+    notes: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain JSON fields; what was not measured is None."""
-        return asdict(self)
+        return {**asdict(self), "notes": list(self.notes)}
 
 
 def evaluate(
     artifact: Artifact,
     *,
-    text: str | Path | None = None,
+    text: str | Path | Iterable[str] | None = None,
     tokens: Tensor | None = None,
     against: Artifact | None = None,
     tokenizer: Any = None,
@@ -71,15 +75,22 @@ def evaluate(
 ) -> Evaluation:
     """Scores a text.
 
-    The text is one stream of tokens, opened by the BOS token where the tokenizer itself puts one and holding no other
-    special token. It is cut into adjacent windows of ``min(512, max_positions)``; what is left at the end, shorter than
-    a window, is dropped. Every position of a window but the first is scored, from float32 log-softmax.
+    The text is one stream of tokens and holds no special token, even where it spells one out. It is cut into adjacent
+    windows of ``n = min(512, max_positions)`` tokens, each of which begins with the ``k`` tokens that the tokenizer
+    itself puts in front of a text (BOS; none for most): ``n - k`` tokens of the text follow them. What is left at the
+    end, shorter than a window, is dropped. Every token of the text is scored, given the opening and what stands ahead
+    of it in its window; where there is no opening, every one but the first of each window. The perplexity is ``exp`` of
+    the mean of ``-log p`` over these, from float32 log-softmax. Several texts are behind one another in the stream,
+    each with its opening.
 
     Args:
         artifact: what is measured.
-        text: a UTF-8 file, or the text itself.
-        tokens: instead of text, int64 ``[n]`` (cut as above) or ``[windows, length]`` (taken as they are).
-        against: the original, for KL divergence and agreement.
+        text: a UTF-8 file, plain or of JSON lines, the text itself, or several (`qcompiler.corpus.read_corpus`).
+        tokens: instead of text, int64 ``[n]`` (cut as above, nothing put in front) or ``[windows, length]`` (taken as
+            they are).
+        against: the original, for KL divergence and agreement. What was compiled holds the fingerprint of what it was
+            compiled from, and is compared with that alone: with its directory, wherever that lies, or with something
+            else compiled from it (`qcompiler.original`).
         tokenizer: by default the artifact's, else the original's.
         cached: fill the cache with the first half of each window and decode the rest token by token; the same positions
             are scored. The original still runs whole windows. By default, where the cache is quantized, and only
@@ -88,7 +99,8 @@ def evaluate(
         progress: called with windows done and windows in all.
 
     Raises:
-        InputError: no text, a text shorter than one window, tokens or an original that do not fit the artifact,
+        InputError: no text, a text shorter than one window, tokens or an original that do not fit the artifact, another
+            original than the one it was compiled from,
             ``cached`` without a cache, or ``cached=False`` with a quantized one.
         ArtifactError: logits that are not finite.
     """
@@ -115,12 +127,16 @@ def evaluate(
             expected=f"{artifact.vocab_size} as in {artifact.path}",
             remedy="compare with the model that the artifact was made from",
         )
+    notes = () if against is None else check_original(artifact, against)
     if text is not None:
         tokenizer = tokenizer or _tokenizer_of(artifact, against)
-        tokens = encode(tokenizer, read_text(text))
-    assert tokens is not None
+        given: Tensor | TokenStream = read_corpus(text).stream(tokenizer)
+    else:
+        assert tokens is not None
+        given = tokens if tokens.dim() == 2 else TokenStream(tokens)
     limits = [m for a in (artifact, against) if a is not None and (m := a.max_positions) is not None]
-    windows = _windows(tokens, min(limits, default=None), max_tokens)
+    windows = _windows(given, min(limits, default=None), max_tokens)
+    is_text = _is_text(windows, given.opening if isinstance(given, TokenStream) else ())
     if int(windows.min()) < 0 or int(windows.max()) >= artifact.vocab_size:
         raise InputError(
             "tokens outside the vocabulary",
@@ -134,13 +150,14 @@ def evaluate(
     rows = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * artifact.vocab_size))
     done = 0
     with torch.inference_mode():
-        for batch in windows.split(rows):
+        for batch, is_scored in zip(windows.split(rows), is_text[:, 1:].split(rows), strict=True):
             reference = None if against is None else against.forward(batch)[:, :-1]
             position = 0
             for logits in _decoded(artifact, batch) if cached else _whole(artifact, batch):
                 stop = position + logits.shape[1]
                 aligned = None if reference is None else reference[:, position:stop]
-                total.add(logits, aligned, batch[:, position + 1 : stop + 1], where=artifact.path)
+                targets = batch[:, position + 1 : stop + 1]
+                total.add(logits, aligned, targets, is_scored[:, position:stop], where=artifact.path)
                 position = stop
             done += len(batch)
             if progress is not None:
@@ -156,6 +173,7 @@ def evaluate(
         seconds=time.perf_counter() - start,
         cache_bytes_per_token=getattr(artifact, "cache_bytes_per_token", None),
         cached=cached,
+        notes=notes,
     )
 
 
@@ -189,8 +207,23 @@ class Scores:
         """The share of positions at which both find the same token most likely."""
         return self._agreements / self.tokens
 
-    def add(self, logits: Tensor, reference: Tensor | None, targets: Tensor, *, where: Path | None) -> None:
+    def add(
+        self,
+        logits: Tensor,
+        reference: Tensor | None,
+        targets: Tensor,
+        is_scored: Tensor | None = None,
+        *,
+        where: Path | None,
+    ) -> None:
         """Adds the positions of ``[batch, n, vocab]`` logits that predict the targets ``[batch, n]``.
+
+        Args:
+            logits: of what is measured.
+            reference: the original's, of the same shape.
+            targets: int64.
+            is_scored: bool ``[batch, n]``; all of them by default.
+            where: what to name in an error.
 
         Raises:
             InputError: if the original's logits have another shape.
@@ -203,10 +236,11 @@ class Scores:
                 got=list(logits.shape),
                 expected=list(reference.shape),
             )
-        targets = targets.reshape(-1, 1).to(logits.device)
-        logits = logits.reshape(len(targets), -1)
+        chosen: Any = slice(None) if is_scored is None or bool(is_scored.all()) else is_scored.reshape(-1)
+        targets = targets.reshape(-1, 1)[chosen].to(logits.device)
+        logits = logits.reshape(-1, logits.shape[-1])[chosen]
         if reference is not None:
-            reference = reference.reshape(len(targets), -1).to(logits.device)
+            reference = reference.reshape(-1, logits.shape[-1])[chosen].to(logits.device)
         size = max(1, _LOGITS_PER_CHUNK // logits.shape[1])
         for at in range(0, len(targets), size):
             piece = slice(at, at + size)
@@ -248,9 +282,9 @@ def _decoded(artifact: Artifact, batch: Tensor) -> Iterator[Tensor]:
         yield logits
 
 
-def _windows(tokens: Tensor, max_positions: int | None, max_tokens: int | None) -> Tensor:
+def _windows(tokens: Tensor | TokenStream, max_positions: int | None, max_tokens: int | None) -> Tensor:
     """int64 ``[windows, length]``."""
-    if tokens.dim() == 2:
+    if isinstance(tokens, Tensor):
         count, length = tokens.shape
         if max_positions is not None and length > max_positions:
             raise InputError("windows longer than the model takes", got=length, expected=f"at most {max_positions}")
@@ -260,15 +294,27 @@ def _windows(tokens: Tensor, max_positions: int | None, max_tokens: int | None) 
             raise InputError("no window to score", got=list(tokens.shape), expected="[windows, at least 2 tokens]")
         return tokens[:count]
     length = WINDOW if max_positions is None else min(WINDOW, max_positions)
-    stream = tokens[:max_tokens]
-    if len(stream) < length:
+    windows = TokenStream(tokens.ids[:max_tokens], tokens.opening).windows(length)
+    if len(windows) == 0:
+        used = len(tokens.ids[:max_tokens])
         raise InputError(
             "the text is shorter than one window",
-            got=f"{len(stream)} tokens" + ("" if len(stream) == len(tokens) else f" (max_tokens={max_tokens})"),
+            got=f"{used} tokens" + ("" if used == len(tokens) else f" (max_tokens={max_tokens})"),
             expected=f"at least {length}",
             remedy="give more text",
         )
-    return stream[: len(stream) // length * length].view(-1, length)
+    return windows
+
+
+def _is_text(windows: Tensor, opening: tuple[int, ...]) -> Tensor:
+    """Bool ``[windows, length]``: False where the opening of a text stands, which nothing is asked to predict."""
+    is_text = torch.ones_like(windows, dtype=torch.bool)
+    size = len(opening)
+    if size:
+        begins = (windows.unfold(1, size, 1) == torch.tensor(opening)).all(-1)
+        for at in range(size):
+            is_text[:, at : at + begins.shape[1]] &= ~begins
+    return is_text
 
 
 def _tokenizer_of(artifact: Artifact, against: Artifact | None) -> Any:

@@ -6,7 +6,7 @@ import torch
 
 from qcompiler.graph import Graph, Site, is_op
 
-__all__ = ["is_expert", "routers"]
+__all__ = ["is_expert", "routed_from", "routers"]
 
 _canonical = torch.ops.qcompiler
 _TAKE = _canonical.take_expert.default
@@ -20,13 +20,18 @@ _ROUNDING = (
 
 def is_expert(site: Site) -> bool:
     """Whether a layer is given only the rows that were routed to it, so that calibration may send it none."""
+    return all(is_op(_unrounded(value), _TAKE) for value in site.inputs)
 
-    def source(value: Any) -> Any:
-        while is_op(value, *_ROUNDING):
-            value = value.args[0]
-        return value
 
-    return all(is_op(source(value), _TAKE) for value in site.inputs)
+def routed_from(site: Site) -> frozenset[Any]:
+    """The values that an expert is given some rows of, the same for all experts of one mixture; empty for no expert."""
+    return frozenset(_unrounded(value).args[0] for value in site.inputs) if is_expert(site) else frozenset()
+
+
+def _unrounded(value: Any) -> Any:
+    while is_op(value, *_ROUNDING):
+        value = value.args[0]
+    return value
 
 
 def routers(graph: Graph) -> set[str]:

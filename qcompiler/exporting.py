@@ -15,7 +15,7 @@ from qcompiler.errors import UnsupportedModelError
 from qcompiler.signature import Dim, Signature
 from qcompiler.weights import WeightStore
 
-__all__ = ["Exported", "export", "symbolic_size", "trouble"]
+__all__ = ["Exported", "export", "first_line", "symbolic_size", "untraceable"]
 
 _aten = torch.ops.aten
 _LONGEST_LIST = 64  # of numbers that are made into a tensor one by one
@@ -96,16 +96,24 @@ class Exported:
         return [node for node in self.program.graph.nodes if node.op == "placeholder" and node.name in names]
 
     def _output_nodes(self) -> list[fx.Node]:
-        (results,) = self.program.graph.output_node().args
-        kinds = [spec.kind for spec in self.program.graph_signature.output_specs]
-        assert isinstance(results, tuple)
-        if any(kind.name != "USER_OUTPUT" for kind in kinds):
-            raise UnsupportedModelError(
-                "the model changes its buffers while it runs", got=", ".join(k.name for k in kinds)
-            )
+        (nodes,) = self.program.graph.output_node().args
+        assert isinstance(nodes, tuple)
+        results: list[Any] = []
+        for node, spec in zip(nodes, self.program.graph_signature.output_specs, strict=True):
+            if spec.kind.name == "USER_OUTPUT":
+                results.append(node)
+            elif spec.kind.name != "BUFFER_MUTATION" or self._is_read(str(spec.target)):
+                raise UnsupportedModelError(
+                    "the model changes its buffers while it runs", got=f"{spec.kind.name} of {spec.target}"
+                )
         if not all(isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) for node in results):
             raise UnsupportedModelError("the model returns something else than tensors", got=results)
-        return list(results)
+        return results
+
+    def _is_read(self, buffer: str) -> bool:
+        """Whether the model looks at what a buffer held; one that is written over before is no state."""
+        names = {node for node, name in self.program.graph_signature.inputs_to_buffers.items() if name == buffer}
+        return any(node.users for node in self.program.graph.nodes if node.op == "placeholder" and node.name in names)
 
 
 def export(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, name: str) -> Exported:
@@ -120,11 +128,16 @@ def export(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, name:
     Raises:
         UnsupportedModelError: the model cannot be traced, or not into a graph of plain operators.
     """
-    with torch.no_grad(), trouble(name), _without_fake_tensor_cache(), _Traceable():
-        program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes, strict=False)
-        if _has_effects(program.graph):
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch uses its own old interfaces
+    try:
+        with torch.no_grad(), _without_fake_tensor_cache(), _Traceable(), warnings.catch_warnings():
+            # what a model keeps for its next call, a graph computes anew
+            warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
+            program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes, strict=False)
+            if _has_effects(program.graph):
+                warnings.simplefilter("ignore", FutureWarning)  # torch uses its own old interfaces
                 program = program.run_decompositions({})
+    except Exception as error:
+        raise untraceable(name, error) from error
     for node in program.graph.nodes:
         if node.op == "get_attr" or (
             node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)
@@ -135,19 +148,20 @@ def export(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, name:
     return Exported(program)
 
 
-@contextlib.contextmanager
-def trouble(name: str) -> Iterator[None]:
-    """Whatever a model's own code raises becomes an `UnsupportedModelError`."""
-    try:
-        yield
-    except Exception as error:
-        text = str(error).strip()
-        raise UnsupportedModelError(
-            "the model cannot be exported as a graph",
-            where=name,
-            got=f"{type(error).__name__}: {text.splitlines()[0] if text else ''}",
-            remedy="control flow that depends on data, and values computed on meta tensors, cannot be traced",
-        ) from error
+def untraceable(name: str, error: Exception) -> UnsupportedModelError:
+    """What a model's own code raised while it was traced, as an error of ours."""
+    return UnsupportedModelError(
+        "the model cannot be exported as a graph",
+        where=name,
+        got=first_line(error),
+        remedy="control flow that depends on data, and values computed on meta tensors, cannot be traced",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of what a model's own code raised."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
 def _has_effects(graph: fx.Graph) -> bool:

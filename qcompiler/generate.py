@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qcompiler.artifact import Artifact
 from qcompiler.errors import ArtifactError, InputError
-from qcompiler.hf import encode
+from qcompiler.model_config import declared
+from qcompiler.tokenizing import encode_prompt
 
 __all__ = ["Generation", "Sampler", "decode_stepwise", "end_tokens", "generate", "stream_text", "stream_tokens"]
 
@@ -98,10 +99,15 @@ def generate(
 ) -> Generation:
     """Continues a prompt.
 
+    The most likely token is taken unless sampling is asked for: how to sample is said here alone, and what a
+    ``generation_config.json`` proposes for it is not read (what ends a text is; see `end_tokens`).
+
     Args:
         artifact: what runs.
         tokenizer: its tokenizer.
-        prompt: text; an empty one starts from the BOS token.
+        prompt: text; an empty one starts from the BOS token. Special tokens that it spells out are special tokens, so
+            that the prompt of a chat can be written as its template would (texts to calibrate and measure with are
+            read otherwise: `qcompiler.tokenizing`).
         max_new_tokens: stop after this many.
         temperature: 0 is greedy; see `Sampler` for this and the next two.
         top_k: see `Sampler`.
@@ -113,7 +119,7 @@ def generate(
     """
     start = time.perf_counter()
     ids = _prompt_ids(artifact, tokenizer, prompt)
-    ends = end_tokens(artifact.path, tokenizer)
+    ends = end_tokens(artifact, tokenizer)
     sampler = Sampler(temperature, top_k, top_p)
     tokens = tuple(
         stream_tokens(artifact, ids, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, end_tokens=ends)
@@ -137,7 +143,7 @@ def stream_text(
 ) -> Iterator[str]:
     """`generate` piece by piece; the pieces joined are its text. Characters split over tokens come out whole."""
     ids = _prompt_ids(artifact, tokenizer, prompt)
-    ends = end_tokens(artifact.path, tokenizer)
+    ends = end_tokens(artifact, tokenizer)
     sampler = Sampler(temperature, top_k, top_p)
     tokens: list[int] = []
     shown = ""
@@ -230,25 +236,42 @@ def decode_stepwise(artifact: Artifact, ids: Tensor, steps: int, sampler: Sample
         ids = torch.cat((ids, chosen[:, None]), dim=1)
 
 
-def end_tokens(path: Path | None, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a text, from ``generation_config.json`` if the directory has one, and from the tokenizer.
+def end_tokens(artifact: Artifact, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a text: the tokenizer's, and those of ``generation_config.json``, else of ``config.json``.
 
     Raises:
-        InputError: for a ``generation_config.json`` that is not a JSON object.
+        InputError: for one of these files that is not a JSON object, or ids that are none.
     """
     found: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    file = None if path is None else path / "generation_config.json"
-    if file is not None and file.is_file():
-        try:
-            declared = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise InputError("generation_config.json is not a JSON object", where=file, got=error) from error
-        found.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
-    return frozenset(found)
+    where = None
+    for name in ("generation_config.json", "config.json"):
+        where = None if artifact.path is None else artifact.path / name
+        fields = {} if where is None or not where.is_file() else _json_object(where)
+        if (ids := fields.get("eos_token_id")) is None:
+            ids = declared(fields, "eos_token_id")
+        if ids is not None:
+            break
+    else:
+        config = artifact.provenance.get("config")
+        ids = declared(config if isinstance(config, Mapping) else None, "eos_token_id")
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(item, int) for item in listed):
+        raise InputError("eos_token_id holds no token ids", where=where, got=ids, expected="a number or a list of them")
+    return frozenset(found.union(listed))
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{file.name} is not a JSON object", where=file, got=error) from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{file.name} is not a JSON object", where=file, got=type(fields).__name__)
+    return fields
 
 
 def _prompt_ids(artifact: Artifact, tokenizer: Any, prompt: str) -> Tensor:
-    ids = encode(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, prompt)
     if len(ids) == 0:
         if tokenizer.bos_token_id is None:
             raise InputError("the prompt is empty and the tokenizer has no BOS token", where=artifact.path)

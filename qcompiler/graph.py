@@ -1,8 +1,10 @@
 """`Graph`: an fx graph whose weights stay in a `WeightStore`, with typed views of it and its JSON form."""
 
-import operator
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch.fx import Node
 import qcompiler.ops  # noqa: F401  (defines torch.ops.qcompiler)
 from qcompiler.errors import ArtifactError, PipelineError
 from qcompiler.graph_json import decode_nodes, encode_nodes
-from qcompiler.qtensor import Affine, Codebook, QuantizedTensor
+from qcompiler.qtensor import QuantizedTensor
+from qcompiler.quantized_nodes import place_weight, round_input
 from qcompiler.signature import Signature
 from qcompiler.spec import QuantSpec, Scheme
 from qcompiler.weights import WeightStore
@@ -37,6 +40,17 @@ _QUANTIZED_BY: dict[Any, Any] = {
     _canonical.dequantize.default: _canonical.quantize.default,
     _canonical.fp4_dequantize.default: _canonical.fp4_quantize.default,
 }
+_WITH_QPARAMS = (
+    _canonical.quantize.default,
+    _canonical.dequantize.default,
+    _canonical.choose_qparams.default,
+    _canonical.fp4_scale.default,
+    _canonical.fp4_quantize.default,
+    _canonical.fp4_dequantize.default,
+    _canonical.codebook_dequantize.default,
+    _canonical.sparse_add.default,
+)
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def is_op(node: object, *targets: object) -> bool:
@@ -118,7 +132,7 @@ class Site:
         return str(bias.target) if isinstance(bias, Node) else None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Graph:
     """A model as a graph.
 
@@ -132,7 +146,10 @@ class Graph:
         schemes: what is quantized at each site; set by one pass, read by all.
         provenance: where the model came from: ``source``, ``config``, ``fingerprint``, ``parameters`` (elements).
         unrecognized: what canonicalization left as it was, each with its reason.
-        source_dtypes: the dtype that float tensors rewritten since had in the source, see `rewrite_float`.
+        notes: sentences on how the model was read, for the report.
+        lost: what the source has and the graph has not, a sentence each: for the report, and errors where strict.
+        source_dtypes: the dtype that float tensors had in the source, of those that were rewritten (`rewrite_float`)
+            and, while the graph is compiled, of all.
         fisher: the diagonal of the Fisher information of weights, float32 ``[out, in]`` by site; empty unless a pass
             measured it (`qcompiler.fisher`), and not part of what is saved.
     """
@@ -143,8 +160,14 @@ class Graph:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     unrecognized: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
     source_dtypes: dict[str, str] = field(default_factory=dict)
     fisher: WeightStore = field(default_factory=WeightStore)
+
+    def __repr__(self) -> str:
+        sites, nodes = len(self.sites()), len(self.fx.nodes)
+        return f"<Graph of {self.provenance.get('source', 'a model')}: {sites} linear layers, {nodes} nodes>"
 
     @property
     def inputs(self) -> list[Node]:
@@ -214,18 +237,38 @@ class Graph:
         """The dtype a float tensor has in the source model, whatever it was rewritten to."""
         return self.source_dtypes.get(name, self.weights.info(name).dtype)
 
-    def round_rewritten(self) -> None:
-        """Rounds rewritten matrices to the dtype of the source, when nothing more will be computed from them.
+    def remember_dtypes(self) -> str:
+        """Keeps in mind which dtype each float tensor has, for `source_dtype` and `round_rewritten`.
+
+        Returns:
+            The dtype that most of the model's numbers have.
+        """
+        sizes: Counter[str] = Counter()
+        for name in self.weight_names():
+            info = self.weights.info(name)
+            if info.dtype in _FLOATS:
+                self.source_dtypes.setdefault(name, info.dtype)
+                sizes[info.dtype] += math.prod(info.shape)
+        return max(sizes, key=lambda dtype: sizes[dtype], default="float32")
+
+    def round_rewritten(self, usual: str = "float32") -> None:
+        """Rounds float32 matrices to the dtype of the source, when nothing more will be computed from them.
 
         Vectors (norms, biases) stay in float32: they take no room, and the columns that make good their scale do not
-        make good its rounding.
+        make good its rounding. So do scales and tables, whose dtype a pass chooses.
+
+        Args:
+            usual: the dtype of those that the source has not, which a pass has added.
         """
+        quantizers = (node for node in self.fx.nodes if is_op(node, *_WITH_QPARAMS))
+        chosen = {str(part.target) for node in quantizers for part in node.all_input_nodes if part.op == "get_attr"}
         for name in self.weight_names():
-            dtype = self.source_dtypes.pop(name, None)
             info = self.weights.info(name)
-            if dtype is not None and dtype != info.dtype and len(info.shape) > 1:
+            dtype = self.source_dtypes.get(name, info.dtype if name in chosen else usual)
+            if info.dtype == "float32" and dtype != info.dtype and len(info.shape) > 1:
                 target = getattr(torch, dtype)
                 self.weights.derive(name, (name,), lambda t, d=target: t.to(d), dtype=dtype, shape=info.shape)
+        self.source_dtypes.clear()
 
     def quantize_input(
         self, value: Node, readers: Sequence[Node], spec: QuantSpec, scale: str | None, zero_point: str | None
@@ -253,65 +296,7 @@ class Graph:
                     expected="one pass that quantizes activations",
                     remedy="drop one of the passes",
                 )
-        if spec.is_fp4:
-            result = self._round_to_fp4(value, readers[0], spec, scale)
-            for node in readers:
-                node.update_arg(0, result)
-            return result
-        axis, block = (-1, readers[0].meta["weight_shape"][1]) if spec.granularity == "per_token" else (0, 0)
-        shape, code_dtype = value.meta.get("shape"), str(spec.code_dtype).removeprefix("torch.")
-        with self.fx.inserting_before(readers[0]):
-            if spec.dynamic:
-                along = -1 if spec.granularity == "per_token" else None
-                wanted = (value, spec.code_dtype, along, *spec.range_options())
-                chosen = self.fx.call_function(_canonical.choose_qparams.default, wanted)
-                range_shape = () if along is None or shape is None else (*shape[:-1], 1)
-                scale_node = self._described(
-                    self.fx.call_function(operator.getitem, (chosen, 0)), "float32", range_shape
-                )
-                zero_node = None
-                if not spec.symmetric:
-                    zero_node = self.fx.call_function(operator.getitem, (chosen, 1))
-                    self._described(zero_node, code_dtype, range_shape)
-            else:
-                assert scale is not None
-                scale_node = self._get_attr(scale)
-                zero_node = None if zero_point is None else self._get_attr(zero_point)
-            codes = self.fx.call_function(
-                _canonical.quantize.default,
-                (value, scale_node, zero_node, axis, block, spec.code_dtype, *spec.narrow_bits()),
-            )
-            result = self.fx.call_function(
-                _canonical.dequantize.default, (codes, scale_node, zero_node, axis, block, torch.float32)
-            )
-        if shape is not None:
-            self._described(codes, code_dtype, shape)
-            self._described(result, "float32", shape)
-        for node in readers:
-            node.update_arg(0, result)
-        return result
-
-    def _round_to_fp4(self, value: Node, reader: Node, spec: QuantSpec, factor: str | None) -> Node:
-        """Puts ``fp4_dequantize(fp4_quantize(value, scale), scale)`` ahead of a reader, the scale computed from it."""
-        shape = value.meta.get("shape")
-        block = spec.group_of(reader.meta["weight_shape"][1])
-        with self.fx.inserting_before(reader):
-            factor_node = None if factor is None else self._get_attr(factor)
-            wanted = (value, factor_node, block, spec.exponent == "floor")
-            scale = self.fx.call_function(_canonical.fp4_scale.default, wanted)
-            codes = self.fx.call_function(_canonical.fp4_quantize.default, (value, scale, factor_node, block))
-            result = self.fx.call_function(_canonical.fp4_dequantize.default, (codes, scale, factor_node, block))
-        if shape is not None:
-            groups = -(-reader.meta["weight_shape"][1] // block)
-            self._described(scale, "float8_e4m3fn" if spec.has_factor else "uint8", (*shape[:-1], groups))
-            self._described(codes, "uint8", shape)
-            self._described(result, "float32", shape)
-        return result
-
-    @staticmethod
-    def _described(node: Node, dtype: str, shape: Iterable[int | str]) -> Node:
-        node.meta.update(dtype=getattr(torch, dtype), shape=tuple(shape))
-        return node
+        return round_input(self, value, readers, spec, scale, zero_point)
 
     def set_weight(self, site: Site, quantized: QuantizedTensor) -> None:
         """Replaces a site's float weight by what it is computed from: a ``dequantize`` or ``fp4_dequantize`` node with
@@ -335,10 +320,7 @@ class Graph:
                 "codes of the wrong shape", where=site.name, got=tuple(quantized.codes.shape), expected=expected
             )
         with self.fx.inserting_before(site.nodes[0]):
-            if isinstance(quantized, Codebook):
-                weight_node = self._place_codebook(site, quantized)
-            else:
-                weight_node = self._place_affine(site, quantized)
+            weight_node = place_weight(self, site, quantized)
         for node in site.nodes:
             old = node.args[1]
             node.update_arg(1, weight_node)
@@ -348,70 +330,27 @@ class Graph:
         if not any(node.target == site.weight for node in self.fx.nodes if node.op == "get_attr"):
             self.weights.remove(site.weight)
 
-    def _place_fp4(self, site: Site, quantized: Affine) -> Node:
-        parts: dict[str, Tensor | None] = {"scale": quantized.stored_scale, "factor": quantized.factor}
-        self.weights.set(f"{site.weight}_codes", quantized.codes, dtype=quantized.spec.stored_dtype)
-        sources: list[Node | None] = [self._get_attr(f"{site.weight}_codes")]
-        for part, tensor in parts.items():
-            if tensor is not None:
-                self.weights.set(f"{site.weight}_{part}", tensor)
-            sources.append(None if tensor is None else self._get_attr(f"{site.weight}_{part}"))
-        arguments = (*sources, quantized.spec.group_of(site.in_features))
-        weight = self.fx.call_function(_canonical.fp4_dequantize.default, arguments)
-        return self._described(weight, "float32", quantized.codes.shape)
-
-    def _place_affine(self, site: Site, quantized: Affine) -> Node:
-        if quantized.spec.is_fp4:
-            return self._place_fp4(site, quantized)
-        spec, store = quantized.spec, self.weights
-        scale, zero_point = quantized.scale, quantized.zero_point
-        axis, block = 1, spec.group_of(site.in_features)
-        if spec.granularity == "per_block":
-            block, scale = spec.group_size or 0, quantized.stored_scale
-        if spec.granularity == "per_channel":
-            axis, block = 0, 0
-            scale = scale[:, 0]
-            zero_point = None if zero_point is None else zero_point[:, 0]
-        elif spec.granularity == "per_tensor":
-            axis, block = 0, 0
-            scale = scale.reshape(())
-            zero_point = None if zero_point is None else zero_point.reshape(())
-        store.set(f"{site.weight}_codes", quantized.codes, dtype=spec.stored_dtype)
-        store.set(f"{site.weight}_scale", scale.to(quantized.scale_dtype))
-        if zero_point is not None:
-            store.set(f"{site.weight}_zero_point", zero_point, dtype=spec.stored_dtype)
-        codes_node = self._get_attr(f"{site.weight}_codes")
-        scale_node = self._get_attr(f"{site.weight}_scale")
-        zero_node = None if zero_point is None else self._get_attr(f"{site.weight}_zero_point")
-        arguments = (codes_node, scale_node, zero_node, axis, block, torch.float32)
-        weight = self.fx.call_function(_canonical.dequantize.default, arguments)
-        return self._described(weight, "float32", quantized.codes.shape)
-
-    def _place_codebook(self, site: Site, quantized: Codebook) -> Node:
-        self.weights.set(f"{site.weight}_codes", quantized.codes, dtype=quantized.spec.stored_dtype)
-        self.weights.set(f"{site.weight}_table", quantized.table)
-        sources = tuple(self._get_attr(f"{site.weight}_{part}") for part in ("codes", "table"))
-        weight = self.fx.call_function(_canonical.codebook_dequantize.default, sources)
-        self._described(weight, "float32", quantized.codes.shape)
-        if quantized.sparse is None:
-            return weight
-        parts = {
-            "sparse_values": quantized.sparse.values,
-            "sparse_columns": quantized.sparse.columns,
-            "sparse_row_offsets": quantized.sparse.row_offsets,
-        }
-        for part, tensor in parts.items():
-            self.weights.set(f"{site.weight}_{part}", tensor)
-        sources = (weight, *(self._get_attr(f"{site.weight}_{part}") for part in parts))
-        weight = self.fx.call_function(_canonical.sparse_add.default, sources)
-        return self._described(weight, "float32", quantized.codes.shape)
-
     def _get_attr(self, name: str) -> Node:
         info = self.weights.info(name)
         node = self.fx.create_node("get_attr", name)
         dtype = getattr(torch, info.dtype, torch.int8 if info.dtype.startswith("int") else torch.uint8)
         node.meta.update(dtype=dtype, shape=tuple(info.shape))
         return node
+
+    def copy(self) -> "Graph":
+        """A graph with nodes, names of tensors and reports of its own; values in memory are shared."""
+        return replace(
+            self,
+            fx=deepcopy(self.fx),
+            weights=self.weights.copy(),
+            schemes=dict(self.schemes),
+            provenance=dict(self.provenance),
+            unrecognized=[dict(entry) for entry in self.unrecognized],
+            notes=list(self.notes),
+            lost=list(self.lost),
+            source_dtypes=dict(self.source_dtypes),
+            fisher=self.fisher.copy(),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The graph as JSON: nodes, signature and schemes (no weights, no code)."""

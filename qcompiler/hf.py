@@ -2,22 +2,34 @@
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcompiler.capture import read_config
+from qcompiler.capture import fingerprint_directory, read_config
+from qcompiler.checkpoint import no_directory
+from qcompiler.companions import companion_files, left_behind
 from qcompiler.errors import InputError, MissingDependencyError, UnsupportedModelError, WeightError
 from qcompiler.weights import WeightStore
 
-__all__ = ["HFArtifact", "encode", "load_tokenizer", "read_limits"]
+__all__ = ["HFArtifact", "companion_losses", "load_tokenizer", "read_limits"]
 
 _log = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "*.model",
+    "*.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
 
 
 class HFArtifact:
@@ -40,12 +52,13 @@ class HFArtifact:
         self, path: str | Path, *, trust_remote_code: bool = False, device: str | torch.device = "cpu"
     ) -> None:
         self.path: Path = Path(path)
+        self._trust_remote_code = trust_remote_code
         config = read_config(self.path)
         _refuse_ignored_quantization(self.path, config)
         store = WeightStore.from_directory(self.path)
         if "quantization_config" not in config:
             _refuse_codes_as_weights(self.path, store)
-        self._model, missing = _load(self.path, trust_remote_code)
+        self._model, missing, unused = _load(self.path, trust_remote_code)
         self._model.to(device)
         self._device = torch.device(device)
         text_config = self._model.config.get_text_config()
@@ -62,8 +75,16 @@ class HFArtifact:
                 expected="every parameter of " + type(self._model).__name__,
                 remedy="use a checkpoint that was saved with its language-model head",
             )
-        self._stored_bytes = sum(store.info(name).nbytes for name in store.names())
+        self._stored_bytes = sum(store.info(name).nbytes for name in store.names() if name not in unused)
         self._parameters = _parameter_count(self._model, config, trust_remote_code)
+
+    def fingerprint(self) -> str:
+        """What the manifest of a model compiled from this directory holds.
+
+        Raises:
+            QCompilerError: if nothing could be compiled from it.
+        """
+        return fingerprint_directory(self.path, trust_remote_code=self._trust_remote_code)
 
     def _probe(self) -> bool:
         """Whether the model has a cache; refuses one whose earlier logits depend on later tokens."""
@@ -101,7 +122,7 @@ class HFArtifact:
         return output.logits.float(), output.past_key_values
 
     def stored_bytes(self) -> int:
-        """Bytes of all tensors of the checkpoint."""
+        """Bytes of the tensors of the checkpoint, without those that the model does not use (a vision tower)."""
         return self._stored_bytes
 
     def bits_per_weight(self) -> float:
@@ -135,7 +156,7 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None, trust_rem
 
     directory = Path(path)
     if not directory.is_dir():
-        raise InputError("no such model directory", where=directory)
+        raise no_directory(directory)
     if not any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         raise InputError(
             "the directory has no tokenizer",
@@ -162,15 +183,26 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None, trust_rem
     return tokenizer
 
 
-def encode(tokenizer: Any, text: str) -> Tensor:
-    """The tokens of a text, int64 ``[n]``: opened by BOS where the tokenizer itself does so, no other special token."""
-    with _quiet():  # a text longer than one window is expected here
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        opening = tokenizer("a")["input_ids"][:1]
-    bos = tokenizer.bos_token_id
-    if bos is not None and opening == [bos]:
-        ids = [bos, *ids]
-    return torch.tensor(ids, dtype=torch.int64)
+def companion_losses(path: str | Path, trust_remote_code: bool = False) -> list[str]:
+    """What of a model directory will not be beside the compiled model, a sentence each.
+
+    That what travels is all the tokenizer needs is tried: it is loaded from those files alone.
+    """
+    directory, losses = Path(path), []
+    if others := left_behind(directory):
+        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+        losses.append(f"files of the source that are not copied: {', '.join(others[:8])}{more}")
+    companions = companion_files(directory)
+    if any(fnmatch(name, pattern) for name in companions for pattern in _TOKENIZER_FILES):
+        with tempfile.TemporaryDirectory() as place:
+            for name, file in companions.items():
+                (Path(place) / name).parent.mkdir(exist_ok=True)
+                (Path(place) / name).symlink_to(file.resolve())
+            try:
+                load_tokenizer(place, trust_remote_code=trust_remote_code)
+            except InputError as error:
+                losses.append(f"the tokenizer does not load from the files that are copied: {error.got or error.what}")
+    return losses
 
 
 def read_limits(path: str | Path, *, trust_remote_code: bool = False) -> tuple[int, int | None]:
@@ -198,8 +230,8 @@ def _read_auto_config(directory: Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, list[str]]:
-    """The model in float32, and the names of parameters the checkpoint did not give."""
+def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, list[str], frozenset[str]]:
+    """The model in float32, the parameters the checkpoint did not give, and the tensors the model does not use."""
     from transformers import AutoModelForCausalLM
 
     config = _read_auto_config(directory, trust_remote_code)
@@ -246,7 +278,7 @@ def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, list[str]]:
     if info["unexpected_keys"]:
         unexpected = sorted(info["unexpected_keys"])
         _log.warning("%s: %d tensors belong to no parameter, such as %s", directory, len(unexpected), unexpected[0])
-    return model.eval().requires_grad_(False), sorted(info["missing_keys"])
+    return model.eval().requires_grad_(False), sorted(info["missing_keys"]), frozenset(info["unexpected_keys"])
 
 
 def _refuse_ignored_quantization(directory: Path, config: dict[str, Any]) -> None:
@@ -298,7 +330,8 @@ def _parameter_count(model: Any, config: dict[str, Any], trust_remote_code: bool
         return sum(p.numel() for p in model.parameters())
     from transformers import AutoModelForCausalLM
 
-    plain = type(model.config).from_dict({k: v for k, v in config.items() if k != "quantization_config"})
+    own = model.config.to_dict()  # of the language model alone, where config.json has more
+    plain = type(model.config).from_dict({k: v for k, v in own.items() if k != "quantization_config"})
     with torch.device("meta"), _quiet():
         skeleton = AutoModelForCausalLM.from_config(plain, trust_remote_code=trust_remote_code)
     return sum(p.numel() for p in skeleton.parameters())

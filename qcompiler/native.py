@@ -1,8 +1,11 @@
-"""The native artifact: the quantized graph as data (no code, no pickle), saved, loaded and run."""
+"""The native artifact: the quantized graph as data (no code, no pickle), saved, loaded and run.
+
+It is no Hugging Face checkpoint and must not be taken for one: whoever loaded it as such would get codes or random
+numbers for weights. Its weights have names of their own (``weights.safetensors``), and its ``config.json`` says so in
+the two fields that loaders look at; `read_companions` takes them out again.
+"""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,26 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompiler.companions import companion_files
+from qcompiler.companions import read_companions
 from qcompiler.errors import ArtifactError, InputError, RecipeError
 from qcompiler.execute import Stretch
 from qcompiler.feed import feed
 from qcompiler.graph import Graph, activation_rounding
 from qcompiler.kv_cache import cache_rounding
+from qcompiler.model_config import declared_positions
 from qcompiler.report import strict_json
 from qcompiler.report_html import render_report
-from qcompiler.staging import StagedFiles
+from qcompiler.staging import StagedFiles, filled_directory
 from qcompiler.weights import WeightStore
 
-__all__ = ["MANIFEST", "SCHEMA", "NativeArtifact", "load_held_out", "load_native", "save_native"]
+__all__ = ["MANIFEST", "SCHEMA", "NativeArtifact", "add_target", "load_held_out", "load_native", "save_native"]
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 _GRAPH = "graph.json"
 _REPORT = "report.json"
 _REPORT_PAGE = "report.html"
 _HELD_OUT = "held_out.json"
-_PARTIAL = ".partial-"
+_WEIGHTS = "weights"
+_NOT_FOR_OTHERS = {
+    "quantization_config": {"quant_method": "qcompiler"},
+    "transformers_weights": "none here. This model was compiled by qcompiler: run it with qcompiler.load(DIR), "
+    "`qcompiler generate DIR`, or lower it to ONNX with `qcompiler.lower(DIR, 'onnx', OUT)`",
+}
 
 
 def save_native(
@@ -44,7 +53,7 @@ def save_native(
 
     Everything is written and synced to a hidden directory inside it first, and moved from there at the end, the
     manifest last: a directory without one is no artifact. Nothing is left behind if writing fails. Weights are
-    streamed, one at a time in memory.
+    streamed, one at a time in memory. See `qcompiler.staging.filled_directory`.
 
     Args:
         graph: quantized or not.
@@ -57,47 +66,68 @@ def save_native(
         InputError: if the directory is not empty or cannot be written.
         ResourceError: if the disk is full.
     """
-    root = Path(directory)
-    try:
-        is_new = not root.exists()
-        if not is_new and (not root.is_dir() or any(root.iterdir())):
-            raise InputError("the output is not empty", where=root, remedy="choose a new directory")
-        root.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=root))
-    except OSError as error:
-        raise InputError("the output cannot be written", where=root, got=error.strerror) from error
-    moved: list[Path] = []
-    try:
-        source = graph.provenance.get("companions")
-        provenance = {key: value for key, value in graph.provenance.items() if key != "companions"}
-        described = _json({"schema": SCHEMA, "provenance": provenance, **manifest})
-        with StagedFiles(partial) as staged:
-            for name, path in companion_files(Path(source) if source else None).items():
+    source = graph.provenance.get("companions")
+    described = _json(_described(graph, manifest))
+    with filled_directory(directory, last=MANIFEST) as place:
+        with StagedFiles(place) as staged:
+            for name, content in read_companions(Path(source) if source else None).items():
                 with staged.file(name) as write:
-                    write(path.read_bytes())
+                    write(_marked(content) if name == "config.json" else content)
             files = {_GRAPH: graph.to_dict(), _REPORT: report}
             if held_out is not None:
                 files[_HELD_OUT] = {"source": "not used in calibration", "ids": held_out.tolist()}
-            for name, content in files.items():
+            for name, fields in files.items():
                 with staged.file(name) as write:
-                    write(_json(content))
+                    write(_json(fields))
             with staged.file(_REPORT_PAGE) as write:
                 write(render_report(json.loads(_json(report)), json.loads(described)).encode())
-        graph.weights.save(partial, names=graph.weight_names())
-        for path in sorted(partial.iterdir()):
-            moved.append(path.replace(root / path.name))
-        partial.rmdir()
-        with StagedFiles(root) as staged, staged.file(MANIFEST) as write:  # syncs the directory: the moves too
-            write(described)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        for path in moved:
-            path.unlink(missing_ok=True)
-        if is_new:
-            root.rmdir()
-        if isinstance(error, OSError):
-            raise InputError("the output cannot be written", where=root, got=error.strerror) from error
-        raise
+            with staged.file(MANIFEST) as write:
+                write(described)
+        graph.weights.save(place, stem=_WEIGHTS, names=graph.weight_names())
+
+
+def add_target(
+    directory: str | Path, graph: Graph, manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]
+) -> None:
+    """Adds what became of a target to the report beside a native artifact, which is replaced whole.
+
+    Where another artifact than that of ``graph`` and ``manifest`` lies there by now, or none, nothing is done.
+
+    Args:
+        directory: what `save_native` wrote.
+        graph, manifest: as they were saved.
+        name, entry: of ``report.json``'s ``targets``.
+
+    Raises:
+        ArtifactError: if the report is damaged.
+        InputError: if the directory cannot be written.
+        ResourceError: if the disk is full.
+    """
+    root = Path(directory)
+    described = json.loads(_json(_described(graph, manifest)))
+    if not (root / MANIFEST).is_file() or _read_json(root / MANIFEST) != described:
+        return
+    report = _read_json(root / _REPORT)
+    report["targets"] = {**report.get("targets", {}), name: strict_json(entry)}
+    with StagedFiles(root) as staged:
+        with staged.file(_REPORT) as write:
+            write(_json(report))
+        with staged.file(_REPORT_PAGE) as write:
+            write(render_report(report, described).encode())
+
+
+def _described(graph: Graph, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    provenance = {key: value for key, value in graph.provenance.items() if key != "companions"}
+    return {"schema": SCHEMA, "provenance": provenance, **manifest}
+
+
+def _marked(config: bytes) -> bytes:
+    """A ``config.json`` that loaders of checkpoints refuse; a broken one stays as it is."""
+    try:
+        fields = json.loads(config)
+    except ValueError:
+        return config
+    return _json({**fields, **_NOT_FOR_OTHERS}) if isinstance(fields, dict) else config
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
@@ -124,7 +154,7 @@ def load_native(directory: str | Path) -> tuple[Graph, dict[str, Any], dict[str,
     provenance = manifest.get("provenance")
     if not isinstance(provenance, dict) or not isinstance(provenance.get("parameters"), int):
         raise ArtifactError("the manifest is damaged", where=root / MANIFEST, expected="a provenance with parameters")
-    weights = WeightStore.from_directory(root)
+    weights = WeightStore.from_directory(root, stem=_WEIGHTS)
     fields = _read_json(root / _GRAPH)
     try:
         graph = Graph.from_dict(fields, weights, {**provenance, "companions": str(root)})
@@ -199,18 +229,18 @@ class NativeArtifact:
     ) -> None:
         index = graph.signature.index_of_output("logits")
         if index is None:
+            first = graph.signature.outputs[0]
             raise InputError(
                 "this model does not predict next tokens",
                 where=path,
-                got=f"outputs {', '.join(port.name for port in graph.signature.outputs)}",
-                expected="logits",
+                got=f"output {first.name} {list(first.shape)}",
+                expected="logits [batch, sequence, vocabulary]",
+                remedy="text is scored and generated by language models alone; run this one through its ONNX form",
             )
         self._graph, self._device = graph, torch.device(device)
         self.path = path
         self.vocab_size = int(graph.signature.outputs[index].shape[-1])
-        config = graph.provenance.get("config") or {}
-        limits = (config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
-        self.max_positions: int | None = next((limit for limit in limits if limit), None)
+        self.max_positions: int | None = declared_positions(graph.provenance.get("config"))
         self.has_cache = graph.signature.has_cache
         self.has_quantized_cache = graph.signature.has_quantized_cache
         self.cache_bytes_per_token = graph.signature.cache_bytes_per_token

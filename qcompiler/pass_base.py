@@ -17,6 +17,7 @@ from qcompiler.errors import PipelineError
 from qcompiler.graph import Graph, Site
 from qcompiler.kv_cache import CacheFormat
 from qcompiler.observers import Statistic
+from qcompiler.options import check_options
 from qcompiler.segments import Segment
 
 __all__ = [
@@ -215,6 +216,9 @@ class Pass:
     A pass on the whole graph implements `run`. A pass that works in the sweep, segment by segment, implements `rewrite`
     and, where it needs calibration, `statistics`.
 
+    Options are checked against their annotations when an instance is made (`qcompiler.options`); a ``__post_init__`` of
+    one's own calls ``super().__post_init__()`` first.
+
     Class attributes:
         effect: what it may change.
         requires, establishes, invalidates: facts about the graph, by which a pipeline proves its order.
@@ -229,6 +233,9 @@ class Pass:
     invalidates: ClassVar[frozenset[str]] = frozenset()
     barrier: ClassVar[bool] = False
     rewrites_upstream: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     def name(self) -> str:

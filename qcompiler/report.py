@@ -50,7 +50,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-@dataclass
+@dataclass(repr=False)
 class CompileReport:
     """What a compilation did.
 
@@ -95,6 +95,11 @@ class CompileReport:
     bytes_spilled: int = 0
     targets: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=machine)
+
+    def __repr__(self) -> str:
+        sites, skipped = ({entry.site for entry in entries} for entries in (self.sites, self.skipped))
+        size = f"{self.bytes_after / 2**20:,.1f} MiB, {self.bits_per_weight:.2f} bits per weight"
+        return f"<CompileReport: {len(sites)} sites rewritten, {len(skipped)} left alone, {size}>"
 
     @property
     def bits_per_weight(self) -> float:

@@ -8,7 +8,8 @@ import torch
 
 __all__ = ["BATCH", "PAST", "SEQUENCE", "TOTAL", "Dim", "Part", "Port", "Signature"]
 
-Role = Literal["ids", "mask", "positions", "past", "present", "logits", "other"]
+Role = Literal["ids", "mask", "positions", "past", "present", "logits", "scores", "other"]
+"""``logits`` score the vocabulary at each position; ``scores`` are those of a classifier or a reward model."""
 Part = Literal["key", "value", "key_scale", "value_scale", "key_zero_point", "value_zero_point"]
 """What a cache holds. Codes of a quantized one are its ``key`` and ``value``."""
 Dim = int | str

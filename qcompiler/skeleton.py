@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from qcompiler.conversions import convert_names
 from qcompiler.errors import UnsupportedModelError, WeightError
 from qcompiler.weights import WeightStore
 
-__all__ = ["bind_checkpoint", "build_on_meta", "copy_for_tracing", "quiet_transformers", "tied_names"]
+__all__ = ["Binding", "bind_checkpoint", "build_on_meta", "copy_for_tracing", "quiet_transformers", "tied_names"]
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
@@ -128,32 +129,42 @@ def _move_to_meta(model: nn.Module) -> dict[str, Tensor]:
     return buffers
 
 
-def bind_checkpoint(store: WeightStore, model: nn.Module, computed: Mapping[str, Tensor]) -> None:
-    """Gives the tensors of a checkpoint the names of the model's parameters and buffers, and drops the rest.
+@dataclass(frozen=True)
+class Binding:
+    """A model's tensors in a checkpoint.
 
-    Names may lack the prefix of the base model or have it where the model does not; a parameter with several names may
-    be stored under any of them; what transformers renames, merges or splits on loading is (`qcompiler.conversions`).
+    Attributes:
+        weights: the tensors by the names of the model's parameters and buffers.
+        unused: stored names that belong to none of them.
+        untied: pairs of names that the configuration ties, but that are stored with different values.
+    """
+
+    weights: WeightStore
+    unused: list[str]
+    untied: list[tuple[str, str]]
+
+
+def bind_checkpoint(store: WeightStore, model: nn.Module, computed: Mapping[str, Tensor]) -> Binding:
+    """Finds the tensors of a model in a checkpoint, as transformers does (`qcompiler.conversions`).
+
+    A tied parameter may be stored under any of its names. Where several are stored and their values differ, the
+    parameters are not tied, whatever the configuration says.
 
     Args:
-        store: changed in place.
-        model: on meta.
+        store: left as it is.
+        model: on meta; parameters that turn out not to be tied are given apart.
         computed: values of buffers that are not in the checkpoint.
 
     Raises:
         WeightError: if a parameter is missing or of another shape.
         UnsupportedModelError: if a parameter is stored as codes, or a buffer has no value.
     """
-    wanted = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    used = {stored for name in wanted if (stored := _stored_name(store, model, name)) is not None}
-    if len(used) < len(store):
-        convert_names(store, model, used.__contains__)
+    weights, unused = convert_names(store, model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters.items():
         owners.setdefault(id(parameter), []).append(name)
-    bound, missing = _find_parameters(store, model, list(owners.values()))
+    missing = [names[0] for names in owners.values() if not any(name in weights for name in names)]
     if missing:
         raise WeightError(
             "the checkpoint lacks parameters of the model",
@@ -161,60 +172,60 @@ def bind_checkpoint(store: WeightStore, model: nn.Module, computed: Mapping[str,
             expected="one tensor per parameter",
             remedy="check that config.json belongs to these weights",
         )
-    values: dict[str, Tensor] = {}
-    persistent = set(model.state_dict(keep_vars=True))
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        stored = _stored_name(store, model, name) if name in persistent else None
-        if stored is not None:
-            bound[name] = stored
-        elif name in computed:
-            values[name] = computed[name]
-        else:
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name in weights.names():
+        _check_tensor(weights, name, parameters[name] if name in parameters else buffers[name])
+    for name, buffer in buffers.items():
+        if name not in weights and name in computed:
+            weights.set(name, computed[name])
+        elif name not in weights:
             raise UnsupportedModelError(
                 "a computed buffer has no value", where=name, got=f"shape {tuple(buffer.shape)}"
             )
-    for name, stored in bound.items():
-        _check_tensor(store, stored, wanted[name])
-    for unused in set(store.names()) - set(bound.values()):
-        store.remove(unused)
-    for name, stored in bound.items():
-        store.rename(stored, name)
-    for name, value in values.items():
-        store.set(name, value)
-    for names in owners.values():
-        first = next(name for name in names if name in bound)
-        for name in names:
-            if name != first:
-                store.alias(name, first)
+    untied = [pair for names in owners.values() for pair in _tie(weights, model, names)]
+    return Binding(weights, unused, untied)
 
 
-def _find_parameters(store: WeightStore, model: nn.Module, groups: list[list[str]]) -> tuple[dict[str, str], list[str]]:
-    """The stored name of the first name of each group that has one, and the groups (by first name) that have none."""
-    bound: dict[str, str] = {}
-    missing = []
-    for names in groups:
-        found = ((name, _stored_name(store, model, name)) for name in names)
-        first = next(((name, stored) for name, stored in found if stored is not None), None)
+def _tie(weights: WeightStore, model: nn.Module, names: list[str]) -> list[tuple[str, str]]:
+    """Gives one parameter all its names, or each of the modules that share it one of its own where values differ.
+
+    Source: `PreTrainedModel.tie_weights` of transformers, which compares what is stored with the source of the tie.
+
+    Returns:
+        The pairs that are not tied.
+    """
+    from transformers.core_model_loading import dot_natural_key
+
+    places: dict[tuple[int, str], list[str]] = {}  # one module may be known by several names, and has one tensor
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        places.setdefault((id(model.get_submodule(path)), attribute), []).append(name)
+    sources = getattr(model, "all_tied_weights_keys", {})
+    source = next((sources[name] for name in names if sources.get(name) in names), names[0])
+    first: str | None = None
+    untied = []
+    for place in sorted(places.values(), key=lambda place: source not in place):
+        stored = [name for name in sorted(place, key=dot_natural_key) if name in weights]
+        if not stored:
+            continue
+        for name in place:  # the last one that is loaded stays
+            weights.alias(name, stored[-1])
         if first is None:
-            missing.append(names[0])
+            first = stored[-1]
+        elif weights.is_equal(stored[-1], first):
+            weights.alias(stored[-1], first)
         else:
-            bound[first[0]] = first[1]
-    return bound, missing
-
-
-def _stored_name(store: WeightStore, model: nn.Module, name: str) -> str | None:
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    candidates = [name, prefix + name, name.removeprefix(prefix)]
-    candidates += [old for new in candidates for old in _older_spellings(new)]
-    return next((candidate for candidate in candidates if candidate in store), None)
-
-
-def _older_spellings(name: str) -> list[str]:
-    """The TensorFlow-era names of a norm's parameters, which transformers still reads."""
-    for new, old in ((".weight", ".gamma"), (".bias", ".beta")):
-        if name.endswith(new):
-            return [name.removesuffix(new) + old]
-    return []
+            untied.append((stored[-1], first))
+            path, _, attribute = stored[-1].rpartition(".")
+            parameter = model.get_parameter(stored[-1]).detach().clone()
+            model.get_submodule(path)._parameters[attribute] = nn.Parameter(parameter, requires_grad=False)
+    assert first is not None
+    apart = {name for name, _ in untied}
+    for place in places.values():
+        if not apart.intersection(place):
+            for name in place:
+                weights.alias(name, first)
+    return untied
 
 
 def _check_tensor(store: WeightStore, stored: str, wanted: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from qcompiler.errors import RecipeError
+from qcompiler.errors import RecipeError, did_you_mean
 
 __all__ = ["QuantSpec", "Scheme"]
 
@@ -26,6 +26,11 @@ _SCHEME = re.compile(
     r"(?P<options>(-(g\d+|channel|tensor|block|lut|sym|asym|actsym|actasym|dynamic|dyntensor|clip\d+|e5m2))*)"
 )
 _FP4_SCHEME = re.compile(r"(?P<format>nvfp4|mxfp4)(?P<weight_only>a16)?(-(?P<exponent>floor|ceil))?")
+_EXAMPLES = (
+    *("w2a16", "w3a16", "w4a16", "w8a16", "w4a16-channel", "w3a16-lut", "w4a16-lut", "w8a8", "w8a8-dynamic"),
+    *("w4a8-dynamic", "w4a4", "fp8", "fp8-dynamic", "fp8-block", "fp8-e5m2", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"),
+)
+"""Names to compare a misspelt one with."""
 _KIND = {
     "channel": "granularity",
     "tensor": "granularity",
@@ -317,6 +322,7 @@ class Scheme:
                 "or up to w4a16 with -lut (a codebook); "
                 "w8a8, w4a8 or w4a4, with -dynamic, -dyntensor, -actsym, -actasym or -clip<percent> besides; "
                 "fp8, with -dynamic, -block or -e5m2; nvfp4, nvfp4a16, mxfp4, mxfp4a16",
+                remedy=did_you_mean(name, _EXAMPLES),
             )
         options = match["options"].split("-")[1:]
         chosen: dict[str, str] = {}

@@ -12,7 +12,7 @@ Any safetensors reader opens such a file.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from qcompiler.errors import WeightError
 from qcompiler.safetensors_io import (
     TORCH_DTYPES,
     SafetensorsFile,
+    byte_chunks,
     contiguous_chunks,
     dtype_name,
     parse_json_object,
@@ -36,10 +37,13 @@ __all__ = [
     "Rearranged",
     "SliceOf",
     "StoredTensor",
+    "are_equal",
     "check_storable",
+    "copy_tensors",
     "decode",
     "encode",
     "reachable",
+    "sample",
     "stack",
     "stored_form",
     "tensors_of",
@@ -52,6 +56,9 @@ _SCHEMA = 1
 _PACKED = re.compile(r"(u?)int([1-7])")
 _PLAIN = {dtype_name(dtype): dtype for dtype in TORCH_DTYPES.values()}
 _UPCAST_ELEMENTS = 1 << 20
+_SAMPLE_BLOCKS = 16
+_SAMPLE_BYTES = 4096
+_COMPARED_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -255,6 +262,56 @@ def reachable(tensors: Iterable[StoredTensor]) -> Iterator[StoredTensor]:
             yield entry
             if isinstance(entry.source, Deferred):
                 pending.extend(entry.source.sources)
+
+
+def sample(entry: StoredTensor) -> Iterator[bytes | memoryview]:
+    """Evenly spaced blocks of a tensor's bytes, or all of them where it is small; see `WeightStore.fingerprint`."""
+    size = entry.nbytes
+    blocks = [(0, size)]
+    if size > _SAMPLE_BLOCKS * _SAMPLE_BYTES:
+        starts = [i * (size - _SAMPLE_BYTES) // (_SAMPLE_BLOCKS - 1) for i in range(_SAMPLE_BLOCKS)]
+        blocks = [(start, start + _SAMPLE_BYTES) for start in starts]
+    if isinstance(entry.source, InFile):
+        yield from entry.source.file.read_blocks(entry.source.name, blocks)
+        return
+    if isinstance(entry.source, Rearranged) and not isinstance(entry.source, SliceOf):
+        for source in entry.source.sources:
+            yield from sample(source)
+        return
+    for chunk in byte_chunks(entry.load(check_finite=False).contiguous()):
+        yield from (chunk[begin:end] for begin, end in blocks)
+
+
+def copy_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors that may be moved to a file without the originals; values are shared, and what is tied stays tied."""
+    copies: dict[StoredTensor, StoredTensor] = {}
+
+    def copied(entry: StoredTensor) -> StoredTensor:
+        if entry not in copies:
+            source = entry.source
+            if isinstance(source, Deferred):
+                source = replace(source, sources=tuple(copied(item) for item in source.sources))
+            copies[entry] = replace(entry, source=source)
+        return copies[entry]
+
+    return {name: copied(entry) for name, entry in tensors.items()}
+
+
+def are_equal(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors have one shape and equal values; see `WeightStore.is_equal`."""
+    if first is second or first.shape != second.shape:
+        return first is second
+    if not (isinstance(first.source, InFile) and isinstance(second.source, InFile) and first.dtype == second.dtype):
+        values = (decode(entry.load(check_finite=False), entry) for entry in (first, second))
+        return torch.equal(*(value.float() for value in values))
+    for begin in range(0, first.nbytes, _COMPARED_BYTES):
+        block = [(begin, min(begin + _COMPARED_BYTES, first.nbytes))]
+        parts = [entry.source.file.read_blocks(entry.source.name, block)[0] for entry in (first, second)]  # type: ignore[union-attr]
+        if parts[0] != parts[1]:  # 0 and -0 are equal, too
+            values = (torch.frombuffer(bytearray(part), dtype=first.stored[0]) for part in parts)
+            if not torch.equal(*(value.float() for value in values)):
+                return False
+    return True
 
 
 def write_tensors(

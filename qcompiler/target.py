@@ -1,10 +1,11 @@
-"""What a target makes of a quantization scheme, asked before calibration rather than found out after it."""
+"""What a target makes of a graph and its quantization schemes, asked ahead of calibration, not found out behind."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from qcompiler.errors import TargetError
+from qcompiler.graph import Graph
 from qcompiler.kv_cache import CacheFormat
 from qcompiler.spec import Scheme
 
@@ -21,10 +22,12 @@ class Support:
         status: ``fused``: a kernel made for it; ``runs``: right, but dequantized on the way; ``writes-only``: the file
             is valid, nothing here runs it; ``refused``: not written.
         reason: why, wherever there is something to say; never empty when refused.
+        remedy: what would be taken instead, where it is refused and there is such a thing.
     """
 
     status: SupportStatus
     reason: str = ""
+    remedy: str = ""
 
     def __post_init__(self) -> None:
         if self.status == "refused" and not self.reason:
@@ -45,6 +48,15 @@ class TargetSpec(Protocol):
 
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache of this format."""
+        ...
+
+    def check_graph(self, graph: Graph) -> None:
+        """Refuses, ahead of everything long, what it will not take of a graph that no pass has rewritten yet.
+
+        Raises:
+            TargetError: that names operator and node.
+            MissingDependencyError: without a package that lowering needs.
+        """
         ...
 
 
@@ -75,7 +87,7 @@ def check_schemes(
                     where=f"{target.name}: {site}",
                     got=scheme,
                     expected=support.reason,
-                    remedy="choose another group size or bit width, or leave this target out",
+                    remedy=f"{support.remedy}, or leave this target out" if support.remedy else "leave this target out",
                 )
     return found
 
@@ -100,6 +112,6 @@ def check_caches(formats: Sequence[CacheFormat], targets: Sequence[TargetSpec]) 
                     where=target.name,
                     got=spec,
                     expected=support.reason,
-                    remedy="choose another format of the cache, or leave this target out",
+                    remedy=f"{support.remedy}, or leave this target out" if support.remedy else "leave this target out",
                 )
     return found

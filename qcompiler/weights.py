@@ -6,16 +6,16 @@ Nothing is held in memory but what was `WeightStore.set` and not yet spilled. `W
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from torch import Tensor
 
-from qcompiler.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from qcompiler.checkpoint import open_checkpoint, weight_files
 from qcompiler.errors import InputError, WeightError
-from qcompiler.safetensors_io import SafetensorsFile, byte_chunks, dtype_name
+from qcompiler.safetensors_io import SafetensorsFile, dtype_name
 from qcompiler.staging import StagedFiles
 from qcompiler.stored_tensor import (
     METADATA_KEY,
@@ -24,10 +24,13 @@ from qcompiler.stored_tensor import (
     Rearranged,
     SliceOf,
     StoredTensor,
+    are_equal,
     check_storable,
+    copy_tensors,
     decode,
     encode,
     reachable,
+    sample,
     stack,
     stored_form,
     write_tensors,
@@ -36,9 +39,6 @@ from qcompiler.stored_tensor import (
 __all__ = ["DEFAULT_SHARD_BYTES", "TensorInfo", "WeightStore"]
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-
-_SAMPLE_BLOCKS = 16
-_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class WeightStore:
         self._tensors: dict[str, StoredTensor] = {}
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> Self:
-        """Opens ``model.safetensors``, or the shards of ``model.safetensors.index.json`` where there is no such file.
+    def from_directory(cls, path: str | Path, *, stem: str = "model") -> Self:
+        """Opens ``<stem>.safetensors``, or the shards of ``<stem>.safetensors.index.json`` where there is no such file.
 
         Only headers are read. Symbolic links may lead nowhere but inside the directory or, in a Hugging Face hub cache
         (``.../snapshots/<revision>``), to that cache's ``blobs``.
@@ -82,7 +82,7 @@ class WeightStore:
             WeightError: if weights are missing, damaged, pickled, or lie outside the directory.
         """
         store = cls()
-        store._tensors = open_checkpoint(Path(path))
+        store._tensors = open_checkpoint(Path(path), stem)
         return store
 
     @classmethod
@@ -164,6 +164,7 @@ class WeightStore:
         dtype: str,
         shape: Sequence[int],
         rearranges: bool = False,
+        store: "WeightStore | None" = None,
     ) -> None:
         """Defines a tensor as a function of others, computed at every read.
 
@@ -177,13 +178,14 @@ class WeightStore:
             dtype: dtype of the result; for a packed integer the function returns int8 or uint8 codes.
             shape: shape of the result.
             rearranges: the function moves the numbers of its sources to other places and leaves them as they are.
+            store: whose names the sources are; by default this one's.
 
         Raises:
             WeightError: if a source is missing or the dtype unknown; on read, if the function breaks its promise.
         """
         _check_name(name)
         stored_form(dtype, tuple(shape))  # refuses unknown dtypes
-        tensors = tuple(self._find(source) for source in sources)
+        tensors = tuple((self if store is None else store)._find(source) for source in sources)
         kind = Rearranged if rearranges else Deferred
         self._tensors[name] = StoredTensor(name, dtype, tuple(shape), kind(tensors, function))
 
@@ -203,14 +205,30 @@ class WeightStore:
         part = SliceOf((whole,), operator.itemgetter(index), index)
         self._tensors[name] = StoredTensor(name, whole.dtype, whole.shape[1:], part)
 
-    def alias(self, name: str, of: str) -> None:
-        """Ties ``name``, new or not, to the tensor of ``of``: stored once, until one of them is set anew.
+    def alias(self, name: str, of: str, store: "WeightStore | None" = None) -> None:
+        """Ties ``name``, new or not, to the tensor ``of`` (of another store): stored once, until one is set anew.
 
         Raises:
             WeightError: if there is no tensor ``of``.
         """
         _check_name(name)
-        self._tensors[name] = self._find(of)
+        self._tensors[name] = (self if store is None else store)._find(of)
+
+    def copy(self) -> "WeightStore":
+        """A store of the same tensors, values shared: what is set, derived or spilled in one leaves the other alone."""
+        store = WeightStore()
+        store._tensors = copy_tensors(self._tensors)
+        return store
+
+    def is_equal(self, first: str, second: str) -> bool:
+        """Whether two tensors have one shape and equal values, in float32 where their dtypes differ.
+
+        Of two that lie in files in one dtype, a few MiB at a time are read.
+
+        Raises:
+            WeightError: if one is missing or cannot be read.
+        """
+        return are_equal(self._find(first), self._find(second))
 
     def tied(self, name: str) -> tuple[str, ...]:
         """The other names of the same tensor."""
@@ -264,7 +282,7 @@ class WeightStore:
         for name in sorted(self._tensors):
             entry = self._tensors[name]
             digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
-            for block in _sample(entry):
+            for block in sample(entry):
                 digest.update(block)
         return digest.hexdigest()
 
@@ -306,19 +324,21 @@ class WeightStore:
         self,
         directory: str | Path,
         *,
+        stem: str = "model",
         names: Sequence[str] | None = None,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
         check_finite: bool = True,
     ) -> tuple[Path, ...]:
-        """Writes tensors to ``model.safetensors``, or to shards and an index where that would be too large.
+        """Writes tensors to ``<stem>.safetensors``, or to shards and an index where that would be too large.
 
         Of tied names, the first in ``names`` owns the data; the others are noted in its file's metadata, from which
         `from_directory` ties them again. Otherwise the order of ``names`` does not matter: equal content gives equal
         bytes. One tensor at a time is in memory, with the sources it is derived from. All files appear, or none.
 
         Args:
-            directory: made if missing; must not hold safetensors weights yet.
+            directory: made if missing; must not hold safetensors weights of that stem yet.
+            stem: what the names of the files begin with.
             names: the tensors to save; all by default.
             max_shard_bytes: limit on the tensor data of one file; a larger tensor gets a file of its own.
             metadata: strings for the ``__metadata__`` of every file.
@@ -338,9 +358,8 @@ class WeightStore:
             raise InputError("reserved metadata key", where=METADATA_KEY, remedy="use another key")
         if max_shard_bytes < 1:
             raise InputError("max_shard_bytes must be positive", got=max_shard_bytes)
-        taken = [
-            path for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors") for path in root.glob(pattern)
-        ]
+        single, index_file = weight_files(stem)
+        taken = [path for pattern in (single, index_file, f"{stem}-*-of-*.safetensors") for path in root.glob(pattern)]
         if taken:
             raise InputError("the directory already holds weights", where=taken[0], remedy="choose another directory")
 
@@ -352,7 +371,7 @@ class WeightStore:
                 aliases[name] = owner
         shards = _partition({name: entry for entry, name in owners.items()}, max_shard_bytes)
         files = {
-            SINGLE_FILE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard
+            single if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard
             for i, shard in enumerate(shards, 1)
         }
         with StagedFiles(root) as staged:
@@ -364,9 +383,9 @@ class WeightStore:
                 weight_map = {name: file for file, shard in files.items() for name in shard}
                 total = sum(entry.nbytes for entry in owners)
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                with staged.file(INDEX_FILE) as write:
+                with staged.file(index_file) as write:
                     write((json.dumps(index, indent=2) + "\n").encode())
-        return tuple(root / file for file in (*files, *([INDEX_FILE] if len(shards) > 1 else [])))
+        return tuple(root / file for file in (*files, *([index_file] if len(shards) > 1 else [])))
 
     def _find(self, name: str) -> StoredTensor:
         try:
@@ -378,24 +397,6 @@ class WeightStore:
 def _check_name(name: str) -> None:
     if not name or name == "__metadata__":
         raise WeightError("not a name for a tensor", where=repr(name))
-
-
-def _sample(entry: StoredTensor) -> Iterator[bytes | memoryview]:
-    """The bytes of a tensor that `WeightStore.fingerprint` hashes."""
-    size = entry.nbytes
-    blocks = [(0, size)]
-    if size > _SAMPLE_BLOCKS * _SAMPLE_BYTES:
-        starts = [i * (size - _SAMPLE_BYTES) // (_SAMPLE_BLOCKS - 1) for i in range(_SAMPLE_BLOCKS)]
-        blocks = [(start, start + _SAMPLE_BYTES) for start in starts]
-    if isinstance(entry.source, InFile):
-        yield from entry.source.file.read_blocks(entry.source.name, blocks)
-        return
-    if isinstance(entry.source, Rearranged) and not isinstance(entry.source, SliceOf):
-        for source in entry.source.sources:
-            yield from _sample(source)
-        return
-    for chunk in byte_chunks(entry.load(check_finite=False).contiguous()):
-        yield from (chunk[begin:end] for begin, end in blocks)
 
 
 def _partition(tensors: Mapping[str, StoredTensor], limit: int) -> list[dict[str, StoredTensor]]:

@@ -1,7 +1,5 @@
 """Tiny models with random weights, captured once per process, and what tests do with them."""
 
-import copy
-import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable
@@ -15,8 +13,6 @@ from qcompiler.canonicalize import canonicalize
 from qcompiler.capture import capture_module
 from qcompiler.execute import Stretch
 from qcompiler.graph import Graph
-from qcompiler.stored_tensor import Deferred, StoredTensor
-from qcompiler.weights import WeightStore
 from tests.families import COMMON, SPECS
 from tests.families import POSITIONS as POSITIONS
 from tests.families import VOCABULARY as VOCABULARY
@@ -52,7 +48,7 @@ def _captured(family: str) -> Graph:
 
 def raw_graph(family: str) -> Graph:
     """A copy of the graph as captured, before canonicalization."""
-    return copy_graph(_captured(family))
+    return _captured(family).copy()
 
 
 @functools.cache
@@ -63,28 +59,7 @@ def canonical_graph(family: str) -> Graph:
 
 def copy_graph(graph: Graph) -> Graph:
     """A graph with nodes, weight names and reports of its own; tensors are shared."""
-    store = WeightStore()
-    copies: dict[StoredTensor, StoredTensor] = {}
-    store._tensors = {name: _copy_entry(entry, copies) for name, entry in graph.weights._tensors.items()}
-    return dataclasses.replace(
-        graph,
-        fx=copy.deepcopy(graph.fx),
-        weights=store,
-        schemes=dict(graph.schemes),
-        provenance=dict(graph.provenance),
-        unrecognized=list(graph.unrecognized),
-        source_dtypes=dict(graph.source_dtypes),
-    )
-
-
-def _copy_entry(entry: StoredTensor, copies: dict[StoredTensor, StoredTensor]) -> StoredTensor:
-    """An entry of its own, which may be moved to a file without the original; tied ones stay tied."""
-    if entry not in copies:
-        source = entry.source
-        if isinstance(source, Deferred):
-            source = dataclasses.replace(source, sources=tuple(_copy_entry(item, copies) for item in source.sources))
-        copies[entry] = dataclasses.replace(entry, source=source)
-    return copies[entry]
+    return graph.copy()
 
 
 def run(graph: Graph, **values: Tensor) -> dict[str, Tensor]:

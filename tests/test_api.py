@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompiler as qc
-from qcompiler import api, compiling
+from qcompiler import api, compiling, to_target
 from qcompiler.errors import (
     ArtifactError,
     CalibrationError,
@@ -59,6 +59,25 @@ def test_a_plain_module_is_calibrated_with_its_inputs_saved_and_run(tmp_path: Pa
     assert torch.equal(again, found)
     with pytest.raises(InputError, match="does not predict next tokens"):
         loaded.artifact()
+
+
+def test_one_graph_is_compiled_as_often_as_wanted(tmp_path: Path) -> None:
+    graph = language_model()
+    before, bytes_before = graph.to_dict(), graph.weights.stored_bytes()
+    calibration = qc.Calibration.from_tokens(ROWS)
+    recipes: list[list[Pass]] = [[GPTQ(bits=4, group_size=8)], [RTN(bits=8)], [GPTQ(bits=4, group_size=8)]]
+    results = [qc.compile(graph, recipe, calibration, device="cpu") for recipe in recipes]
+    for result in results[:2]:
+        assert result.graph is not graph
+        assert len(result.report.sites) == 14
+    first, again = (result.artifact().forward(ROWS) for result in (results[0], results[2]))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, results[1].artifact().forward(ROWS))
+    del results, result
+    gc.collect()  # the files that rewritten weights lay in are gone
+    assert (graph.to_dict(), graph.weights.stored_bytes()) == (before, bytes_before)
+    for name in graph.weight_names():
+        graph.weights.read(name)
 
 
 @pytest.mark.parametrize("calibration", [None, qc.Calibration.from_tokens(ROWS)])
@@ -116,10 +135,12 @@ def test_report_and_manifest(tmp_path: Path) -> None:
     )
     report = result.report
     assert report.bytes_before == before
-    assert report.bytes_after == graph.weights.stored_bytes(graph.weight_names()) < before
+    assert report.bytes_after == result.graph.weights.stored_bytes(result.graph.weight_names()) < before
     assert report.sweeps == 1
     assert [skip.site for skip in report.skipped] == ["head"]
-    assert seen[0][:2] == (0, report.segments)
+    steps = [call for call in seen if call[1]]
+    assert "calibration" in [call[2] for call in seen if not call[1]]
+    assert steps[0][:2] == (0, report.segments)
     assert seen[-1] == (report.segments, report.segments, "")
     assert result.manifest["seed"] == 7
     assert [item["pass"] for item in result.manifest["recipe"]] == ["assign", "gptq"]
@@ -133,8 +154,7 @@ def test_report_and_manifest(tmp_path: Path) -> None:
 def test_overrides_are_added_to_the_recipe() -> None:
     overrides = {"*.down": "w8a16", "0.q": None}
     for recipe in ([RTN(bits=4)], [Assign("w4a16"), RTN()], [Assign("w4a16", overrides={"0.q": "w3a16"}), RTN()]):
-        graph = language_model()
-        qc.compile(graph, recipe, overrides=overrides)
+        graph = qc.compile(language_model(), recipe, overrides=overrides).graph
         bits = {name: scheme.weight and scheme.weight.bits for name, scheme in graph.schemes.items()}
         assert (bits["0.down"], bits["1.down"], bits["0.q"], bits["1.q"], bits["head"]) == (8, 8, None, 4, None)
 
@@ -239,12 +259,13 @@ def test_self_generated_windows_fit_the_model() -> None:
 
 
 def test_what_was_lowered_and_not_verified_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object, **options: object) -> None:
-        assert (tmp_path / "onnx" / "model.onnx").is_file()
+    def refuse(native: object, written: Any, **options: object) -> None:
+        assert (written.path / "model.onnx").is_file()
+        assert not (tmp_path / "onnx" / "model.onnx").exists()
         raise VerificationError("computes something else")
 
     result = qc.compile(qc.capture(build("llama", layers=1)), [RTN(bits=4, group_size=16)])
-    monkeypatch.setattr(api, "check_parity", refuse)
+    monkeypatch.setattr(to_target, "check_parity", refuse)
     with pytest.raises(VerificationError):
         qc.lower(result, "onnx", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
@@ -279,7 +300,7 @@ def test_kernels_that_compute_something_else(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*arguments: object, **options: object) -> None:
         raise VerificationError("computes something else")
 
-    monkeypatch.setattr(api, "check_parity", refuse)
+    monkeypatch.setattr(to_target, "check_parity", refuse)
     with pytest.raises(VerificationError):
         qc.lower(result, "kernels", device="cpu")
     assert "kernels" not in result.report.targets
@@ -300,7 +321,7 @@ def test_engines(tmp_path: Path) -> None:
 
 
 def test_nothing_to_open(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such directory"):
+    with pytest.raises(InputError, match="no such model directory"):
         qc.open_artifact(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(InputError) as caught:
@@ -336,3 +357,27 @@ def test_every_recipe_is_in_the_matrix() -> None:
     assert matrix["w4a16-gptq"]["kernels (CUDA)"] == matrix["w4a16-gptq"]["kernels (CPU)"] == "fused"
     assert (matrix["fp8"]["kernels (CUDA)"], matrix["fp8"]["kernels (CPU)"]) == ("fused", "runs")
     assert matrix["nvfp4"]["kernels (CUDA)"] == "runs"
+
+
+def test_what_is_printed_of_a_result_is_a_line() -> None:
+    result = qc.compile(language_model(), [Assign("w8a16"), RTN()], device="cpu")
+    for shown in (repr(result), repr(result.graph), repr(result.report)):
+        assert len(shown) < 400
+        assert "\n" not in shown
+    assert "Assign" in repr(result) or "assign" in repr(result)
+    assert "linear layers" in repr(result)
+
+
+def test_a_single_target_needs_no_list() -> None:
+    with pytest.raises(TargetError, match="does not take this scheme"):
+        qc.compile(build("llama"), [Assign("nvfp4"), RTN()], targets="onnx", device="cpu")
+    with pytest.raises(TargetError) as caught:
+        qc.compile(language_model(), "w8a16", targets="onxx", device="cpu")
+    assert (caught.value.got, caught.value.remedy) == ("onxx", "did you mean onnx?")
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta", "cuda:99", "gpu"])
+def test_devices_that_nothing_runs_on(device: str) -> None:
+    with pytest.raises(InputError) as caught:
+        qc.compile(language_model(), "w8a16", device=device)
+    assert caught.value.got == device

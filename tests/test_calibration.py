@@ -7,10 +7,12 @@ import struct
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from qcompiler.calibration import Calibration, read_text
+from qcompiler.calibration import Calibration
 from qcompiler.errors import CalibrationError, InputError
-from qcompiler.hf import HFArtifact, encode, load_tokenizer
+from qcompiler.hf import HFArtifact, load_tokenizer
+from qcompiler.tokenizing import encode
 
 STREAM = torch.arange(1000)
 
@@ -86,20 +88,6 @@ def test_short_text(booklm):
         Calibration.from_text("It was a dark night.").bind(booklm)
 
 
-def test_read_text(tmp_path):
-    assert read_text("two words") == "two words"
-    assert read_text("one line\nand a/file.txt") == "one line\nand a/file.txt"
-    assert read_text("x" * 5000) == "x" * 5000
-    for missing in ("corpus.txt", "no/such/corpus", tmp_path / "corpus"):
-        with pytest.raises(InputError, match="no such text file"):
-            read_text(missing)
-    with pytest.raises(InputError, match="cannot be read"):
-        read_text(tmp_path)
-    (tmp_path / "latin").write_bytes(b"caf\xe9")
-    with pytest.raises(InputError, match="not UTF-8"):
-        read_text(tmp_path / "latin")
-
-
 @pytest.mark.parametrize("options", [{"samples": 0}, {"length": 0}, {"samples": -1}])
 def test_nothing_asked_for(options):
     for make in (Calibration.self_generated, lambda **o: Calibration.from_text("some text", **o)):
@@ -148,7 +136,6 @@ def test_samples_take_the_first_rows():
         ([], "no calibration tokens"),
         (torch.empty(0, 4, dtype=torch.int64), "no calibration tokens"),
         (torch.zeros(1, 2, 3, dtype=torch.int64), "no calibration tokens"),
-        ([[1, 2], [3]], "not equally long"),
         ([[1.5, 2.5]], "not integers"),
         (torch.zeros(2, 2), "not integers"),
         (["a", "b"], "not integers"),
@@ -249,3 +236,78 @@ def test_report_fields():
         "sha256": hashlib.sha256(struct.pack("<12q", *range(12))).hexdigest(),
         "notes": [],
     }
+
+
+@pytest.fixture(scope="module")
+def opened(booklm):
+    """The shipped tokenizer as one that opens every text by BOS."""
+    tokenizer = load_tokenizer(booklm)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
+    )
+    return tokenizer
+
+
+def test_every_window_begins_as_a_text_does(opened, booklm, prose):
+    bound = Calibration.from_text(prose, samples=20, length=50).bind(tokenizer=opened, hold_out=4)
+    assert bound.held_out is not None
+    windows = torch.cat([bound.ids, bound.held_out])
+    assert windows[:, 0].tolist() == [0] * 24
+    assert not (windows[:, 1:] == 0).any()
+    text = opened.decode(encode(load_tokenizer(booklm), prose).tolist())
+    for row in windows.tolist():
+        assert opened.decode(row[1:]).strip("\ufffd") in text
+    assert len({tuple(row) for row in windows.tolist()}) == 24
+
+
+def test_each_of_several_texts_begins_with_the_opening_once(opened, prose):
+    texts = ["", *(prose[start : start + 300] for start in range(0, len(prose), 300)), " ", "\n"]
+    windows = Calibration.from_text(texts, samples=1000, length=40).bind(tokenizer=opened).ids
+    assert (windows[:, 0] == 0).all()
+    assert not (windows[:, 1] == 0).any()
+    assert 8 < (windows[:, 2:] == 0).sum() < len(texts)
+
+
+def test_special_tokens_spelled_in_a_text(opened, prose):
+    spelled = prose.replace("the", "<|eos|>")
+    windows = Calibration.from_text(spelled, samples=20, length=50).bind(tokenizer=opened).ids
+    assert not (windows[:, 1:] < 3).any()
+
+
+def test_a_text_that_is_too_short_to_tell_anything(booklm):
+    for text, length in (("It was a dark night.", 4), ("the sea " * 30, 16)):
+        with pytest.raises(CalibrationError, match="too short to tell anything") as caught:
+            Calibration.from_text(text, length=length).bind(booklm)
+        assert "128" in caught.value.expected
+    assert Calibration.from_text("the sea " * 70, length=4).bind(booklm).tokens >= 128
+
+
+def test_a_window_of_nothing_but_the_opening(opened, prose):
+    with pytest.raises(CalibrationError, match="nothing but what opens"):
+        Calibration.from_text(prose, length=1).bind(tokenizer=opened)
+
+
+@pytest.mark.parametrize(("slots", "samples", "calibrated", "held"), [(8, 64, 7, 1), (7, 64, 7, 0), (8, 8, 7, 1)])
+def test_a_short_text_is_shared(slots, samples, calibrated, held):
+    stream = torch.arange(slots * 10)
+    bound = Calibration.from_tokens(stream, samples, 10).bind(hold_out=4)
+    assert len(bound.ids) == calibrated
+    assert (0 if bound.held_out is None else len(bound.held_out)) == held
+    seen = torch.cat([bound.ids, *([] if bound.held_out is None else [bound.held_out])])
+    assert seen.flatten().sort().values.tolist() == stream.tolist()
+    assert bool(bound.notes) is (slots < samples or held == 1)
+    assert ("kept apart" in "".join(bound.notes)) is (held == 1)
+    assert len(Calibration.from_tokens(stream, samples, 10).bind().ids) == slots
+
+
+def test_self_generated_texts_begin_as_the_models_do(opened, booklm):
+    bound = Calibration.self_generated(3, 6).bind(tokenizer=opened, artifact=HFArtifact(booklm))
+    assert bound.ids.shape == (3, 6)
+    assert bound.ids[:, 0].tolist() == [0] * 3
+
+
+def test_special_ids_of_a_nested_configuration():
+    config = {"text_config": {"bos_token_id": 0, "eos_token_id": [1, 2]}}
+    ids = Calibration.self_generated(8, 20).bind(artifact=Ending(**config)).ids
+    assert ids[:, 0].tolist() == [0] * 8
+    assert set(ids[:, 1:].flatten().tolist()) == set(range(3, 12))

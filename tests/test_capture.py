@@ -254,6 +254,118 @@ def test_a_config_that_describes_no_model(checkpoint, fields):
         capture_directory(checkpoint)
 
 
+def test_a_compiled_model_is_no_source(tmp_path):
+    (tmp_path / "out" / "native").mkdir(parents=True)
+    (tmp_path / "out" / "native" / "manifest.json").write_text("{}")
+    (tmp_path / "out" / "onnx").mkdir()
+    (tmp_path / "out" / "onnx" / "model.onnx").write_bytes(b"")
+    for place in ("out", "out/native", "out/onnx"):
+        with pytest.raises(InputError, match="compiled model already") as caught:
+            capture_directory(tmp_path / place)
+        assert "compile the original again" in caught.value.remedy
+
+
+def test_an_original_with_an_onnx_model_beside_it_is_one(checkpoint):
+    (checkpoint / "model.onnx").write_bytes(b"")
+    assert capture_directory(checkpoint).signature.has_cache
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="an adapter") as caught:
+        capture_directory(tmp_path)
+    assert "merge_and_unload" in caught.value.remedy
+
+
+def test_weights_that_lie_elsewhere(checkpoint):
+    edit_config(checkpoint, transformers_weights="other.safetensors")
+    with pytest.raises(UnsupportedModelError, match="lie elsewhere") as caught:
+        capture_directory(checkpoint)
+    assert caught.value.got == "other.safetensors"
+
+
+SIZES = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "what", "said"),
+    [
+        ("ViTForImageClassification", {"image_size": 16, "patch_size": 8}, "takes no token ids", "pixel_values"),
+        ("Wav2Vec2ForCTC", {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}, "takes no token ids",
+         "input_values"),
+        ("CLIPModel", {}, "does not run on token ids alone", "pixel_values"),
+        ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+         "cannot be exported", "DataDependent"),
+    ],
+)  # fmt: skip
+def test_models_that_want_something_else_than_tokens(kind, options, what, said):
+    import transformers
+
+    model_class = getattr(transformers, kind)
+    sizes = {} if kind == "CLIPModel" else SIZES
+    if kind == "CLIPModel":
+        options = {f"{part}_config": {**SIZES, "projection_dim": 8} for part in ("text", "vision")}
+    with torch.device("meta"):
+        model = model_class(model_class.config_class(**sizes, **options)).eval()
+    with pytest.raises(UnsupportedModelError, match=what) as caught:
+        capture_module(model.to_empty(device="cpu"))
+    assert said in str(caught.value)
+    assert "fake mode" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "shape"),
+    [
+        ("llama", "LlamaForSequenceClassification", ("batch", 3)),
+        ("gpt2", "GPT2ForSequenceClassification", ("batch", 3)),
+        ("bert", "BertForSequenceClassification", ("batch", 3)),
+        ("bert", "BertForTokenClassification", ("batch", SEQUENCE, 3)),
+    ],
+)
+def test_classifiers_score_sequences_and_no_vocabulary(family, kind, shape, tmp_path):
+    import transformers
+
+    torch.manual_seed(3)
+    config = build(family, layers=1, num_labels=3, pad_token_id=0).config
+    model = getattr(transformers, kind)(config).eval()
+    model.save_pretrained(tmp_path)
+    graph = canonicalize(capture_directory(tmp_path))
+    assert (graph.signature.outputs[0].name, graph.signature.outputs[0].shape) == ("logits", shape)
+    assert graph.signature.index_of_output("logits") is None  # which is the role of scores of a vocabulary
+    assert graph.signature.index_of_output("scores") == 0
+    ids, mask = torch.randint(1, VOCABULARY, (3, 7)), torch.ones(3, 7, dtype=torch.int64)
+    if family != "bert":
+        ids[1, 4:] = 0  # padding, behind which nothing is looked at
+    logits = run(graph, **language_inputs(graph, ids, mask))["logits"]
+    torch.testing.assert_close(logits, reference(model, ids, mask), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["directory", "module", "module that has run"])
+def test_frequencies_that_depend_on_the_length(source, tmp_path):
+    """Phi-3's long contexts: other frequencies, from one more token than it was first trained with on."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "long_factor": [2.0, 3, 4, 5],
+        "short_factor": [1.0, 1.1, 1.2, 2],
+    }
+    limits = {"original_max_position_embeddings": 16, "max_position_embeddings": 32}
+    model = build("phi3", **limits, rope_parameters=rope)
+    ids = torch.randint(VOCABULARY, (2, 24))
+    if source == "module that has run":
+        reference(model, ids, torch.ones_like(ids))
+    if source == "directory":
+        model.save_pretrained(tmp_path)
+    graph = canonicalize(capture_directory(tmp_path) if source == "directory" else capture_module(model))
+    assert graph.lost == []
+    logits = []
+    for length in (12, 16, 17, 24):
+        assert_same_logits(graph, model, ids[:, :length], torch.ones(2, length, dtype=torch.int64))
+        logits.append(run(graph, **language_inputs(graph, ids[:, :length], torch.ones_like(ids[:, :length])))["logits"])
+    torch.testing.assert_close(logits[0], logits[1][:, :12], rtol=1e-5, atol=1e-4)
+    assert (logits[1] - logits[2][:, :16]).abs().max() > 0.1
+
+
 def test_encoder_decoders_are_refused():
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -5,9 +5,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qcompiler.checkpoint import INDEX_FILE, SINGLE_FILE
+from qcompiler.checkpoint import no_directory, weight_files
 from qcompiler.errors import InputError, WeightError
 from qcompiler.weights import WeightStore
+
+SINGLE_FILE, INDEX_FILE = weight_files("model")
 
 
 def sharded(root: Path, weight_map: dict[str, object] | None = None) -> Path:
@@ -133,3 +135,37 @@ def test_no_weights_and_no_directory(tmp_path):
         WeightStore.from_directory(tmp_path)
     with pytest.raises(InputError, match="not a model directory"):
         WeightStore.from_directory(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("path", "is_name"),
+    [
+        ("meta-llama/Llama-3.2-1B", True),
+        ("a.b/c-d_e", True),
+        ("./nowhere", False),
+        ("/no/where", False),
+        ("nowhere", False),
+        ("a/b/c", False),
+        ("../a", False),
+        ("docs/nowhere", False),
+    ],
+)
+def test_a_name_on_the_hub_is_no_directory(path, is_name, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    error = no_directory(Path(path))
+    assert "nothing is downloaded" in str(error.got)
+    wanted = f"hf download {path} --local-dir {Path(path).name}, and give {Path(path).name}"
+    assert str(error.remedy).endswith(wanted) is is_name
+    assert ("hf download" in str(error.remedy)) is is_name
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    assert no_directory(tmp_path / "model.gguf").got == "a file"
+
+
+def test_shards_may_hold_more_than_the_index_names(tmp_path):
+    """Transformers loads what they hold."""
+    root = sharded(tmp_path / "m", {"a": "model-00001-of-00002.safetensors"})
+    save_file({"a": torch.arange(3.0), "c": torch.ones(2)}, root / "model-00001-of-00002.safetensors")
+    assert WeightStore.from_directory(root).names() == ["a", "c"]

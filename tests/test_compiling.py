@@ -1,7 +1,7 @@
 """`compile_graph` on graphs made by hand: what it checks and notes on the way. The journeys are in test_api.py."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,6 +52,75 @@ def test_strict_asks_the_skip_and_not_the_words_of_its_reason() -> None:
         run(language_model(), [_LeaveAlone(False)], strict=True)
     assert caught.value.where == "0.q"
     assert caught.value.got == "no override could help"
+
+
+def test_what_is_lost_is_noted_and_refused_where_strict_before_anything_is_computed() -> None:
+    graph = language_model()
+    graph.lost.append("a tower is left out")
+    graph.notes.append("two tensors are apart")
+    assert run(graph.copy(), [RTN(bits=4)]).notes == ["two tensors are apart", "a tower is left out"]
+    with pytest.raises(InputError, match="would be lost") as caught:
+        run(graph, [RTN(bits=4)], strict=True)
+    assert caught.value.got == "a tower is left out"
+    assert graph.schemes == {}
+    graph.lost.clear()
+    assert run(graph, [RTN(bits=4)], strict=True).notes == ["two tensors are apart"]
+
+
+def test_what_predicts_no_tokens_is_calibrated_with_text_alone() -> None:
+    graph = language_model()
+    scores, *others = graph.signature.outputs
+    graph.signature = replace(graph.signature, outputs=(replace(scores, role="scores"), *others))
+    with pytest.raises(CalibrationError, match="predicts no tokens") as caught:
+        run(graph, [GPTQ(bits=4, group_size=8)])
+    assert "--calib" in str(caught.value.remedy)
+    rows = torch.randint(32, (6, 12), generator=torch.Generator().manual_seed(2))
+    report = run(graph, [GPTQ(bits=4, group_size=8)], Calibration.from_tokens(rows))
+    assert report.held_out is None
+    assert len(report.sites) == 14
+
+
+def test_files_that_do_not_travel_are_lost(tmp_path: Path) -> None:
+    graph = language_model()
+    graph.provenance["companions"] = str(tmp_path)
+    (tmp_path / "modules.json").write_text("{}")
+    assert run(graph.copy(), [RTN(bits=4)]).notes == ["files of the source that are not copied: modules.json"]
+    with pytest.raises(InputError, match=r"modules\.json"):
+        run(graph, [RTN(bits=4)], strict=True)
+
+
+@dataclass(frozen=True)
+class _LowRank(Pass):
+    """Adds the product of two thin matrices to a weight, and stores them as a pass of anybody's would."""
+
+    effect: ClassVar[Effect] = Effect.APPROXIMATE
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        site = graph.sites()[0]
+        weight = graph.weights.read(site.weight).float()
+        graph.weights.set(site.weight, weight + 0.01)
+        graph.weights.set("thin", torch.randn(site.out_features, 2))
+        with graph.fx.inserting_before(site.nodes[0]):
+            thin = graph.fx.create_node("get_attr", "thin")
+            thin.meta.update(dtype=torch.float32, shape=(site.out_features, 2))
+            ones = graph.fx.call_function(torch.ops.aten.sum.default, (thin,))
+            ones.meta.update(dtype=torch.float32, shape=())
+        with graph.fx.inserting_after(site.nodes[0]):
+            moved = graph.fx.call_function(torch.ops.aten.add.Tensor, (site.nodes[0], ones))
+            moved.meta.update(site.nodes[0].meta)
+        site.nodes[0].replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
+        return PassResult(modified=True)
+
+
+def test_tensors_that_a_pass_adds_take_the_dtype_of_the_model() -> None:
+    graph = language_model()
+    for name in graph.weight_names():
+        graph.weights.set(name, graph.weights.read(name).bfloat16())
+    before = graph.weights.stored_bytes(graph.weight_names())
+    site = graph.sites()[0]
+    run(graph, [_LowRank()])
+    assert {graph.weights.info(name).dtype for name in (site.weight, "thin")} == {"bfloat16"}
+    assert graph.weights.stored_bytes(graph.weight_names()) == before + 2 * 2 * site.out_features
 
 
 def test_what_quantizes_no_weight_says_so() -> None:

@@ -19,8 +19,7 @@ EXPERTS = 4
 def bound(directory):
     store = WeightStore.from_directory(directory)
     model, computed = build_on_meta(directory, json.loads((directory / "config.json").read_text()), False)
-    bind_checkpoint(store, model, computed)
-    return store
+    return bind_checkpoint(store, model, computed).weights
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from qcompiler import observers
+from qcompiler import observers, spec
 from qcompiler.graph import Graph
 from qcompiler.pass_base import Pass, PassContext
 from qcompiler.passes.recipe_file import load_recipe, read_recipe
 from qcompiler.pipeline import Pipeline
+from qcompiler.spec import Scheme
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"])
@@ -25,6 +26,31 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     links = [link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_can_be_read(page: Path) -> None:
+    """Tables, links and pictures aside, a line has at most 120 characters."""
+    lines = enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+    assert [f"{number}: {line}" for number, line in lines if len(line) > 120 and not line.startswith(("|", "!["))] == []
+
+
+SCHEMES = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", (ROOT / "docs" / "schemes.md").read_text("utf-8"), re.MULTILINE)
+
+
+def test_there_are_examples_of_schemes() -> None:
+    assert len(SCHEMES) >= 10
+
+
+@pytest.mark.parametrize(("name", "words"), SCHEMES)
+def test_examples_of_schemes_are_right(name: str, words: str) -> None:
+    assert str(Scheme.parse(name)) == words
+
+
+def test_every_option_of_a_scheme_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "schemes.md").read_text(encoding="utf-8")
+    for option in (*spec._KIND, "lut", "clip90", "g64", "floor", "ceil"):
+        assert f"`-{option}`" in page, option
 
 
 TOML = [(page, text) for page in PAGES for text in blocks(page, "toml")]

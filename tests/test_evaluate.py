@@ -7,11 +7,13 @@ import math
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from qcompiler.errors import ArtifactError, InputError
 from qcompiler.evaluate import evaluate
-from qcompiler.hf import HFArtifact, encode, load_tokenizer
+from qcompiler.hf import HFArtifact, load_tokenizer
+from qcompiler.tokenizing import encode
 
 module = importlib.import_module("qcompiler.evaluate")  # the package's attribute of that name is the public function
 
@@ -182,6 +184,7 @@ def test_absent_values_are_null():
         "seconds",
         "cache_bytes_per_token",
         "cached",
+        "notes",
     ]
     assert [name for name, value in fields.items() if value is None] == [*list(fields)[1:4], "cache_bytes_per_token"]
     assert json.loads(json.dumps(fields)) == fields
@@ -273,3 +276,40 @@ def test_tokenizer_comes_from_the_artifact_or_the_original(artifact, prose):
         evaluate(Table(torch.randn(4096, 4096)), text=prose)
     bare = Table(torch.randn(4096, 4096), max_positions=512)
     assert evaluate(bare, text=prose, against=artifact, max_tokens=512).tokens == 511
+
+
+def test_every_window_begins_with_the_opening_which_is_not_scored(booklm, artifact, prose):
+    """BOS and 511 tokens of the text in each window; each of these is scored once."""
+    tokenizer = load_tokenizer(booklm)
+    ids = encode(tokenizer, prose)
+    template = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = template
+    loss, count = 0.0, 0
+    for start in range(0, len(ids) - 510, 511):
+        window = torch.cat([torch.tensor([0]), ids[start : start + 511]])
+        log_p = artifact.forward(window[None])[0].double().log_softmax(-1)
+        loss -= float(log_p[:-1].gather(-1, window[1:, None]).sum())
+        count += 511
+    result = evaluate(artifact, text=prose, tokenizer=tokenizer)
+    assert result.tokens == count
+    assert result.perplexity == pytest.approx(math.exp(loss / count), rel=1e-5)
+    spelled = evaluate(artifact, text=prose + "<|bos|>" * 600, tokenizer=tokenizer)
+    assert spelled.tokens > count
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_openings_inside_a_window_are_not_scored(cached):
+    table = torch.randn(9, 9)
+    ids = torch.tensor([7, 8, 0, 1, 2, 7, 8, 3, 4, 5, 0, 1, 2, 7])
+    is_text = module._is_text(ids[None], (7, 8))
+    assert is_text[0].tolist() == [i not in (0, 1, 5, 6) for i in range(14)]
+    logits, targets = table[ids[None, :-1]], ids[None, 1:]
+    scores = module.Scores()
+    parts = (slice(0, 6), slice(6, 13)) if cached else (slice(0, 13),)
+    for part in parts:
+        scores.add(logits[:, part], logits[:, part], targets[:, part], is_text[:, 1:][:, part], where=None)
+    kept = is_text[0, 1:]
+    loss = torch.nn.functional.cross_entropy(logits[0][kept], targets[0][kept])
+    assert scores.tokens == 10
+    assert scores.perplexity == pytest.approx(float(loss.exp()), rel=1e-5)
+    assert scores.kl_divergence == 0

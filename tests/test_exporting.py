@@ -48,6 +48,24 @@ def test_what_cannot_be_exported_says_so(kind):
     assert expected[kind] in str(caught.value)
 
 
+def test_a_buffer_that_is_written_over_before_it_is_read_is_no_state():
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("frequencies", torch.zeros(2))
+            self.register_buffer("few", torch.tensor([1.0, 2.0]))
+            self.register_buffer("many", torch.tensor([3.0, 4.0]))
+
+        def forward(self, x):
+            self.frequencies.copy_(torch.where(x.max() > 1, self.many, self.few))
+            return x * self.frequencies
+
+    graph = canonicalize(capture_module(Chosen(), (torch.zeros(3, 2),)))
+    assert "frequencies" not in graph.weight_names()
+    assert run(graph, input_0=torch.ones(2, 2))["output_0"].tolist() == [[1, 2], [1, 2]]
+    assert run(graph, input_0=2 * torch.ones(2, 2))["output_0"].tolist() == [[6, 8], [6, 8]]
+
+
 def written_in_place(self, x):
     y = x + 1
     y[:, 1] = 0

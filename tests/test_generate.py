@@ -3,14 +3,17 @@
 import importlib
 import json
 import shutil
+import types
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from qcompiler.errors import ArtifactError, InputError
 from qcompiler.generate import Sampler, decode_stepwise, end_tokens, generate, stream_text, stream_tokens
 from qcompiler.hf import HFArtifact, load_tokenizer
+from qcompiler.tokenizing import encode_prompt
 
 module = importlib.import_module("qcompiler.generate")  # the package's attribute of that name is the public function
 PROMPT = "It was a dark night"
@@ -173,14 +176,50 @@ def test_batches_decode_row_by_row(artifact):
     assert torch.equal(together, torch.stack(alone))
 
 
+def at(path, config=None):
+    return types.SimpleNamespace(path=path, provenance={"config": config})
+
+
 def test_end_tokens_come_from_the_directory_and_the_tokenizer(booklm, tokenizer, tmp_path):
-    assert end_tokens(None, tokenizer) == {1}
+    assert end_tokens(at(None), tokenizer) == {1}
     file = tmp_path / "generation_config.json"
     shutil.copy(booklm / file.name, file)
-    assert end_tokens(tmp_path, tokenizer) == {1}
+    assert end_tokens(at(tmp_path), tokenizer) == {1}
     file.write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert end_tokens(tmp_path, tokenizer) == {1, 7, 9}
-    for broken in ("{", "[]"):
-        file.write_text(broken)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
+    assert end_tokens(at(tmp_path), tokenizer) == {1, 7, 9}
+
+
+@pytest.mark.parametrize("generation", [None, "{}", '{"eos_token_id": null}'])
+@pytest.mark.parametrize(
+    "config", [{"eos_token_id": [7, 9]}, {"text_config": {"eos_token_id": [7, 9]}}, {"llm_config": {"eos_token_id": 7}}]
+)
+def test_end_tokens_that_only_the_configuration_has(tokenizer, tmp_path, generation, config):
+    expected = {1, 7} if "llm_config" in config else {1, 7, 9}
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(generation)
+    assert end_tokens(at(tmp_path, config), tokenizer) == expected
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert end_tokens(at(tmp_path), tokenizer) == expected
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_end_tokens_of_broken_files(tokenizer, tmp_path, name):
+    for broken in ("{", "[]", "[" * 100_000):
+        (tmp_path / name).write_text(broken)
         with pytest.raises(InputError, match="not a JSON object"):
-            end_tokens(tmp_path, tokenizer)
+            end_tokens(at(tmp_path), tokenizer)
+    (tmp_path / name).write_text('{"eos_token_id": "end"}')
+    with pytest.raises(InputError, match="no token ids"):
+        end_tokens(at(tmp_path), tokenizer)
+
+
+def test_special_tokens_of_a_prompt_are_special(artifact, tokenizer):
+    assert generate(artifact, tokenizer, "<|bos|>It was", max_new_tokens=1).prompt_tokens == 3
+
+
+def test_a_spelled_opening_is_not_doubled(booklm):
+    opened = load_tokenizer(booklm)
+    opened.backend_tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    assert encode_prompt(opened, "It was").tolist() == encode_prompt(opened, "<|bos|>It was").tolist()
+    assert encode_prompt(opened, "It was").tolist()[0] == 0

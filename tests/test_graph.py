@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -294,6 +295,54 @@ def test_matrices_are_rounded_in_the_end_and_vectors_are_not():
     version = graph.weights.version("1.weight")
     graph.round_rewritten()
     assert graph.weights.version("1.weight") is version
+
+
+def test_what_a_pass_stores_by_itself_gets_the_dtype_of_the_model():
+    graph = half_model()
+    usual = graph.remember_dtypes()
+    assert usual == "bfloat16"
+    site = graph.sites()[0]
+    graph.weights.set(site.weight, torch.randn(4, 8))
+    assert graph.source_dtype(site.weight) == "bfloat16"  # and so are scales that are chosen now
+    added = {"matrix": torch.randn(8, 8), "vector": torch.randn(8), "integers": torch.zeros(2, 2, dtype=torch.int8)}
+    for name, value in added.items():
+        graph.weights.set(name, value)
+        with graph.fx.inserting_before(site.nodes[0]):
+            graph.fx.create_node("get_attr", name)
+    graph.round_rewritten(usual)
+    dtypes = {name: graph.weights.info(name).dtype for name in (*added, site.weight)}
+    assert dtypes == {"matrix": "bfloat16", "vector": "float32", "integers": "int8", "1.weight": "bfloat16"}
+    assert torch.equal(graph.weights.read("matrix"), added["matrix"].bfloat16())
+
+
+def test_scales_keep_the_dtype_that_was_chosen():
+    graph = half_model()
+    usual = graph.remember_dtypes()
+    (site,) = graph.sites()
+    weight = quantized(graph.weights.read(site.weight), QuantSpec("int4", group_size=4))
+    graph.set_weight(site, replace(weight, scale_dtype=torch.float32))
+    graph.round_rewritten(usual)
+    assert graph.weights.info("1.weight_scale").shape == (4, 2)
+    assert graph.weights.info("1.weight_scale").dtype == "float32"
+
+
+def test_a_copy_is_changed_alone():
+    graph = half_model()
+    graph.notes.append("note")
+    copied = graph.copy()
+    x = torch.randn(3, 8)
+    before = run(graph, input_0=x)["output_0"]
+    assert torch.equal(run(copied, input_0=x)["output_0"], before)
+    (site,) = copied.sites()
+    copied.set_weight(site, quantized(copied.weights.read(site.weight), QuantSpec("int4", group_size=4)))
+    copied.schemes["1"] = Scheme.parse("w4a16")
+    for report in (copied.notes, copied.lost, copied.unrecognized):
+        report.clear()
+    copied.provenance["source"] = "another"
+    assert torch.equal(run(graph, input_0=x)["output_0"], before)
+    assert (graph.schemes, graph.notes) == ({}, ["note"])
+    assert graph.provenance["source"] == "Sequential"
+    assert [node.name for node in graph.fx.nodes if is_op(node, canonical.dequantize.default)] == []
 
 
 def test_float32_models_are_not_rounded():

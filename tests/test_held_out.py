@@ -8,6 +8,7 @@ import torch
 from qcompiler.calibration import Calibration
 from qcompiler.compiling import compile_graph
 from qcompiler.errors import ArtifactError
+from qcompiler.evaluate import evaluate
 from qcompiler.held_out import HeldOutCheck, precision_note
 from qcompiler.native import NativeArtifact
 from qcompiler.passes import GPTQ, RTN, Assign, Fisher, InsertQDQ
@@ -100,17 +101,65 @@ def test_logits_that_are_not_finite():
         check.measure(graph, CPU)
 
 
-def test_what_was_rounded_before_calibration_is_no_original():
-    class Late(Fisher):
-        """Begins a second stage, calibrated, on a model that the first has changed."""
+class Late(Fisher):
+    """Begins a second stage, calibrated, on a model that the first has changed."""
 
-        requires = frozenset()
+    requires = frozenset()
 
+
+def test_the_original_is_measured_before_anything_changes_it():
     rows = torch.randint(VOCABULARY, (24, 12), generator=torch.Generator().manual_seed(0))
     passes = [Assign("w8a8-dynamic"), InsertQDQ(observer=None), Late(), RTN()]
     assert len(Pipeline(passes).stages) == 2
     report = CompileReport()
     calibration = Calibration.from_tokens(rows.flatten(), samples=16, length=12)
-    compile_graph(llama(), Pipeline(passes), calibration, report=report, device=CPU)
+    result = compile_graph(llama(), Pipeline(passes), calibration, report=report, device=CPU)
     assert report.calibration is not None
+    expected = evaluate(result.artifact(), tokens=result.held_out[:1], against=NativeArtifact(llama()))
+    assert report.held_out["kl_divergence"] == pytest.approx(expected.kl_divergence, rel=1e-4)
+    assert report.held_out["reference_perplexity"] == pytest.approx(expected.reference_perplexity, rel=1e-5)
+
+
+def test_what_was_changed_before_it_generated_a_text_is_no_original():
+    passes = [Assign("w8a8-dynamic"), InsertQDQ(observer=None), Late(), RTN()]
+    report = CompileReport()
+    calibration = Calibration.self_generated(samples=8, length=12)
+    compile_graph(llama(), Pipeline(passes), calibration, report=report, device=CPU)
     assert report.held_out is None
+    assert any("not measured: the model was changed" in note for note in report.notes)
+
+
+def test_a_given_text_measures_what_is_not_calibrated():
+    rows = torch.randint(VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
+    report = CompileReport()
+    recipe = Pipeline([RTN(bits=3, group_size=16)])
+    result = compile_graph(llama(), recipe, Calibration.from_tokens(rows), report=report, device=CPU)
+    assert torch.equal(result.held_out, rows)
+    expected = evaluate(result.artifact(), tokens=rows[:1], against=NativeArtifact(llama()))
+    assert report.held_out["kl_divergence"] == pytest.approx(expected.kl_divergence, rel=1e-4)
+    assert report.held_out["kl_divergence"] > 0
+    assert any("served to measure the result alone" in note for note in report.notes)
+
+
+def test_what_is_given_for_nothing_is_said():
+    report = CompileReport()
+    recipe = Pipeline([RTN(bits=4, group_size=16)])
+    compile_graph(llama(), recipe, Calibration.self_generated(), report=report, device=CPU)
+    assert report.held_out is None
+    assert any("was not used" in note for note in report.notes)
+
+
+def test_a_result_that_is_not_measured_is_said():
+    rows = torch.randint(VOCABULARY, (7, 12), generator=torch.Generator().manual_seed(0))
+    for calibration in (Calibration.from_tokens(rows), Calibration.from_tokens(rows.flatten(), 64, 12)):
+        report = CompileReport()
+        compile_graph(llama(), Pipeline([GPTQ(bits=4, group_size=16)]), calibration, report=report, device=CPU)
+        assert report.held_out is None
+        assert any("was not measured" in note for note in report.notes)
+
+
+def test_too_few_tokens_to_tell_channels_apart_are_said():
+    for length, is_said in ((4, True), (20, False)):
+        rows = torch.randint(VOCABULARY, (8, length), generator=torch.Generator().manual_seed(0))
+        _, report = compiled(llama(), 4, rows.repeat(2, 1)[:9])
+        assert any("cannot tell all channels apart" in note for note in report.notes) is is_said

@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -21,8 +23,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import qcompiler as qc
 from qcompiler.errors import InputError, QCompilerError, UnsupportedModelError, WeightError
-from qcompiler.hf import HFArtifact, encode, load_tokenizer, read_limits
+from qcompiler.hf import HFArtifact, _parameter_count, companion_losses, load_tokenizer, read_limits
+from qcompiler.passes import RTN
+from qcompiler.tokenizing import encode
 
 _TINY = {
     "hidden_size": 16,
@@ -158,6 +163,25 @@ def test_broken_config(tiny, text, match):
         HFArtifact(tiny)
 
 
+def test_the_language_model_of_a_model_of_more(tmp_path):
+    """Sizes, limits and bits are those of what runs; its vision tower counts for nothing."""
+    sizes = {**_TINY, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size_mlp": 32, "num_local_experts": 2}
+    text = {**sizes, "num_experts_per_tok": 1, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 5}
+    seen = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seen |= {"image_size": 16, "patch_size": 8}
+    seen |= dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 16)
+    model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=seen))
+    model.save_pretrained(tmp_path)
+    artifact = HFArtifact(tmp_path)
+    assert (artifact.vocab_size, artifact.max_positions) == (50, 32)
+    assert read_limits(tmp_path) == (50, 32)
+    assert artifact.bits_per_weight() == pytest.approx(32, rel=1e-3)
+    stored = sum(t.nbytes for t in load_file(tmp_path / "model.safetensors").values())
+    assert artifact.stored_bytes() < 0.9 * stored
+    counted = _parameter_count(artifact._model, {"quantization_config": {}, "text_config": text}, False)
+    assert counted == sum(p.numel() for p in artifact._model.parameters())
+
+
 def test_missing_directory_and_config(tmp_path):
     with pytest.raises(InputError, match="no such"):
         HFArtifact(tmp_path / "nowhere")
@@ -193,32 +217,91 @@ def test_tokenizer_of_the_model(booklm):
     assert tokenizer.decode(ids.tolist()) == text
 
 
-def test_special_tokens_are_not_added_except_an_own_bos(booklm):
-    plain = load_tokenizer(booklm)
-    assert encode(plain, "night").tolist() == plain("night")["input_ids"]
-    opened = _with_template(booklm, "<|bos|> $A")
-    assert encode(opened, "night").tolist() == [0, *encode(plain, "night").tolist()]
-    closed = _with_template(booklm, "<|bos|> $A <|eos|>")
-    assert closed("night")["input_ids"][-1] == 1
-    assert encode(closed, "night").tolist() == encode(opened, "night").tolist()
-    only_closed = _with_template(booklm, "$A <|eos|>")
-    assert encode(only_closed, "night").tolist() == encode(plain, "night").tolist()
-
-
-def _with_template(booklm, template):
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = load_tokenizer(booklm)
-    special = [("<|bos|>", 0), ("<|eos|>", 1)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
-    return tokenizer
-
-
 def test_tokenizer_of_another_vocabulary_is_refused(booklm):
     with pytest.raises(InputError, match="does not fit the model") as caught:
         load_tokenizer(booklm, vocab_size=4095)
     assert "4095" in caught.value.got
     assert load_tokenizer(booklm, vocab_size=5000) is not None
+
+
+OWN_TOKENIZER = """
+import json
+from pathlib import Path
+from transformers import PythonBackend
+from .{helper} import split
+
+class OwnTokenizer(PythonBackend):
+    vocab_files_names = {{"vocab_file": "own.words"}}
+
+    def __init__(self, vocab_file, **options):
+        self.words = json.loads(Path(vocab_file).read_text())
+        super().__init__(**options)
+
+    @property
+    def vocab_size(self):
+        return len(self.words)
+
+    def get_vocab(self):
+        return {{word: i for i, word in enumerate(self.words)}}
+
+    def _tokenize(self, text):
+        return split(text)
+
+    def _convert_token_to_id(self, token):
+        return self.words.index(token)
+
+    def _convert_id_to_token(self, index):
+        return self.words[index]
+"""
+
+
+@pytest.fixture
+def own_tokenizer(tiny):
+    """A model whose tokenizer is code in the directory, with a helper and a vocabulary of its own."""
+    (tiny / "tokenization_own.py").write_text(OWN_TOKENIZER.format(helper="own_split"))
+    (tiny / "own_split.py").write_text("def split(text):\n    return text.split()\n")
+    (tiny / "own.words").write_text(json.dumps(["a", "b", "c", *(f"word{i}" for i in range(47))]))
+    settings = {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]},
+    }
+    (tiny / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tiny
+
+
+def test_a_tokenizer_of_its_own_travels(own_tokenizer, tmp_path):
+    assert companion_losses(own_tokenizer, trust_remote_code=True) == []
+    result = qc.compile(own_tokenizer, [RTN(bits=4)], trust_remote_code=True, strict=True)
+    result.save(tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out", trust_remote_code=True)
+    assert tokenizer("c a b")["input_ids"] == [2, 0, 1]
+    with pytest.raises(InputError, match="tokenizer"):
+        qc.generate(tmp_path / "out", "c a b", max_new_tokens=1)
+    ids = qc.generate(tmp_path / "out", "c a b", max_new_tokens=1, trust_remote_code=True)
+    assert ids.prompt_tokens == 3
+
+
+def test_a_tokenizer_that_does_not_travel_is_said_before_anything_is_compiled(own_tokenizer):
+    text = (own_tokenizer / "tokenization_own.py").read_text()
+    hidden = text.replace('"own.words"', '"own" + ".words"')  # no name of a file stands there any more
+    assert hidden != text
+    (own_tokenizer / "tokenization_own.py").write_text(hidden)
+    losses = companion_losses(own_tokenizer, trust_remote_code=True)
+    assert losses[0] == "files of the source that are not copied: own.words"
+    assert losses[1].startswith("the tokenizer does not load from the files that are copied")
+    with pytest.raises(InputError, match="would be lost"):
+        qc.compile(own_tokenizer, [RTN(bits=4)], trust_remote_code=True, strict=True)
+    assert qc.compile(own_tokenizer, [RTN(bits=4)], trust_remote_code=True).report.notes[:2] == losses
+
+
+def test_code_is_not_run_unasked(own_tokenizer):
+    (own_tokenizer / "own_split.py").write_text("raise SystemExit('run')\n")
+    (loss,) = companion_losses(own_tokenizer)
+    assert "trust_remote_code" in loss
+
+
+def test_nothing_is_lost_of_the_shipped_model(booklm):
+    assert companion_losses(booklm) == []
 
 
 def test_missing_and_broken_tokenizer(tiny, booklm):

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, PASSES, LOWERING = ROOT / "qcompiler", ROOT / "passes", ROOT / "lowering"
-COMPOSITION_ROOT = (CORE / "api.py", *(CORE / "cli").glob("*.py"))
+COMPOSITION_ROOT = (CORE / "api.py", CORE / "to_target.py", *(CORE / "cli").glob("*.py"))
 OPTIONAL = ("matplotlib", "ml_dtypes", "onnx", "onnx_ir", "onnxruntime", "rich", "scipy", "tensorrt", "triton", "typer")
 
 

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -8,21 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import qcompiler as qc
 from qcompiler import native
 from qcompiler.artifact import Artifact
 from qcompiler.errors import ArtifactError, InputError, QCompilerError, ResourceError, WeightError
 from qcompiler.graph import Graph
+from qcompiler.hf import read_limits
 from qcompiler.native import NativeArtifact, load_native, save_native
 from qcompiler.pass_base import PassContext
 from qcompiler.passes import RTN
 from qcompiler.spec import Scheme
 from qcompiler.weights import WeightStore
+from tests.tiny_checkpoint import save_checkpoint
 from tests.tiny_graphs import chain, interpret, language_model, token_batches
 
-FILES = ["graph.json", "manifest.json", "model.safetensors", "report.html", "report.json"]
+FILES = ["graph.json", "manifest.json", "report.html", "report.json", "weights.safetensors"]
 
 
 def quantized(scheme: str = "w4a16-g8-asym", **options: Any) -> Graph:
@@ -45,7 +50,7 @@ def everything(root: Path) -> list[str]:
 def test_files(saved):
     assert everything(saved) == FILES
     manifest = json.loads((saved / "manifest.json").read_text())
-    assert manifest["schema"] == 1
+    assert manifest["schema"] == 2
     assert manifest["seed"] == 1
     assert manifest["provenance"]["source"] == "tiny"
     assert "<h1>tiny</h1>" in (saved / "report.html").read_text()
@@ -65,6 +70,84 @@ def test_round_trip_is_byte_identical(tmp_path, scheme):
     assert torch.equal(NativeArtifact(loaded).forward(ids), NativeArtifact(graph).forward(ids))
     assert loaded.schemes == graph.schemes
     assert loaded.signature == graph.signature
+
+
+@pytest.fixture(scope="module")
+def beside_a_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that transformers knows, compiled and saved with its companions."""
+    root = tmp_path_factory.mktemp("llama")
+    save_checkpoint(root / "model", layers=1)
+    (root / "model" / "additional_chat_templates").mkdir()
+    (root / "model" / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    qc.compile(root / "model", [RTN(bits=4)]).save(root / "native")
+    return root
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda path: transformers.AutoModelForCausalLM.from_pretrained(path),
+        lambda path: transformers.AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, dtype="float32"),
+        lambda path: transformers.AutoModel.from_pretrained(path),
+        lambda path: transformers.LlamaForCausalLM.from_pretrained(path),
+        lambda path: transformers.pipeline("text-generation", model=str(path)),
+    ],
+    ids=["causal", "safetensors", "base", "class", "pipeline"],
+)
+def test_others_refuse_it_and_say_what_to_do(beside_a_tokenizer, load):
+    """Loading it as a checkpoint would give a model of random weights."""
+    with pytest.raises(ValueError, match="compiled by qcompiler") as caught:
+        load(beside_a_tokenizer / "native")
+    assert "qcompiler.load(DIR)" in str(caught.value)
+
+
+def test_nothing_in_it_is_called_as_weights_of_a_checkpoint_are(beside_a_tokenizer):
+    native = beside_a_tokenizer / "native"
+    assert [path.name for path in native.glob("*.safetensors*")] == ["weights.safetensors"]
+    config = json.loads((native / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "qcompiler"}
+    config_path = native / "config.json"
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "transformers_weights")}
+    assert plain == json.loads((beside_a_tokenizer / "model" / "config.json").read_text())
+    before = config_path.read_text()
+    config_path.write_text(json.dumps(plain))  # whoever takes the marks out finds no weights
+    try:
+        with pytest.raises(OSError, match="no file named"):
+            transformers.AutoModelForCausalLM.from_pretrained(native)
+    finally:
+        config_path.write_text(before)
+
+
+def test_its_tokenizer_and_configuration_are_read_by_anyone(beside_a_tokenizer):
+    native, model = beside_a_tokenizer / "native", beside_a_tokenizer / "model"
+    text = "the captain said it was cold"
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(path) for path in (native, model)]
+    assert type(tokenizers[0]) is type(tokenizers[1])
+    assert tokenizers[0](text) == tokenizers[1](text)
+    assert transformers.AutoConfig.from_pretrained(native).model_type == "llama"
+    assert read_limits(native) == read_limits(model)
+    assert (native / "additional_chat_templates" / "tools.jinja").is_file()
+
+
+def test_the_marks_do_not_travel_on(beside_a_tokenizer, tmp_path):
+    """What is lowered from it has the configuration of the original; saved again, it is the same."""
+    qc.lower(beside_a_tokenizer / "native", "onnx", tmp_path / "onnx", verify=False)
+    original = json.loads((beside_a_tokenizer / "model" / "config.json").read_text())
+    assert json.loads((tmp_path / "onnx" / "config.json").read_text()) == original
+    assert (tmp_path / "onnx" / "additional_chat_templates" / "tools.jinja").is_file()
+    qc.load(beside_a_tokenizer / "native").save(tmp_path / "again")
+    again = (tmp_path / "again" / "config.json").read_bytes()
+    assert again == (beside_a_tokenizer / "native" / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("text", ["{broken", "[1]"])
+def test_a_broken_configuration_is_copied_as_it_is(tmp_path, text):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(text)
+    graph = quantized()
+    graph.provenance["companions"] = str(tmp_path / "source")
+    save_native(graph, tmp_path / "out", {}, {})
+    assert (tmp_path / "out" / "config.json").read_text() == text
 
 
 def test_companions_travel(tmp_path):
@@ -90,7 +173,7 @@ def test_output_not_empty(tmp_path):
     with pytest.raises(InputError, match="not empty"):
         save_native(quantized(), tmp_path, {}, {})
     assert everything(tmp_path) == ["mine.txt"]
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="is a file"):
         save_native(quantized(), tmp_path / "mine.txt", {}, {})
 
 
@@ -118,7 +201,9 @@ def is_file(name: str) -> Callable[..., bool]:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), RuntimeError("bug")])
-@pytest.mark.parametrize("step", ["weights", "graph", "move of graph", "move of weights", "manifest"])
+@pytest.mark.parametrize(
+    "step", ["weights", "graph", "move of graph", "move of weights", "move of manifest", "manifest"]
+)
 @pytest.mark.parametrize("exists", [False, True])
 def test_nothing_is_left_by_an_interrupted_save(tmp_path, monkeypatch, error, step, exists):
     graph, out = quantized(), tmp_path / "out"
@@ -131,9 +216,9 @@ def test_nothing_is_left_by_an_interrupted_save(tmp_path, monkeypatch, error, st
     elif step == "manifest":
         failing(monkeypatch, native.StagedFiles, "file", error, lambda _, name: name == "manifest.json")
     else:
-        name = {"move of graph": "graph.json", "move of weights": "model.safetensors"}[step]
-        failing(monkeypatch, Path, "replace", error, is_file(name))
-    with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
+        name = {"graph": "graph.json", "weights": "weights.safetensors", "manifest": "manifest.json"}[step.split()[-1]]
+        failing(monkeypatch, os, "rename", error, is_file(name))
+    with pytest.raises(ResourceError if isinstance(error, OSError) else type(error)):
         save_native(graph, out, {"seed": 1}, {})
     assert out.exists() == exists
     assert everything(tmp_path) == (["out"] if exists else [])
@@ -168,7 +253,7 @@ def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ("manifest.json", b"{", ArtifactError, "damaged JSON"),
         ("manifest.json", b"\xff", ArtifactError, "damaged JSON"),
         ("manifest.json", b"[]", ArtifactError, "an object"),
-        ("manifest.json", lambda m: m | {"schema": 2}, ArtifactError, "got: schema 2"),
+        ("manifest.json", lambda m: m | {"schema": 1}, ArtifactError, "got: schema 1"),
         ("manifest.json", without("schema"), ArtifactError, "got: schema None"),
         ("manifest.json", lambda m: m | {"provenance": [1]}, ArtifactError, "manifest is damaged"),
         ("manifest.json", lambda m: m | {"provenance": {"parameters": "x"}}, ArtifactError, "manifest is damaged"),
@@ -179,8 +264,8 @@ def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ("graph.json", lambda g: g | {"nodes": g["nodes"][:-1]}, ArtifactError, "output node"),
         ("graph.json", lambda g: g | {"nodes": [{"op": "x"}]}, ArtifactError, "graph.json"),
         ("graph.json", lambda g: g | {"schemes": {"0.q": {"weight": {"dtype": "int5"}}}}, ArtifactError, "int5"),
-        ("model.safetensors", None, WeightError, "model.safetensors"),
-        ("model.safetensors", b"", WeightError, "model.safetensors"),
+        ("weights.safetensors", None, WeightError, "weights.safetensors"),
+        ("weights.safetensors", b"", WeightError, "weights.safetensors"),
         ("report.json", b"{", ArtifactError, "damaged JSON"),
     ],
 )
@@ -205,14 +290,14 @@ def test_where_names_a_file_once(saved):
 
 
 def test_truncated_weights(saved):
-    path = saved / "model.safetensors"
+    path = saved / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(WeightError, match="truncated"):
         load_native(saved)
 
 
 def test_a_tensor_that_is_not_stored(saved):
-    path = saved / "model.safetensors"
+    path = saved / "weights.safetensors"
     tensors = load_file(path)
     del tensors["norm.weight"]
     with safe_open(path, "pt") as file:

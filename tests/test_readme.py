@@ -1,9 +1,19 @@
 """README.md is up to date."""
 
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from docs.update_matrix import BEGIN, END, README, table, updated
 from qcompiler.passes.recipes import RECIPES
+from tests.tiny_checkpoint import command, save_checkpoint
 
 
 def test_the_matrix_is_that_of_the_code() -> None:
@@ -30,3 +40,75 @@ def test_what_stands_around_the_table_stays() -> None:
     for broken in ("nothing", text + END, text.replace(BEGIN, "")):
         with pytest.raises(ValueError, match="each of these lines once"):
             updated(broken)
+
+
+# --- Quick start ------------------------------------------------------------------------------------------------------
+
+ROOT = README.parent
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of the Quick start section in this language, as they stand."""
+    section = README.read_text(encoding="utf-8").split("\n## Quick start\n")[1].split("\n## ")[0]
+    return re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+
+
+def lines(block: str) -> list[list[str]]:
+    """The words of each command of a shell block."""
+    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+
+
+@pytest.fixture
+def beside_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory but for the examples, the current one."""
+    (tmp_path / "examples").mkdir()
+    for path in (ROOT / "examples").iterdir():
+        (tmp_path / "examples" / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_quick_start_works_word_for_word_on_a_tiny_model(
+    beside_examples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = beside_examples / "examples" / "booklm"
+    shipped.unlink()
+    model = save_checkpoint(shipped, layers=1)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    (python,), (shell,) = blocks("python"), blocks("bash")
+
+    exec(compile(python, "README.md", "exec"), {})
+    assert "perplexity" in capsys.readouterr().out
+    commands = set()
+    for program, *arguments in lines(shell):
+        if program == "python":
+            run = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
+            assert run.stdout.startswith(arguments[-1])
+            continue
+        assert program == "qcompiler"
+        outcome = command(*arguments)
+        assert outcome.status == 0, outcome.errors
+        assert outcome.output.strip()
+        commands.add(arguments[0])
+    assert commands == {"compile", "evaluate", "generate", "inspect", "recipes"}
+    assert sorted(path.name for path in beside_examples.iterdir()) == ["examples", "out"]
+
+
+@pytest.mark.slow
+def test_quick_start_works_as_it_is_pasted(beside_examples: Path) -> None:
+    (python,), (shell,) = blocks("python"), blocks("bash")
+    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", python], check=True, env={**os.environ, **paths})
+    programs = f'python() {{ "{sys.executable}" "$@"; }}; qcompiler() {{ python -m qcompiler "$@"; }}; set -e\n'
+    subprocess.run(["bash", "-c", programs + shell], check=True, env={**os.environ, **paths})
+    assert sorted(path.name for path in beside_examples.iterdir()) == ["examples", "out"]
+    divergence = command("evaluate", "out/python", "--against", "examples/booklm", "--json").result["kl_divergence"]
+    assert 0 < divergence < 0.01
+
+
+def test_quick_start_installs_what_it_uses() -> None:
+    (install,) = (block for block in blocks("") if "pip" in block)
+    assert lines(install)[-1] == ["pip", "install", "-e", ".[onnx]"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any(requirement.startswith("onnxruntime") for requirement in extras["onnx"])

@@ -1,17 +1,19 @@
 """The page is checked by parsing: what it shows, and what it must not hold."""
 
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
+from qcompiler.pass_base import Skip
 from qcompiler.report import CompileReport
 from qcompiler.report_html import render_report
 from tests.test_report import full_report
 
-VOID = {"meta", "link", "br", "img", "hr", "input"}
+VOID = {"meta", "link", "br", "img", "hr", "input", "wbr"}
 MANIFEST: dict[str, Any] = {
     "qcompiler": "9.9",
     "seed": 7,
@@ -69,8 +71,8 @@ def test_everything_is_on_the_page() -> None:
         ["rtn", "int8", "–", "–", "–"],
         ["insert-qdq", "int4 g128", "20.5", "0.01", "0.500"],
     ]
-    assert rows["head"] == ["assign", "left in float", "no"]
-    assert rows["norm_1"] == ["scale", "folded", "0.norm_1", "0.q, 0.k", "16", "", "alpha=0.5"]
+    assert rows["head"] == ["assign", "left in float"]
+    assert rows["norm_1"] == ["scale", "0.norm_1", "0.q, 0.k", "16", "", "alpha=0.5"]
     assert rows["sweep"] == ["1.0", "–"]
     assert rows["gptq"] == ["damping=0.01"]
     assert rows["bits per weight"] == ["4.80 over 50 parameters"]
@@ -136,6 +138,48 @@ def test_nothing_comes_from_outside() -> None:
 def test_nothing_to_show() -> None:
     assert "A model" in page(CompileReport(), {}).text
     assert Page(render_report({}, {})).text
+
+
+def test_what_was_planned_is_told_from_what_could_not_be_done() -> None:
+    report = full_report()
+    report.skipped = [Skip("lm_head", "assign", "output projection", asked=True), Skip("a.b", "gptq", "no rows")]
+    source = page(report).text
+    hindered, planned = source.index("Could not be rewritten (1)"), source.index("As the recipe says (1)")
+    assert hindered < source.index("no rows") < planned < source.index("output projection")
+    assert "Asked for" not in source
+
+
+def test_regions_that_share_nothing_are_no_alarm() -> None:
+    report = full_report()
+    region = report.regions[0]
+    report.regions = [
+        {**region, "status": status, "reason": f"is {status}"} for status in ("refused", "found", "folded")
+    ]
+    source = render_report(report.to_dict(), MANIFEST)
+    places = [source.index(text) for text in ("Rewritten (1)", "Found, and left as they are (1)", "Share no scale")]
+    assert places == sorted(places)
+    assert source.count("<details open>") == 1
+    assert 'class="bad"' not in source
+
+
+def test_lines_end_between_the_parts_of_a_name() -> None:
+    report = full_report()
+    report.sites[0] = replace(report.sites[0], site="model.layers.0.self_attn.q_proj")
+    source = render_report(report.to_dict(), MANIFEST)
+    assert "model.<wbr>layers.<wbr>0.<wbr>self_attn.<wbr>q_proj" in source
+    assert "anywhere" not in source
+
+
+def test_every_table_scrolls_by_itself() -> None:
+    source = render_report(full_report().to_dict(), MANIFEST)
+    tables = [source[: match.start()].rstrip()[-18:] for match in re.finditer("<table", source)]
+    assert set(tables) == {'<div class="wide">'}
+
+
+def test_what_each_target_ships_is_in_the_summary() -> None:
+    report = full_report()
+    report.targets["onnx"]["bytes"] = 3 << 20
+    assert ["shipped: onnx", "3.0 MiB"] in page(report).rows
 
 
 def test_equal_reports_give_equal_pages() -> None:

@@ -18,7 +18,7 @@ class Base(nn.Module):
     def __init__(self):
         super().__init__()
         self.base = nn.Module()
-        self.base.norm = nn.LayerNorm(3)
+        self.base.LayerNorm = nn.LayerNorm(3)
         self.base.table = nn.Embedding(5, 3)
         self.head = nn.Linear(3, 5, bias=False)
         self.head.weight = self.base.table.weight
@@ -32,8 +32,8 @@ def model():
 
 
 TENSORS = {
-    "base.norm.weight": torch.randn(3),
-    "base.norm.bias": torch.randn(3),
+    "base.LayerNorm.weight": torch.randn(3),
+    "base.LayerNorm.bias": torch.randn(3),
     "base.table.weight": torch.randn(5, 3),
     "kept": torch.randn(2),
 }
@@ -42,8 +42,7 @@ MADE = {"made": torch.tensor([1.0, 2.0])}
 
 def bound(model, tensors, computed=MADE):
     store = WeightStore.from_tensors(tensors)
-    bind_checkpoint(store, model, computed)
-    return store
+    return bind_checkpoint(store, model, computed).weights
 
 
 def check(store):
@@ -67,14 +66,14 @@ def test_names_with_a_prefix_that_the_model_lacks():
     base.base_model_prefix = "base"
     tensors = {name: tensor for name, tensor in TENSORS.items() if name.startswith("base.")}
     store = bound(copy_for_tracing(base, "meta"), tensors, {})
-    assert sorted(store.names()) == ["norm.bias", "norm.weight", "table.weight"]
+    assert sorted(store.names()) == ["LayerNorm.bias", "LayerNorm.weight", "table.weight"]
 
 
 def test_the_older_names_of_norms(model):
     tensors = dict(TENSORS)
-    tensors["base.norm.gamma"], tensors["base.norm.beta"] = (
-        tensors.pop("base.norm.weight"),
-        tensors.pop("base.norm.bias"),
+    tensors["base.LayerNorm.gamma"], tensors["base.LayerNorm.beta"] = (
+        tensors.pop("base.LayerNorm.weight"),
+        tensors.pop("base.LayerNorm.bias"),
     )
     check(bound(model, tensors))
 
@@ -85,9 +84,54 @@ def test_a_tied_tensor_under_its_other_name(model):
     check(bound(model, tensors))
 
 
+def test_tied_names_with_different_values_are_apart(model):
+    other = TENSORS["base.table.weight"] + 1
+    binding = bind_checkpoint(WeightStore.from_tensors({**TENSORS, "head.weight": other}), model, MADE)
+    assert binding.untied == [("head.weight", "base.table.weight")]
+    assert torch.equal(binding.weights.read("head.weight"), other)
+    assert torch.equal(binding.weights.read("base.table.weight"), TENSORS["base.table.weight"])
+    assert model.head.weight is not model.base.table.weight
+    assert model.head.weight.is_meta
+
+
+def test_tied_names_with_equal_values_are_one_tensor(model):
+    store = WeightStore.from_tensors({**TENSORS, "head.weight": TENSORS["base.table.weight"].double()})
+    binding = bind_checkpoint(store, model, MADE)
+    assert binding.untied == []
+    check(binding.weights)
+    assert model.head.weight is model.base.table.weight
+
+
+def test_three_names_of_which_one_is_apart(model):
+    model.third = nn.Linear(3, 5, bias=False)
+    model.third.weight = model.base.table.weight
+    other = TENSORS["base.table.weight"] + 1
+    binding = bind_checkpoint(WeightStore.from_tensors({**TENSORS, "third.weight": other}), model, MADE)
+    assert binding.untied == [("third.weight", "base.table.weight")]
+    assert binding.weights.tied("head.weight") == ("base.table.weight",)
+    assert binding.weights.tied("third.weight") == ()
+
+
+def test_a_module_of_two_names_has_one_tensor(model):
+    """Transformers loads both into it, one after the other."""
+    model.zz = model.base.LayerNorm
+    last = TENSORS["base.LayerNorm.bias"] + 1
+    binding = bind_checkpoint(WeightStore.from_tensors({**TENSORS, "zz.bias": last}), model, MADE)
+    assert torch.equal(binding.weights.read("base.LayerNorm.bias"), last)
+    assert binding.weights.tied("zz.bias") == ("base.LayerNorm.bias",)
+    assert binding.untied == []
+
+
+def test_what_belongs_nowhere_is_named(model):
+    tensors = {**TENSORS, "base.mtp.weight": torch.zeros(1), "table.weight": torch.zeros(5, 3)}
+    binding = bind_checkpoint(WeightStore.from_tensors(tensors), model, MADE)
+    assert binding.unused == ["base.mtp.weight", "table.weight"]  # the second claims a name that is taken
+    check(binding.weights)
+
+
 def test_a_missing_parameter(model):
-    tensors = {name: tensor for name, tensor in TENSORS.items() if "norm" not in name}
-    with pytest.raises(WeightError, match=r"2 missing: base\.norm\.weight, base\.norm\.bias"):
+    tensors = {name: tensor for name, tensor in TENSORS.items() if "Norm" not in name}
+    with pytest.raises(WeightError, match=r"2 missing: base\.LayerNorm\.weight, base\.LayerNorm\.bias"):
         bound(model, tensors)
 
 
@@ -105,7 +149,7 @@ def test_a_tensor_of_another_shape(model, name):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
 def test_codes_are_no_weights(model, dtype):
     with pytest.raises(UnsupportedModelError, match="quantized already"):
-        bound(model, {**TENSORS, "base.norm.weight": torch.zeros(3).to(dtype)})
+        bound(model, {**TENSORS, "base.LayerNorm.weight": torch.zeros(3).to(dtype)})
 
 
 def test_a_store_that_does_not_fit_is_left_as_it_was(model):
@@ -133,12 +177,12 @@ def test_without_an_architecture_a_causal_language_model(tmp_path):
 
 def test_a_copy_shares_what_it_can():
     model = Base().train()
-    model.base.norm.half()
+    model.base.LayerNorm.half()
     copied = copy_for_tracing(model)
     assert (model.training, copied.training) == (True, False)
     assert copied.head.weight.data_ptr() == model.head.weight.data_ptr()
     assert copied.head.weight is copied.base.table.weight
-    assert (copied.base.norm.weight.dtype, model.base.norm.weight.dtype) == (torch.float32, torch.float16)
+    assert (copied.base.LayerNorm.weight.dtype, model.base.LayerNorm.weight.dtype) == (torch.float32, torch.float16)
     assert not any(p.requires_grad for p in copied.parameters())
 
 
@@ -148,4 +192,4 @@ def test_tied_names():
     both = ["base.table.weight", "head.weight"]
     names = tied_names(model)
     assert names["head.weight"] == names["base.table.weight"] == names["alias.weight"] == both
-    assert names["base.norm.bias"] == ["base.norm.bias"]
+    assert names["base.LayerNorm.bias"] == ["base.LayerNorm.bias"]

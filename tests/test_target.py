@@ -3,6 +3,7 @@
 import pytest
 
 from qcompiler.errors import TargetError
+from qcompiler.graph import Graph
 from qcompiler.kv_cache import CacheFormat
 from qcompiler.spec import Scheme
 from qcompiler.target import Support, check_caches, check_schemes
@@ -22,6 +23,9 @@ class Narrow:
     def supports_cache(self, spec: CacheFormat) -> Support:
         return Support("refused", "8 bits") if spec.bits < 8 else Support("runs")
 
+    def check_graph(self, graph: Graph) -> None:
+        pass
+
 
 class Wide:
     name = "wide"
@@ -31,6 +35,9 @@ class Wide:
 
     def supports_cache(self, spec: CacheFormat) -> Support:
         return Support("fused")
+
+    def check_graph(self, graph: Graph) -> None:
+        pass
 
 
 def test_every_target_answers_for_every_site():

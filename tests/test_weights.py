@@ -480,3 +480,51 @@ def test_a_slice_of_a_stack_is_the_part() -> None:
     store.slice("second", "ab", 1)
     assert store.tied("second") == ("b",)
     assert torch.equal(store.read("ab"), torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+
+
+def test_a_copy_is_changed_and_spilled_alone(tmp_path):
+    store = WeightStore.from_tensors({"a": torch.ones(2), "b": torch.zeros(3)})
+    store.alias("tied", "a")
+    store.derive("double", ("a",), lambda a: 2 * a, dtype="float32", shape=(2,))
+    other = store.copy()
+    assert other.tied("tied") == ("a",)
+    other.set("b", torch.ones(3))
+    other.remove("tied")
+    other.spill(tmp_path, "spilled")
+    (tmp_path / "spilled.safetensors").unlink()
+    assert store.names() == ["a", "b", "tied", "double"]
+    assert store.read("b").tolist() == [0, 0, 0]
+    assert store.read("double").tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal"),
+    [
+        (torch.arange(6.0), torch.arange(6.0), True),
+        (torch.arange(6.0), torch.arange(6.0).double(), True),
+        (torch.arange(6.0), torch.arange(1, 7.0), False),
+        (torch.zeros(3), -torch.zeros(3), True),
+        (torch.zeros(3), torch.tensor([0.0, 0.0, 1e-40]), False),
+        (torch.zeros(3), torch.zeros(1, 3), False),
+        (torch.ones(5, 2).bfloat16(), torch.ones(5, 2).bfloat16(), True),
+    ],
+)
+def test_equal_values(tmp_path, monkeypatch, first, second, equal):
+    monkeypatch.setattr("qcompiler.stored_tensor._COMPARED_BYTES", 8)
+    tensors = WeightStore.from_tensors({"a": first, "b": second})
+    tensors.save(tmp_path)
+    for store in (tensors, WeightStore.from_directory(tmp_path)):
+        assert store.is_equal("a", "b") is equal
+        assert store.is_equal("a", "a")
+
+
+def test_another_stem(tmp_path):
+    store = WeightStore.from_tensors({"a": torch.ones(4), "b": torch.ones(4)})
+    (file,) = store.save(tmp_path / "one", stem="weights")
+    assert file.name == "weights.safetensors"
+    files = store.save(tmp_path / "two", stem="weights", max_shard_bytes=16)
+    assert [file.name for file in files][-1] == "weights.safetensors.index.json"
+    for place in ("one", "two"):
+        assert WeightStore.from_directory(tmp_path / place, stem="weights").read("b").tolist() == [1] * 4
+        with pytest.raises(WeightError, match="safetensors files, but no index"):
+            WeightStore.from_directory(tmp_path / place)

@@ -82,8 +82,8 @@ class Outcome:
         assert self.fields["ok"] is False
         assert "result" not in self.fields
         error = self.fields["error"]
-        assert list(error) == ["type", "what", "where", "got", "expected", "remedy"]
-        return {key: value or "" for key, value in error.items()}
+        assert list(error) == ["type", "what", "where", "got", "expected", "remedy", "artifacts", "next_command"]
+        return {key: value or "" for key, value in error.items() if key != "artifacts"}
 
 
 def command(*arguments: object) -> Outcome:

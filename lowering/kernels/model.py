@@ -13,6 +13,7 @@ from qcompiler.errors import InputError, TargetError
 from qcompiler.graph import Graph
 from qcompiler.lowering.kernels.captured_step import CapturedStep, CapturingModel
 from qcompiler.lowering.kernels.rewrite import Slot, rewrite
+from qcompiler.model_config import declared_positions
 from qcompiler.signature import SEQUENCE
 
 __all__ = ["KernelCache", "KernelModel", "choose_dtype", "lower"]
@@ -86,9 +87,7 @@ class KernelModel(nn.Module):
         self.path: Path | None = Path(companions) if companions else None
         self.provenance: Mapping[str, object] = graph.provenance
         self.vocab_size = int(graph.signature.outputs[index].shape[-1])
-        config = graph.provenance.get("config") or {}
-        limits = (config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
-        self.max_positions: int | None = next((limit for limit in limits if limit), None)
+        self.max_positions: int | None = declared_positions(graph.provenance.get("config"))
         self.has_cache = graph.signature.has_cache
         self.has_quantized_cache = graph.signature.has_quantized_cache
         per_token = (slot.heads * slot.width * slot.dtype.itemsize for slot in self.slots)
@@ -156,7 +155,9 @@ class KernelModel(nn.Module):
         from qcompiler.hf import load_tokenizer
 
         if self.path is None:
-            raise InputError("this model has no tokenizer beside it", remedy="use qcompiler.generate.generate")
+            raise InputError(
+                "this model has no tokenizer beside it", remedy="save it, and copy the tokenizer's files beside it"
+            )
         artifact = cast(Artifact, CapturingModel(self)) if cuda_graph else self
         return generate(artifact, load_tokenizer(self.path), prompt, **options)
 

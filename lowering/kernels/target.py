@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from qcompiler.errors import TargetError
+from qcompiler.graph import Graph
 from qcompiler.kv_cache import CacheFormat
 from qcompiler.lowering.kernels import cache_append, codebook_linear, decode_attention, scaled_linear, weight_only
 from qcompiler.lowering.kernels.device import Choice, Device
@@ -63,6 +64,9 @@ class KernelsTarget:
         append = cache_append.choose(spec, _HEAD_WIDTH, device)
         attention = decode_attention.choose(spec, spec, _HEAD_WIDTH, device, _DTYPE)
         return _support(attention if append.is_fused else append)
+
+    def check_graph(self, graph: Graph) -> None:
+        """Nothing is refused: what has no kernel is computed as the graph does."""
 
 
 def _support(choice: Choice) -> Support:

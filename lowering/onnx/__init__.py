@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from qcompiler.errors import MissingDependencyError
 from qcompiler.graph import Graph
 from qcompiler.lowering.onnx.reader import OnnxArtifact
-from qcompiler.lowering.onnx.target import OnnxTarget
+from qcompiler.lowering.onnx.target import OnnxTarget, import_writer
 
 __all__ = ["OnnxArtifact", "OnnxTarget", "lower"]
 
@@ -23,12 +22,12 @@ def lower(
 
     ``model.onnx`` holds standard operators only, ``model.onnx.data`` the weights, written one at a time: memory does
     not grow with the model. Beside them go tokenizer and configuration files, and ``genai_config.json`` for a decoder
-    whose configuration tells everything that file states. The folder appears whole or not at all, and only after
-    ``onnx.checker`` with shape inference has accepted it.
+    whose configuration tells everything that file states. The files appear together, ``model.onnx`` last, or not at
+    all, and only after ``onnx.checker`` with shape inference has accepted them.
 
     Args:
         graph: quantized or not; it is not changed.
-        directory: made; it may exist if it is empty.
+        directory: made; it may exist if it is empty, be a link to such a one, or a mount point.
         opset: 21 to 25. From 25 on, 2-bit codes take 2 bits; below, like 3-bit codes, 4.
         float_dtype: of weights, scales, activations and caches; logits are float32 in either. Positions, masks and
             norms are computed in float32.
@@ -45,14 +44,6 @@ def lower(
         VerificationError: if the checker refuses the result.
         MissingDependencyError: without onnx and onnx_ir.
     """
-    try:
-        from qcompiler.lowering.onnx.writer import write
-    except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnx_ir", "ml_dtypes"):
-            raise
-        raise MissingDependencyError(
-            "writing ONNX needs packages that are not installed",
-            got=f"no module {error.name}",
-            remedy="pip install onnx onnx-ir",
-        ) from error
-    return write(graph, directory, opset=opset, float_dtype=float_dtype, companions=companions)
+    write = import_writer().write
+    written: dict[str, Any] = write(graph, directory, opset=opset, float_dtype=float_dtype, companions=companions)
+    return written

@@ -4,60 +4,63 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qcompiler.companions import companion_files
+from qcompiler.companions import read_companions
+from qcompiler.errors import InputError
 from qcompiler.graph import Graph
-from qcompiler.staging import StagedFiles
+from qcompiler.model_config import declared, declared_positions
 
-__all__ = ["copy_companions", "generation_config"]
+__all__ = ["companions", "generation_config"]
 
 
-def copy_companions(source: Path | None, config: dict[str, Any] | None, staged: StagedFiles) -> dict[str, bytes]:
-    """Copies what the source directory has of tokenizer and configuration files; writes ``config`` where it has none.
+def companions(source: Path | None, config: dict[str, Any] | None) -> dict[str, bytes]:
+    """What the source directory has of tokenizer and configuration files, by name; ``config`` where it has none.
 
-    Returns:
-        The files by name.
+    Raises:
+        InputError: if one cannot be read.
     """
-    found = {name: file.read_bytes() for name, file in companion_files(source).items()}
+    found = read_companions(source)
     if "config.json" not in found and config is not None:
         found["config.json"] = json.dumps(config, indent=2, default=str).encode() + b"\n"
-    for name, content in found.items():
-        with staged.file(name) as append:
-            append(content)
     return found
 
 
-def generation_config(
-    graph: Graph, companions: dict[str, bytes], path: Path
-) -> tuple[dict[str, Any] | None, list[str]]:
+def generation_config(graph: Graph, files: dict[str, bytes]) -> tuple[dict[str, Any] | None, list[str]]:
     """``genai_config.json`` for a decoder with a cache, if everything it states is known.
 
     Source: the configuration reference of ONNX Runtime GenAI; ports are named in `qcompiler.signature`.
 
+    Args:
+        graph: what is lowered.
+        files: its `companions`.
+
     Returns:
         The object, or None and the names of the facts that are missing (none for a model that is no decoder).
+
+    Raises:
+        InputError: if ``generation_config.json`` is no JSON object.
     """
     signature = graph.signature
     if not signature.has_cache or signature.index_of_output("logits") is None or signature.input("mask") is None:
         return None, []
     config: dict[str, Any] = graph.provenance.get("config") or {}
-    generation: dict[str, Any] = json.loads(companions.get("generation_config.json", b"{}"))
+    generation = _generation_settings(files)
     past = [port for port in signature.inputs if port.role == "past"]
     cache = past[0].shape
     (vocabulary,) = (port.shape[-1] for port in signature.outputs if port.role == "logits")
 
     def first(*names: str) -> Any:
-        values = (source.get(name) for name in names for source in (generation, config))
-        return next((value for value in values if value is not None), None)
+        own = (source.get(name) for name in names for source in (generation, config))
+        return next((value for value in own if value is not None), declared(config, *names))
 
-    context = first("max_position_embeddings", "n_positions", "n_ctx")
+    context = declared_positions(config)
     end = first("eos_token_id")
     facts = {
-        "type": config.get("model_type"),
+        "type": declared(config, "model_type"),
         "context_length": context,
         "eos_token_id": end,
         "bos_token_id": first("bos_token_id"),
-        "hidden_size": first("hidden_size", "n_embd"),
-        "num_attention_heads": first("num_attention_heads", "n_head"),
+        "hidden_size": declared(config, "hidden_size", "n_embd"),
+        "num_attention_heads": declared(config, "num_attention_heads", "n_head"),
     }
     missing = [name for name, value in facts.items() if value is None]
     if signature.has_quantized_cache:
@@ -111,3 +114,13 @@ def generation_config(
         "decoder": decoder,
     }
     return {"model": model, "search": search}, []
+
+
+def _generation_settings(files: dict[str, bytes]) -> dict[str, Any]:
+    try:
+        found = json.loads(files.get("generation_config.json", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise InputError("not a JSON object", where="generation_config.json", got=error) from error
+    if not isinstance(found, dict):
+        raise InputError("not a JSON object", where="generation_config.json", got=type(found).__name__)
+    return found

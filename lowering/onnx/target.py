@@ -1,14 +1,18 @@
 """What ONNX Runtime makes of a quantized linear layer, said before anything is calibrated."""
 
+import importlib
+import importlib.util
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
-from qcompiler.errors import TargetError
+from qcompiler.errors import MissingDependencyError, TargetError
+from qcompiler.graph import Graph
 from qcompiler.kv_cache import CacheFormat
 from qcompiler.spec import QuantSpec, Scheme
 from qcompiler.target import Support
 
-__all__ = ["OPSETS", "OnnxTarget"]
+__all__ = ["OPSETS", "OnnxTarget", "import_writer"]
 
 OPSETS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 """Operator sets that can be written, and the IR version each goes with."""
@@ -61,7 +65,11 @@ class OnnxTarget:
     def supports(self, scheme: Scheme, width: int) -> Support:
         """What becomes of a linear layer of ``width`` input channels under ``scheme``."""
         if any(spec is not None and spec.is_fp4 for spec in (scheme.weight, scheme.activation)):
-            return Support("refused", "4-bit floats: ONNX Runtime has no kernel for them on a CPU")
+            return Support(
+                "refused",
+                "4-bit floats: ONNX Runtime has no kernel for them on a CPU",
+                "choose 4-bit integers (w4a16, w4a8)",
+            )
         if scheme.activation is not None:
             return self._supports_both(scheme.weight, scheme.activation, width)
         return Support("fused") if scheme.weight is None else self._supports_weight(scheme.weight, width)
@@ -75,9 +83,27 @@ class OnnxTarget:
             reason += ", its bytes taken apart by bit operations"
         return Support("runs", reason)
 
+    def check_graph(self, graph: Graph) -> None:
+        """Refuses what has no ONNX form, by emitting all but the weights.
+
+        Raises:
+            TargetError: for operators, dtypes or sizes.
+            InputError: if a file that goes beside the model cannot be read.
+            MissingDependencyError: without the packages that write ONNX, and run it to compare.
+        """
+        check = import_writer().check
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise MissingDependencyError(
+                "what is written as ONNX is run to compare it, and ONNX Runtime is not installed",
+                remedy="pip install onnxruntime",
+            )
+        check(graph, self)
+
     def _supports_weight(self, spec: QuantSpec, width: int) -> Support:
         if spec.group_size == 1 < width:
-            return Support("refused", "one scale per weight takes more room than the weight")
+            return Support(
+                "refused", "one scale per weight takes more room than the weight", "choose groups of 16 or more"
+            )
         widened = self._widened(spec)
         if spec.codebook:
             reason = "a codebook: stored as it is, made a float weight when the model is loaded"
@@ -107,7 +133,8 @@ class OnnxTarget:
             return Support(
                 "refused",
                 "zero points per token with int8 weights: ONNX Runtime makes an integer product that takes one per "
-                "tensor; choose symmetric codes per token, or one range per tensor",
+                "tensor",
+                "choose symmetric codes per token (-actsym), or one range per tensor (-dyntensor)",
             )
         if activation.granularity == "per_token":
             return Support("runs", "one scale per token: dequantized, multiplied in float; one per tensor is fused")
@@ -116,7 +143,8 @@ class OnnxTarget:
             return Support(
                 "refused",
                 "int8 weights in groups with int8 activations: ONNX Runtime makes an integer product that takes one "
-                "scale per channel; choose scales per channel, or dynamic ranges per token",
+                "scale per channel",
+                "choose scales per channel (-channel), or dynamic ranges per token (-dynamic)",
             )
         if weight.bits < 8:
             reason = f"int{weight.bits} weights with int8 activations: dequantized, multiplied in float"
@@ -130,3 +158,21 @@ class OnnxTarget:
         if spec.bits == 3 or (spec.bits == 2 and self.opset < 25):
             return f"{spec.bits}-bit codes are stored in 4 bits: exact, but larger than they need be"
         return ""
+
+
+def import_writer() -> ModuleType:
+    """The module that writes ONNX, imported when it is wanted.
+
+    Raises:
+        MissingDependencyError: without the packages it needs.
+    """
+    try:
+        return importlib.import_module("qcompiler.lowering.onnx.writer")
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnx_ir", "ml_dtypes"):
+            raise
+        raise MissingDependencyError(
+            "writing ONNX needs packages that are not installed",
+            got=f"no module {error.name}",
+            remedy="pip install onnx onnx-ir",
+        ) from error

@@ -1,9 +1,7 @@
 """Writes a graph as an ONNX folder: ``model.onnx``, ``model.onnx.data``, and what a runtime needs beside them."""
 
 import json
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +10,24 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from qcompiler.errors import InputError, TargetError, VerificationError
+from qcompiler.errors import TargetError, VerificationError
 from qcompiler.graph import Graph, ancestors, is_op, site_name
+from qcompiler.lowering.onnx import folder
 from qcompiler.lowering.onnx.caches import CACHE_BUILDERS
 from qcompiler.lowering.onnx.canonical import CANONICAL_BUILDERS, code_dtype, is_linear_weight
 from qcompiler.lowering.onnx.codebooks import CODEBOOK_BUILDERS
 from qcompiler.lowering.onnx.elementwise import ELEMENTWISE_BUILDERS
 from qcompiler.lowering.onnx.emitter import Emitter
 from qcompiler.lowering.onnx.experts import EXPERT_BUILDERS
-from qcompiler.lowering.onnx.folder import copy_companions, generation_config
 from qcompiler.lowering.onnx.products import PRODUCT_BUILDERS
 from qcompiler.lowering.onnx.shapes import SHAPE_BUILDERS
 from qcompiler.lowering.onnx.storage import DATA_FILE
 from qcompiler.lowering.onnx.target import OnnxTarget
-from qcompiler.staging import StagedFiles
+from qcompiler.model_config import declared_positions
+from qcompiler.staging import StagedFiles, filled_directory
 from qcompiler.target import Support
 
-__all__ = ["write"]
+__all__ = ["check", "write"]
 
 MODEL_FILE = "model.onnx"
 METADATA_PREFIX = "qcompiler."
@@ -52,30 +51,38 @@ def write(
     if float_dtype not in _WORKING:
         raise TargetError("unknown float dtype", where="float_dtype", got=float_dtype, expected=" or ".join(_WORKING))
     target = OnnxTarget(opset, float_dtype)  # type: ignore[arg-type]
-    final = Path(directory)
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise InputError("the output is not empty", where=final, remedy="choose another directory, or remove this one")
-    source = companions if companions is not None else graph.provenance.get("source")
-    emitter, outputs = _emit(graph, opset, _WORKING[float_dtype])
+    emitter, outputs, files, missing = _prepare(graph, target, companions)
     model = _model(graph, emitter, outputs, target)
-    staging = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)  # of an earlier process that was killed
-        with StagedFiles(staging) as staged:
+    with filled_directory(directory, last=MODEL_FILE) as place:
+        with StagedFiles(place) as staged:
             with staged.file(DATA_FILE) as append:
                 emitter.data.write(append)
             with staged.file(MODEL_FILE) as append:
                 append(ir.serde.serialize_model(model).SerializeToString())
-            copied = copy_companions(Path(source) if source else None, graph.provenance.get("config"), staged)
-            settings, missing = generation_config(graph, copied, final)
-            if settings is not None:
-                with staged.file("genai_config.json") as append:
-                    append(json.dumps(settings, indent=2).encode() + b"\n")
-        _check(staging / MODEL_FILE)
-        _move(staging, final)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return _report(graph, emitter, target, final, float_dtype=float_dtype, missing=missing)
+            for name, content in files.items():
+                with staged.file(name) as append:
+                    append(content)
+        _check(place / MODEL_FILE)
+    return _report(graph, emitter, target, Path(directory), float_dtype=float_dtype, missing=missing)
+
+
+def check(graph: Graph, target: OnnxTarget) -> None:
+    """See `OnnxTarget.check_graph`: everything that `write` does ahead of the weights."""
+    emitter, outputs, _, _ = _prepare(graph, target, None)
+    _model(graph, emitter, outputs, target)
+
+
+def _prepare(
+    graph: Graph, target: OnnxTarget, companions: str | Path | None
+) -> tuple[Emitter, list[ir.Value], dict[str, bytes], list[str]]:
+    """The graph as ONNX values, the files beside it, and what is not known of ``genai_config.json``."""
+    source = companions or graph.provenance.get("companions") or graph.provenance.get("source")
+    files = folder.companions(Path(source) if source else None, graph.provenance.get("config"))
+    settings, missing = folder.generation_config(graph, files)
+    if settings is not None:
+        files["genai_config.json"] = json.dumps(settings, indent=2).encode() + b"\n"
+    emitter, outputs = _emit(graph, target.opset, _WORKING[target.float_dtype])
+    return emitter, outputs, files, missing
 
 
 def _check(path: Path) -> None:
@@ -87,13 +94,6 @@ def _check(path: Path) -> None:
         ) from error
 
 
-def _move(staging: Path, final: Path) -> None:
-    try:
-        os.rename(staging, final)  # onto nothing, or onto an empty directory
-    except OSError as error:
-        raise InputError("the output cannot be written", where=final, got=error.strerror) from error
-
-
 # --- the graph -------------------------------------------------------------------------------------------------------
 
 
@@ -102,10 +102,20 @@ def _emit(graph: Graph, opset: int, working: ir.DataType) -> tuple[Emitter, list
     live = ancestors(graph.outputs)
     for node, port in zip(graph.inputs, graph.signature.inputs, strict=True):
         emitter.input(node, port)
-    for node in graph.fx.nodes:
-        if node.op == "call_function" and node in live and not (is_linear_weight(node) and node.users):
-            emitter.scope = node.name
-            emitter.values[node] = _builder(node)(emitter, node)
+    calls = [
+        node
+        for node in graph.fx.nodes
+        if node.op == "call_function" and node in live and not (is_linear_weight(node) and node.users)
+    ]
+    _check_operators(calls)
+    for node in calls:
+        emitter.scope = node.name
+        try:
+            emitter.values[node] = BUILDERS[node.target](emitter, node)
+        except TargetError as error:
+            if error.where in (None, node.name):
+                error.where = _place(node)
+            raise
     outputs: list[ir.Value] = []
     given = {value.name for value in emitter.inputs}
     for node, port in zip(graph.outputs, graph.signature.outputs, strict=True):
@@ -138,16 +148,32 @@ def _prune(emitter: Emitter, outputs: list[ir.Value]) -> None:
     emitter.initializers = {name: value for name, value in emitter.initializers.items() if value in needed}
 
 
-def _builder(node: fx.Node) -> Callable[[Emitter, fx.Node], Any]:
-    builder = BUILDERS.get(node.target)
-    if builder is None:
+def _check_operators(calls: Iterable[fx.Node]) -> None:
+    unknown: dict[object, fx.Node] = {}
+    for node in calls:
+        if node.target not in BUILDERS:
+            unknown.setdefault(node.target, node)
+    if unknown:
         raise TargetError(
-            "this operator has no ONNX form yet",
-            where=node.name,
-            got=node.target,
-            expected="a canonical operator, or one of the ATen operators of decoders and encoders",
+            f"{'this operator has' if len(unknown) == 1 else 'these operators have'} no ONNX form yet",
+            where=_place(next(iter(unknown.values()))),
+            got=", ".join(map(str, unknown)),
+            expected="canonical operators, and the ATen operators of decoders and encoders",
+            remedy="leave this target out: the native artifact runs every operator",
         )
-    return builder
+
+
+def _place(node: fx.Node) -> str:
+    """The name of a node, and the stored tensor nearest to it, which tells its place in the model."""
+    seen, ring = {node}, [node]
+    while ring:
+        for near in ring:
+            if near.op == "get_attr":
+                return f"{node.name}, near {near.target}"
+        ring = [item for near in ring for item in (*near.all_input_nodes, *near.users)]
+        ring = [item for item in dict.fromkeys(ring) if item not in seen]
+        seen.update(ring)
+    return node.name
 
 
 def _model(graph: Graph, emitter: Emitter, outputs: list[ir.Value], target: OnnxTarget) -> ir.Model:
@@ -159,12 +185,13 @@ def _model(graph: Graph, emitter: Emitter, outputs: list[ir.Value], target: Onnx
         opset_imports={"": target.opset},
         name="model",
     )
-    config = graph.provenance.get("config") or {}
     facts = {
         "parameters": graph.provenance.get("parameters"),
-        "max_positions": config.get("max_position_embeddings") or config.get("n_positions"),
+        "max_positions": declared_positions(graph.provenance.get("config")),
         "weight_bytes": emitter.weight_bytes,
         "fingerprint": graph.provenance.get("fingerprint"),
+        "source": graph.provenance.get("source"),
+        "in_memory": graph.provenance.get("in_memory"),
         "schemes": {site: scheme.to_dict() for site, scheme in graph.schemes.items()},
     }
     metadata = {METADATA_PREFIX + key: json.dumps(value) for key, value in facts.items() if value is not None}
@@ -198,7 +225,7 @@ def _report(
     notes = sorted({site["reason"] for site in sites.values() if site["reason"]})
     if missing:
         notes.append(f"no genai_config.json: unknown {', '.join(missing)}")
-    files = sorted(entry.name for entry in path.iterdir())
+    files = sorted(entry.name for entry in path.iterdir() if entry.is_file())
     return {
         "target": target.name,
         "path": str(path),

@@ -1,45 +1,77 @@
 """The commands: each reads its options, calls `qcompiler.api`, and prints."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import qcompiler
 from qcompiler import api
 from qcompiler.calibration import Calibration
-from qcompiler.cli.options import Engine, Json, Place, Trust, parse_bytes, parse_overrides, parse_targets
-from qcompiler.cli.output import refuse_to_replace, staged_directory
-from qcompiler.cli.printing import describe_engine, engine_in_short, print_compiled
+from qcompiler.cli.options import (
+    Engine,
+    Json,
+    Overwrite,
+    Place,
+    To,
+    Trust,
+    Verbose,
+    parse_bytes,
+    parse_overrides,
+    parse_targets,
+)
+from qcompiler.cli.output import Kept, Output, opened_output
+from qcompiler.cli.printing import describe_engine, engine_in_short, print_compiled, print_converted, print_recipe
 from qcompiler.report import peak_rss_bytes
 from qcompiler.terminal import print_rows, print_table, show_progress
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Compiles language models to low-bit ones, and measures them."
-)
+_NAMES = ("native", *api.WRITTEN_TARGETS)  # what lies in an output directory
+
+app = typer.Typer(no_args_is_help=True, help="Compiles language models to low-bit ones, and measures them.")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"qcompiler {qcompiler.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compiles language models to low-bit ones, and measures them."""
 
 
 @app.command()
 def compile(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A directory for native and the targets.")],
     recipe: Annotated[
         str,
         typer.Option(
             "--recipe", "-r", help="A name (see `qcompiler recipes`), FILE.toml, or FILE.py:NAME, which is run."
         ),
     ],
-    calib: Annotated[Path | None, typer.Option(help="A UTF-8 text to calibrate with.")] = None,
+    calib: Annotated[
+        Path | None,
+        typer.Option(help="A UTF-8 text to calibrate and to measure with, plain or JSON lines (text, messages, ...)."),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
     override: Annotated[
         list[str] | None,
         typer.Option("--set", help="PATTERN=SCHEME for sites, such as 'lm_head=w8a16' or '*.0.*=none'."),
     ] = None,
-    to: Annotated[list[str] | None, typer.Option(help="A target, such as onnx or onnx:opset=23,float=float16.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what the output directory holds.")] = False,
+    to: To = None,
+    overwrite: Overwrite = False,
     memory_budget: Annotated[
         str | None, typer.Option(help="For calibration values, such as 4GB; more goes to disk.")
     ] = None,
@@ -48,6 +80,7 @@ def compile(
     strict: Annotated[bool, typer.Option(help="A site left alone unasked is an error.")] = False,
     work_dir: Annotated[Path | None, typer.Option(help="Where temporary files go.")] = None,
     trust_remote_code: Trust = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Quantize MODEL and write it to OUTPUT/native, and to OUTPUT/<target> for every --to."""
@@ -58,14 +91,21 @@ def compile(
     calibration = None if calib is None else Calibration.from_text(calib, samples=samples, length=length, seed=seed)
     if calibration is None and (samples, length) != (64, 512):
         calibration = Calibration.self_generated(samples=samples, length=length, seed=seed)
-    refuse_to_replace(output, model)
-    with staged_directory(output, overwrite) as staged, show_progress(as_json) as progress:
+    passes = api.check_arguments(
+        model, recipe, overrides=overrides, memory_budget=budget, device=device, seed=seed, work_dir=work_dir
+    )
+    kept: Kept = context.obj
+    kept.wanted, kept.output = {name: text for text, (name, _) in zip(to or [], targets, strict=True)}, str(output)
+    inputs = (calib, work_dir, Path(recipe.partition(":")[0]))
+    with (
+        opened_output(output, _NAMES, kept, overwrite=overwrite, model=model, inputs=inputs) as out,
+        show_progress(as_json and not verbose) as progress,
+    ):
         result = api.compile(
             model,
-            recipe,
+            passes,
             calibration,
-            targets=[api.target_spec(name, opset=options.get("opset")) for name, options in targets],
-            overrides=overrides,
+            targets=[api.target_spec(name, **options) for name, options in targets],
             memory_budget=budget,
             device=device,
             seed=seed,
@@ -74,15 +114,15 @@ def compile(
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
+        with out.part("native", outdated=_NAMES) as place:
+            result.save(place)
+        result.saved_in = out.root / "native"
         for name, options in targets:
-            written = api.lower(result, name, staged / name, **options)
-            written["path"] = str(output / name)
+            _add_target(result, name, options, out)
         result.report.peak_rss_bytes = peak_rss_bytes()
-        result.save(staged / "native")
-    report = result.report
-    fields = report.to_dict()
+    fields = result.report.to_dict()
     summary = {
-        "artifacts": {name: str(output / name) for name in ("native", *(name for name, _ in targets))},
+        "artifacts": kept.artifacts,
         "seconds": time.perf_counter() - started,
         **{key: fields[key] for key in ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight")},
         **{key: fields[key] for key in ("cache_bytes_per_token", "held_out")},
@@ -91,6 +131,47 @@ def compile(
     if not as_json:
         print_compiled(summary)
     return summary
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    artifact: Annotated[Path, typer.Argument(help="OUT or OUT/native, of an earlier compilation.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A directory for the targets; OUT itself will do.")],
+    to: To,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Write a compiled model to OUTPUT/<target> for every --to."""
+    started = time.perf_counter()
+    targets = parse_targets(to or [])
+    result = api.load(artifact)
+    for name, options in targets:
+        api.check_target(result, name, **options)
+    kept: Kept = context.obj
+    kept.wanted, kept.output = {name: text for text, (name, _) in zip(to or [], targets, strict=True)}, str(output)
+    kept.source = str(artifact)
+    with opened_output(output, list(kept.wanted), kept, overwrite=overwrite, inputs=(result.saved_in,)) as out:
+        written = {name: _add_target(result, name, options, out) for name, options in targets}
+    found = {
+        "artifacts": kept.artifacts,
+        "seconds": time.perf_counter() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "targets": {
+            name: {key: entry.get(key) for key in ("bytes", "parity", "notes")} for name, entry in written.items()
+        },
+    }
+    if not as_json:
+        print_converted(found)
+    return found
+
+
+def _add_target(result: api.CompileResult, name: str, options: dict[str, Any], out: Output) -> dict[str, Any]:
+    """Writes a target into the output; it is in the report as soon as it stands."""
+    with out.part(name) as place:
+        written = {**api.write_target(result, name, place, **options), "path": str(out.given / name)}
+    api.record_target(result, name, written)
+    return written
 
 
 @app.command()
@@ -107,12 +188,13 @@ def evaluate(
     engine: Engine = None,
     device: Place = None,
     trust_remote_code: Trust = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Measure perplexity, and the distance to the original model."""
     opened = api.open_artifact(artifact, engine=engine, device=device, trust_remote_code=trust_remote_code)
     reference = None if against is None else api.open_artifact(against, trust_remote_code=trust_remote_code)
-    with show_progress(as_json) as progress:
+    with show_progress(as_json and not verbose) as progress:
         found: dict[str, Any] = api.evaluate(
             opened,
             text=text,
@@ -124,7 +206,9 @@ def evaluate(
     found["engine"] = None if engine is None else describe_engine(opened)
     if not as_json:
         shown = found if engine is None else {**found, "engine": engine_in_short(found["engine"])}
-        print_table({key: value for key, value in shown.items() if value is not None})
+        print_table({key: value for key, value in shown.items() if value is not None and key != "notes"})
+        for note in found["notes"]:
+            print(f"note: {note}")
     return found
 
 
@@ -142,15 +226,25 @@ def generate(
     engine: Engine = None,
     device: Place = None,
     trust_remote_code: Trust = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
-    """Continue a prompt."""
+    """Continue a prompt: greedily, unless asked to sample (what generation_config.json says of that is not read)."""
     opened = api.open_artifact(artifact, exact=False, engine=engine, device=device, trust_remote_code=trust_remote_code)
     result = api.generate(
-        opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        opened,
+        prompt,
+        trust_remote_code=trust_remote_code,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
     )
     if not as_json:
         print(prompt + result.text)
+        if result.finish == "positions":
+            print(f"stopped: the model takes no more than {opened.max_positions} tokens", file=sys.stderr)
     return {**result.to_dict(), "engine": None if engine is None else describe_engine(opened)}
 
 
@@ -158,6 +252,7 @@ def generate(
 def inspect(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory, or a native artifact.")],
     trust_remote_code: Trust = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the sites of a model, and what was not recognised."""
@@ -187,8 +282,17 @@ def inspect(
 
 
 @app.command()
-def recipes(as_json: Json = False) -> dict[str, Any]:
-    """List the recipes, and what each target makes of them."""
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Tell what this one consists of.")] = None,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """List the recipes and what each target makes of them, or tell what one consists of."""
+    if name is not None:
+        found = api.describe_recipe(name)
+        if not as_json:
+            print_recipe(found)
+        return found
     matrix = api.recipe_matrix()
     if not as_json:
         targets = list(next(iter(matrix.values())))

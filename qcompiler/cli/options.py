@@ -6,9 +6,20 @@ from typing import Annotated, Any
 import typer
 
 from qcompiler import api
-from qcompiler.errors import InputError, RecipeError, TargetError
+from qcompiler.errors import InputError, RecipeError, TargetError, did_you_mean
 
-__all__ = ["Engine", "Json", "Place", "Trust", "parse_bytes", "parse_overrides", "parse_targets"]
+__all__ = [
+    "Engine",
+    "Json",
+    "Overwrite",
+    "Place",
+    "To",
+    "Trust",
+    "Verbose",
+    "parse_bytes",
+    "parse_overrides",
+    "parse_targets",
+]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Engine = Annotated[
@@ -16,6 +27,11 @@ Engine = Annotated[
 ]
 Place = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or auto; by default auto with kernels, and cpu without.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell on stderr what is done, with times.")]
+To = Annotated[list[str] | None, typer.Option(help="A target, such as onnx or onnx:opset=23,float=float16.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace artifacts that the output holds, with all that is in them.")
 ]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code the model directory brings along.")
@@ -61,14 +77,25 @@ def _target(text: str) -> tuple[str, dict[str, Any]]:
             options["float_dtype"] = value
         else:
             raise TargetError(
-                "unknown option of a target", where=name, got=item, expected="opset=<number>, float=float32 or float16"
+                "unknown option of a target",
+                where=name,
+                got=item,
+                expected="opset=<number>, float=float32 or float16",
+                remedy=did_you_mean(item, ("opset=21", "float=float16", "float=float32")),
             )
+    if name not in ("kernels", *api.WRITTEN_TARGETS):
+        raise TargetError(
+            "unknown target",
+            got=name,
+            expected=", ".join(api.WRITTEN_TARGETS),
+            remedy=did_you_mean(name, api.WRITTEN_TARGETS),
+        )
     api.target_spec(name, opset=options.get("opset"))
     if name == "kernels":
         raise TargetError(
             "kernels are not written anywhere",
             got=text,
-            expected="a target with files",
+            expected=", ".join(api.WRITTEN_TARGETS),
             remedy="run the native artifact with --engine kernels",
         )
     return name, options

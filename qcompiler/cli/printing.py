@@ -5,7 +5,7 @@ from typing import Any
 
 from qcompiler.terminal import print_table
 
-__all__ = ["describe_engine", "engine_in_short", "print_compiled"]
+__all__ = ["describe_engine", "engine_in_short", "print_compiled", "print_converted", "print_recipe"]
 
 _MOST_SKIPS = 8  # lines on the terminal
 
@@ -34,6 +34,31 @@ def print_compiled(summary: dict[str, Any]) -> None:
         )
     for note in summary["notes"]:
         print(f"note: {note}")
+
+
+def print_converted(found: dict[str, Any]) -> None:
+    """Prints what ``convert`` did."""
+    rows: dict[str, Any] = {"seconds": f"{found['seconds']:.1f}"}
+    for name, path in found["artifacts"].items():
+        rows[f"written: {name}"] = f"{path}, {found['targets'][name]['bytes'] / 2**20:.1f} MiB"
+    print_table(rows)
+    for name, entry in found["targets"].items():
+        for note in entry["notes"]:
+            print(f"note: {name}: {note}")
+
+
+def print_recipe(recipe: dict[str, Any]) -> None:
+    """Prints what `qcompiler.api.describe_recipe` found."""
+    print(f"{recipe['name']}: {'calibrated' if recipe['is_calibrated'] else 'needs no calibration'}")
+    for number, item in enumerate(recipe["passes"], 1):
+        options = ", ".join(f"{key}={value}" for key, value in item["options"].items())
+        print(f"  {number}. {item['pass']}({options})\n     {item['summary']}")
+    if recipe["scheme"] is not None:
+        print(f"weight: {recipe['scheme']['weight']}\nactivation: {recipe['scheme']['activation']}")
+    for format_ in recipe["caches"]:
+        print(f"cache: {format_}")
+    for target, support in recipe["targets"].items():
+        print(f"{target}: {support['status']}" + (f" ({support['reason']})" if support["reason"] else ""))
 
 
 def _held_out_row(found: dict[str, Any] | None) -> dict[str, str]:

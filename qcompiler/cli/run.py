@@ -5,12 +5,13 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 import typer
 
 from qcompiler.cli.commands import app
+from qcompiler.cli.output import Kept
+from qcompiler.cli.signals import Interruptions
 from qcompiler.errors import QCompilerError, VerificationError
 
 __all__ = ["main"]
@@ -28,50 +29,57 @@ def main(arguments: list[str] | None = None) -> int:
     0: done. 1: a fault of ours. 2: an error of the `QCompilerError` family, or of usage. 3: a verification failed. 130:
     interrupted. With ``--json``, exactly one object goes to stdout in each case.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with Interruptions(for_good=arguments is None) as interruptions:
+        return _run(sys.argv[1:] if arguments is None else arguments, interruptions)
+
+
+def _run(arguments: list[str], interruptions: Interruptions) -> int:
     as_json = "--json" in arguments
     command = next((item for item in arguments if not item.startswith("-")), "")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    is_verbose = not {"--verbose", "-v"}.isdisjoint(arguments)
+    form = "%(asctime)s %(levelname)s: %(message)s" if is_verbose else "%(levelname)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    logging.getLogger("qcompiler").setLevel(logging.INFO if is_verbose else logging.NOTSET)
+    kept = Kept()
+
+    def fail(fields: dict[str, Any], message: str | None, status: int) -> int:
+        interruptions.finish()
+        if as_json:
+            empty = dict.fromkeys(("type", "what", "where", "got", "expected", "remedy"))
+            standing = {"artifacts": kept.artifacts or None, "next_command": kept.next_command()}
+            _emit({"schema": SCHEMA, "command": command, "ok": False, "error": {**empty, **fields, **standing}})
+        if message is not None:
+            print(message, file=sys.stderr)
+        for name, path in kept.artifacts.items():
+            print(f"finished and kept: {name}: {path}", file=sys.stderr)
+        if (remedy := kept.next_command()) is not None:
+            print(f"for what is missing: {remedy}", file=sys.stderr)
+        return status
+
     try:
         # Nothing that a recipe's own code prints may stand beside the one object.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            result = app(arguments, standalone_mode=False)
+            result = app(arguments, standalone_mode=False, obj=kept)
         if result == _EXIT_INTERRUPTED:  # Typer's answer to a KeyboardInterrupt
             raise KeyboardInterrupt
+        interruptions.finish()
         if as_json and isinstance(result, dict):
             _emit({"schema": SCHEMA, "command": command, "ok": True, "result": result})
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(command, as_json, {"type": "Interrupted", "what": "interrupted"}, "interrupted", _EXIT_INTERRUPTED)
+        return fail({"type": "Interrupted", "what": "interrupted"}, "interrupted", _EXIT_INTERRUPTED)
     except QCompilerError as error:
         status = _EXIT_VERIFICATION if isinstance(error, VerificationError) else _EXIT_ERROR
-        return _fail(command, as_json, error.to_dict(), f"error: {error}", status)
+        return fail(error.to_dict(), f"error: {error}", status)
     except _UsageError as error:
-        return _fail(command, as_json, {"type": "Usage", "what": error.format_message()}, None, _EXIT_ERROR, error.show)
+        error.show()
+        return fail({"type": "Usage", "what": error.format_message()}, None, _EXIT_ERROR)
     except BrokenPipeError:
         return _EXIT_BUG
     except Exception as error:  # the boundary of the program: a fault of ours is reported as one
         traceback.print_exc(file=sys.stderr)
         fields = {"type": type(error).__name__, "what": str(error)}
-        return _fail(command, as_json, fields, "this is a fault of qcompiler; please report it", _EXIT_BUG)
-
-
-def _fail(
-    command: str,
-    as_json: bool,
-    fields: dict[str, Any],
-    message: str | None,
-    status: int,
-    show: Callable[[], None] | None = None,
-) -> int:
-    if as_json:
-        empty = dict.fromkeys(("type", "what", "where", "got", "expected", "remedy"))
-        _emit({"schema": SCHEMA, "command": command, "ok": False, "error": {**empty, **fields}})
-    if show is not None:
-        show()
-    elif message is not None:
-        print(message, file=sys.stderr)
-    return status
+        return fail(fields, "this is a fault of qcompiler; please report it", _EXIT_BUG)
 
 
 def _emit(content: dict[str, Any]) -> None:

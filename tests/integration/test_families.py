@@ -227,7 +227,7 @@ def test_experts_quantized_a_few_at_a_time_get_the_same_codes(monkeypatch: pytes
     for limit in (1 << 28, 0):
         monkeypatch.setattr(segments, "_LARGEST_MOMENTS", limit)
         graph = copy_graph(canonical_graph("mixtral"))
-        qc.compile(graph, [GPTQ(bits=4, group_size=16)], qc.Calibration.from_tokens(tokens))
+        graph = qc.compile(graph, [GPTQ(bits=4, group_size=16)], qc.Calibration.from_tokens(tokens)).graph
         codes.append({name: graph.weights.read(name) for name in graph.weight_names() if name.endswith("_codes")})
     together, apart = codes
     assert len(together) == 24

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import qcompiler as qc
-from qcompiler.hf import encode, load_tokenizer
+from qcompiler.hf import load_tokenizer
+from qcompiler.tokenizing import encode
 from tests.tiny_checkpoint import POSITIONS, command, file_bytes, save_checkpoint, write_text
 
 COMPILE_KEYS = {
@@ -34,6 +35,7 @@ EVALUATE_KEYS = {
     "bits_per_weight",
     "cache_bytes_per_token",
     "cached",
+    "notes",
     "seconds",
     "engine",
 }
@@ -79,8 +81,9 @@ def test_compile_prints_one_object_with_every_key(journey: Journey) -> None:
 
 def test_sizes_are_those_of_the_files(journey: Journey) -> None:
     result = journey.printed["result"]
-    for key, path in (("bytes_before", journey.model), ("bytes_after", journey.out / "native")):
-        file = (path / "model.safetensors").read_bytes()
+    native = journey.out / "native" / "weights.safetensors"
+    for key, path in (("bytes_before", journey.model / "model.safetensors"), ("bytes_after", native)):
+        file = path.read_bytes()
         data = len(file) - 8 - int.from_bytes(file[:8], "little")
         assert data == pytest.approx(result[key], abs=64)  # padding between tensors
     # 4096·64 embeddings and as many output weights in 16 bits, the layers in 4 or 8 with scales
@@ -156,6 +159,66 @@ def test_generates(journey: Journey, place: str) -> None:
     plain = command(*arguments)
     assert plain.status == 0
     assert plain.output == "The captain said" + result["text"] + "\n"
+
+
+def test_stopping_at_the_context_limit_is_said(journey: Journey) -> None:
+    arguments = ("generate", journey.model, "--prompt", "The captain said", "--max-new-tokens", 200)
+    result = command(*arguments, "--json").result
+    assert result["finish"] == "positions"
+    assert len(result["tokens"]) + result["prompt_tokens"] == POSITIONS
+    plain = command(*arguments)
+    assert f"no more than {POSITIONS} tokens" in plain.errors
+    assert "no more than" not in plain.output
+    short = command("generate", journey.model, "--prompt", "The captain said", "--max-new-tokens", 3)
+    assert "no more than" not in short.errors
+
+
+def test_a_text_measures_a_recipe_that_does_not_calibrate(journey: Journey, tmp_path: Path) -> None:
+    arguments = (
+        journey.model,
+        "-r",
+        "w8a16",
+        "--calib",
+        journey.text,
+        "--length",
+        32,
+        "-o",
+        tmp_path / "out",
+        "--json",
+    )
+    result = command("compile", *arguments).result
+    assert result["held_out"]["kl_divergence"] > 0
+    assert any("served to measure the result alone" in note for note in result["notes"])
+
+
+def test_padded_rows_are_calibrated_on_as_if_they_were_not(journey: Journey, tmp_path: Path) -> None:
+    lengths = [5, 30, 17, 30, 5, 44, 23, 9]
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 4096, (length,), generator=draw) for length in lengths]
+    for index, recipe in enumerate(("w4a16-gptq", "w8a8-smoothquant")):
+        made = []
+        for side in (None, "left", "right"):
+            calibration = qc.Calibration.from_tokens(rows if side is None else padded(rows, side))
+            out = tmp_path / f"{index}-{side}"
+            qc.compile(journey.model, recipe, calibration).save(out)
+            made.append((out / "weights.safetensors").read_bytes())
+        assert made[0] == made[1] == made[2]
+    whole = torch.stack([torch.nn.functional.pad(row, (0, 44 - len(row)), value=2) for row in rows])
+    qc.compile(journey.model, "w8a8-smoothquant", qc.Calibration.from_tokens(whole)).save(tmp_path / "pads")
+    assert (tmp_path / "pads" / "weights.safetensors").read_bytes() != made[0]
+
+
+def padded(rows: list[torch.Tensor], side: str) -> list[dict[str, torch.Tensor]]:
+    """Batches of three as a collator makes them."""
+    batches = []
+    for start in range(0, len(rows), 3):
+        some = rows[start : start + 3]
+        width = max(map(len, some))
+        pads = [((width - len(row), 0) if side == "left" else (0, width - len(row))) for row in some]
+        ids = torch.stack([torch.nn.functional.pad(r, p, value=2) for r, p in zip(some, pads, strict=True)])
+        mask = torch.stack([torch.nn.functional.pad(torch.ones_like(r), p) for r, p in zip(some, pads, strict=True)])
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
 
 
 def test_kernels_run_the_native_artifact(journey: Journey) -> None:

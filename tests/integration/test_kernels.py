@@ -11,13 +11,14 @@ from torch import Tensor
 import qcompiler as qc
 from qcompiler.errors import VerificationError
 from qcompiler.graph import Graph
-from qcompiler.hf import encode, load_tokenizer
+from qcompiler.hf import load_tokenizer
 from qcompiler.lowering.kernels.model import KernelModel
 from qcompiler.lowering.kernels.noise import with_noise
 from qcompiler.lowering.kernels.weight_only import WeightOnlyLinear
 from qcompiler.native import NativeArtifact, load_native, save_native
 from qcompiler.pass_base import Pass
 from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ, QuantizeKVCache, SqueezeLLM
+from qcompiler.tokenizing import encode
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, STEPS = 512, 12

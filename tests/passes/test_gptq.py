@@ -192,7 +192,7 @@ def saved(directory: Path, **options: Any) -> tuple[dict[str, bytes], CompileRep
 
 def test_the_same_twice_is_the_same_bytes(tmp_path: Path) -> None:
     first, report = saved(tmp_path / "first")
-    assert {"model.safetensors", "graph.json", "manifest.json"} <= first.keys()
+    assert {"weights.safetensors", "graph.json", "manifest.json"} <= first.keys()
     assert report.bytes_spilled == 0
     assert saved(tmp_path / "second")[0] == first
 

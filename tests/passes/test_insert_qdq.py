@@ -15,7 +15,7 @@ from qcompiler import fp4, numerics
 from qcompiler.errors import PipelineError, RecipeError, ZeroCoverageError
 from qcompiler.graph import Graph, quantized_value
 from qcompiler.native import NativeArtifact, load_native, save_native
-from qcompiler.observers import CrossGram, Histogram
+from qcompiler.observers import CrossGram, Histogram, RowSample
 from qcompiler.pass_base import ACTIVATIONS_QUANTIZED, Effect, Pass, PassContext, PassResult, SiteReport, Tap, Wave
 from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ
 from qcompiler.pipeline import Pipeline
@@ -409,8 +409,10 @@ def test_no_rows():
     context = PassContext(graph, CPU, 0)
     Assign("w8a8").run(graph, context)
     wave = graph.sites()[:1]
+    value = wave[0].inputs[0]
+    statistics = {Tap(value, Histogram): Histogram(), Tap(value, RowSample): RowSample()}
     with pytest.raises(ZeroCoverageError) as caught:
-        InsertQDQ().rewrite(wave, {Tap(wave[0].inputs[0], Histogram): Histogram()}, context)
+        InsertQDQ().rewrite(wave, statistics, context)
     assert caught.value.where == "0.q"
 
 

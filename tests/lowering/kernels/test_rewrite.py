@@ -59,7 +59,7 @@ def test_in_float32_the_arithmetic_is_that_of_the_graph():
     graph = quantized("w4a16-g16")
     made = rewrite(graph, CPU, torch.float32)
     (found,), _ = run(made, IDS)
-    torch.testing.assert_close(found, logits(graph, IDS), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, logits(graph, IDS), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def test_a_mask_of_another_form_stays():
     assert calls(made)[_canonical.attention.default] == 1
     assert len(made.caches) == 1
     (whole,), _ = run(made, IDS)
-    torch.testing.assert_close(whole, logits(graph, IDS), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole, logits(graph, IDS), rtol=1e-5, atol=5e-6)
     (first,), tensors = run(made, IDS[:, :5])
     (rest,), _ = run(made, IDS[:, 5:], past=5, tensors=tensors)
-    torch.testing.assert_close(torch.cat((first, rest), 1), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat((first, rest), 1), whole, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,9 @@ def test_buffers_hold_what_the_graph_would_cache(spec):
     assert all(slot.is_buffer for slot in made.slots)
     expected = interpret(graph, feed(graph, IDS))
     (found,), tensors = run(made, IDS)
-    torch.testing.assert_close(found, expected[graph.outputs[0].name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, expected[graph.outputs[0].name], rtol=1e-5, atol=5e-6)
     for tensor, node in zip(tensors, graph.outputs[1:], strict=True):
-        torch.testing.assert_close(tensor[:, :, : IDS.shape[1]], expected[node.name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tensor[:, :, : IDS.shape[1]], expected[node.name], rtol=1e-5, atol=5e-6)
         assert (tensor[:, :, IDS.shape[1] :] == 7).all()  # what lies behind is not touched
 
 
@@ -165,7 +165,7 @@ def test_a_cache_that_something_else_reads_is_read_from_its_buffer():
     made = rewrite(graph, CPU, torch.float32)
     assert calls(made)[_canonical.attention.default] == calls(made)[CachedAttention] == 1
     (whole,), _ = run(made, IDS)
-    torch.testing.assert_close(whole, logits(graph, IDS), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole, logits(graph, IDS), rtol=1e-5, atol=5e-6)
 
 
 def test_a_cache_that_grows_otherwise_is_passed_on():
@@ -178,7 +178,7 @@ def test_a_cache_that_grows_otherwise_is_passed_on():
     assert longer.shape[2] == 5
     (rest, longer), _ = run(made, IDS[:, 5:], past=5, tensors=[longer, *tensors[1:]])
     assert longer.shape[2] == 7
-    torch.testing.assert_close(torch.cat((first, rest), 1), logits(graph, IDS), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat((first, rest), 1), logits(graph, IDS), rtol=1e-5, atol=5e-6)
 
 
 def test_a_weight_that_two_layers_share_is_one_module():

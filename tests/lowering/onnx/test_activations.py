@@ -131,7 +131,7 @@ def test_the_refused_form_fails_in_the_runtime(name, advice, maker, run_onnx):
     """Where this test fails one day, the refusal can go."""
     scheme = Scheme.parse(name)
     support = OnnxTarget().supports(scheme, 64)
-    assert (support.status, advice in support.reason) == ("refused", True)
+    assert (support.status, advice in support.remedy) == ("refused", True)
     with pytest.raises(Exception, match=r"MatMulIntegerToFloat|DynamicQuantizeMatMul"):
         run_onnx(quantized_linear(maker, scheme), sized(SYMBOLIC))
 

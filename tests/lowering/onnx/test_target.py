@@ -100,3 +100,17 @@ def test_four_bit_floats_are_refused(name):
     assert "4-bit floats: ONNX Runtime has no kernel" in support.reason
     activation_only = Scheme(None, Scheme.parse("nvfp4").activation)
     assert OnnxTarget().supports(activation_only, 4096).status == "refused"
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4a16", "w8a8-g64", "w8a8-dynamic-actasym", "w4a16-g1"])
+def test_what_is_refused_has_a_remedy_that_helps(name):
+    """Some scheme that the remedy names is taken."""
+    support = OnnxTarget().supports(Scheme.parse(name), 256)
+    assert support.status == "refused"
+    named = re.findall(r"w\d+a\d+", support.remedy)
+    options = re.findall(r"-[a-z]+", support.remedy.replace("4-bit", "")) or ["-g16"]
+    base = name.partition("-")[0]
+    tried = named or [f"{base}{option}" for option in options]
+    assert tried
+    for scheme in tried:
+        assert OnnxTarget().supports(Scheme.parse(scheme), 256).status != "refused", scheme

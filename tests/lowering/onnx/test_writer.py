@@ -13,7 +13,7 @@ import torch
 import qcompiler.lowering.onnx as target
 from qcompiler.errors import InputError, MissingDependencyError, ResourceError, TargetError, VerificationError
 from qcompiler.graph import Graph
-from qcompiler.lowering.onnx import lower
+from qcompiler.lowering.onnx import OnnxTarget, lower
 from qcompiler.signature import Port, Signature
 from tests.lowering.onnx.harness import GraphMaker, open_session
 
@@ -257,6 +257,38 @@ def test_what_the_checker_refuses_does_not_appear(maker, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_written_is_found_without_weights(maker):
+    def never(*_):
+        raise AssertionError("read")
+
+    graph = decoder()
+    for name in graph.weight_names():
+        graph.weights.derive(name, (name,), never, dtype="float32", shape=(300, 8))
+    OnnxTarget().check_graph(graph)
+    x = maker.input(torch.ones(7, 5))
+    first = maker.call(torch.ops.aten.lgamma.default, x)
+    graph = maker.graph(maker.call(torch.ops.aten.erfinv.default, first))
+    with pytest.raises(TargetError, match="these operators have no ONNX form") as caught:
+        OnnxTarget().check_graph(graph)
+    assert caught.value.got == "aten.lgamma.default, aten.erfinv.default"
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments", "message"),
+    [(aten.lgamma.default, (), "no ONNX form"), (aten.to.dtype, (torch.complex64,), "no ONNX dtype")],
+)
+def test_a_refusal_names_the_place_in_the_model(operator, arguments, message):
+    graph = decoder()
+    (logits, *_) = graph.outputs
+    with graph.fx.inserting_after(logits):
+        unknown = graph.fx.call_function(operator, (logits, *arguments))
+    unknown.meta.update(logits.meta, **({"dtype": arguments[0]} if arguments else {}))
+    logits.replace_all_uses_with(unknown, delete_user_cb=lambda user: user is not unknown)
+    with pytest.raises(TargetError, match=message) as caught:
+        OnnxTarget().check_graph(graph)
+    assert str(caught.value.where) == f"{unknown.name}, near head.weight"
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnx_ir"])
 def test_missing_packages_are_named(package, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith(f"{target.__name__}.")]:
@@ -273,7 +305,7 @@ MEMORY = """
 import resource, sys, torch
 from torch import fx
 from qcompiler.graph import Graph
-from qcompiler.lowering.onnx import lower
+from qcompiler.lowering.onnx import OnnxTarget, lower
 from qcompiler.signature import Port, Signature
 from qcompiler.weights import WeightStore
 
@@ -305,3 +337,31 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     two, many = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert (tmp_path / "24" / "model.onnx.data").stat().st_size == 24 * 4 << 20
     assert (many - two) / 1024 < 16  # MiB, of 96 written
+
+
+@pytest.mark.parametrize("end", [1, [1, 3]])
+def test_generation_config_of_a_nested_configuration(end, tmp_path):
+    nested = {
+        "model_type": "llama",
+        "text_config": {**CONFIG, "eos_token_id": end},
+        "vision_config": {"hidden_size": 3},
+    }
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "generation_config.json").write_text('{"eos_token_id": null}')
+    lower(decoder(nested), tmp_path / "out", companions=source)
+    settings = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
+    assert (settings["eos_token_id"], settings["pad_token_id"], settings["context_length"]) == (end, 1, 64)
+    assert settings["decoder"]["hidden_size"] == 8
+    metadata = {entry.key: entry.value for entry in load(tmp_path / "out").metadata_props}
+    assert metadata["qcompiler.max_positions"] == "64"
+
+
+@pytest.mark.parametrize("broken", ["{", "[]"])
+def test_a_broken_generation_config(broken, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "generation_config.json").write_text(broken)
+    with pytest.raises(InputError, match="not a JSON object"):
+        lower(decoder(), tmp_path / "out", companions=source)
+    assert not (tmp_path / "out").exists()
