@@ -181,15 +181,18 @@ def _lower_to_onnx(result: CompileResult, directory: str | Path, *, verify: bool
         written = onnx.lower(result.graph, place, companions=result.graph.provenance.get("companions"), **options)
         if verify and result.graph.signature.index_of_output("logits") is not None:
             # of a file that is not in its place yet: what was not verified must not look as if it had been
-            tolerance, unrounded = 2e-2 if options.get("float_dtype") == "float16" else 1e-3, _unrounded(result)
+            is_half = options.get("float_dtype") == "float16"
+            tolerance, unrounded = 2e-2 if is_half else 1e-3, _unrounded(result)
             written["parity"] = check_parity(
                 result.artifact(),
                 onnx.OnnxArtifact(place, accuracy_level=1),
                 tolerance=tolerance,
                 unrounded=unrounded,
-                noisy=() if unrounded is None else _noisy(result.graph, None, torch.float32),
+                noisy=()
+                if unrounded is None
+                else _noisy(result.graph, None, torch.float16 if is_half else torch.float32),
             )
-            if options.get("float_dtype") == "float16":
+            if is_half:
                 written["float16_parity"] = _check_float16(result, place, tolerance)
     return {**written, "path": str(directory)}
 
@@ -203,7 +206,13 @@ def _check_float16(result: CompileResult, directory: Path, tolerance: float) -> 
         evaluated.forward(result.held_out[:1, :_FLOAT16_TOKENS])  # refuses what overflows on real text
     unrounded = _unrounded(result)
     return check_parity(
-        result.artifact(), evaluated, tolerance=tolerance, unrounded=unrounded, rows=1, length=_FLOAT16_TOKENS
+        result.artifact(),
+        evaluated,
+        tolerance=tolerance,
+        unrounded=unrounded,
+        noisy=() if unrounded is None else _noisy(result.graph, None, torch.float16),
+        rows=1,
+        length=_FLOAT16_TOKENS,
     )
 
 

@@ -31,7 +31,7 @@ RECIPES: dict[str, list[Pass]] = {
 
 
 CHAOTIC = ("llama", "int4 activations")
-"""One value on the other side of a tie moves these logits as far as a fault does, in float32 too."""
+"""Roundings that fall differently move these logits as far as a fault does, in float32 too."""
 
 
 def compiled(family: str, recipe: str, seed: int = 0, change: Callable[[Any], None] | None = None) -> Graph:
@@ -65,20 +65,26 @@ def test_a_mixture_of_experts_in_bfloat16_passes(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("family", "recipe"),
-    [(family, recipe) for recipe in RECIPES for family in ("llama", "gpt2") if (family, recipe) != CHAOTIC],
+    [(family, recipe) for recipe in RECIPES for family in ("llama", "gpt2")],
 )
 def test_honest_models_pass(family: str, recipe: str) -> None:
     graph = compiled(family, recipe)
     dtype = torch.float32 if recipe == "int4 activations" else torch.bfloat16
     found = parity(graph, graph, dtype)
-    assert found["mean_tolerance"] < 0.5
     assert found["kl_divergence"] < 0.01
+    if (family, recipe) != CHAOTIC:
+        assert found["mean_tolerance"] < 0.5
+        assert found["unrounded_divergence"] is None
 
 
-def test_a_bound_too_loose_to_mean_anything_fails() -> None:
-    graph = compiled(*CHAOTIC)
-    with pytest.raises(VerificationError, match="cannot be verified"):
-        parity(graph, graph)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_logits_say_nothing_the_divergence_from_the_unrounded_model_decides(
+    seed: int, dtype: torch.dtype
+) -> None:
+    graph = compiled(*CHAOTIC, seed)
+    found = parity(graph, graph, dtype)
+    assert 0 < found["unrounded_divergence"] <= found["unrounded_divergence_allowed"] < 1
 
 
 def test_a_large_weight_does_not_make_everything_pass() -> None:
@@ -100,10 +106,18 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[Tensor], Tensor]]] = {
     "heads mixed up": ("llama", "weights", "layers.1.self_attn.o_proj.weight_codes", lambda t: t.roll(16, 1)),
     "a scale under int8": ("llama", "int8 activations", "layers.1.mlp.down_proj.weight_scale", lambda t: t * 2),
     "a bias under int8": ("gpt2", "int8 activations", "h.1.mlp.c_proj.bias", torch.zeros_like),
+    "a scale under int4": ("llama", "int4 activations", "layers.0.mlp.down_proj.weight_scale", lambda t: t * 2),
+    "heads under int4": (
+        "llama",
+        "int4 activations",
+        "layers.1.self_attn.o_proj.weight_codes",
+        lambda t: t.roll(16, 1),
+    ),
     "a bias under int4": ("gpt2", "int4 activations", "h.1.mlp.c_proj.bias", torch.zeros_like),
     "a scale beside fp8": ("llama", "fp8 caches", "layers.1.mlp.up_proj.weight_scale", lambda t: t * 2),
     "heads beside fp8": ("llama", "fp8 caches", "layers.1.self_attn.o_proj.weight_codes", lambda t: t.roll(16, 1)),
-    "an expert": ("mixtral", "fp8 caches", "layers.1.self_attn.o_proj.weight_scale", lambda t: t * 2),
+    "heads behind experts": ("mixtral", "weights", "layers.1.self_attn.o_proj.weight_scale", lambda t: t * 2),
+    "experts": ("mixtral", "weights", "down_proj", lambda t: t * 2),
 }
 
 
@@ -115,5 +129,5 @@ def test_planted_faults_are_seen(name: str) -> None:
     (found,) = [item for item in graph.weight_names() if item.endswith(tensor)]
     value = graph.weights.read(found)
     damaged.weights.set(found, change(value).contiguous(), graph.weights.info(found).dtype)
-    with pytest.raises(VerificationError, match="does not compute what"):
+    with pytest.raises(VerificationError, match=r"does not compute what|further from the unrounded"):
         parity(graph, damaged, torch.float32 if recipe == "int4 activations" else torch.bfloat16)
