@@ -22,8 +22,15 @@ from qcompiler.cli.options import (
     parse_overrides,
     parse_targets,
 )
-from qcompiler.cli.output import Kept, Output, opened_output
-from qcompiler.cli.printing import describe_engine, engine_in_short, print_compiled, print_converted, print_recipe
+from qcompiler.cli.output import Kept, Output, directory_bytes, opened_output
+from qcompiler.cli.printing import (
+    Streamed,
+    describe_engine,
+    engine_in_short,
+    print_compiled,
+    print_converted,
+    print_recipe,
+)
 from qcompiler.report import peak_rss_bytes
 from qcompiler.terminal import print_rows, print_table, show_progress
 
@@ -121,8 +128,12 @@ def compile(
             _add_target(result, name, options, out)
         result.report.peak_rss_bytes = peak_rss_bytes()
     fields = result.report.to_dict()
+    sizes = {name: directory_bytes(Path(path)) for name, path in kept.artifacts.items()}
+    notes = [f"{name}: {note}" for name in kept.artifacts for note in fields["targets"].get(name, {}).get("notes", ())]
+    fields["notes"] = [*fields["notes"], *notes]
     summary = {
         "artifacts": kept.artifacts,
+        "artifact_bytes": sizes,
         "seconds": time.perf_counter() - started,
         **{key: fields[key] for key in ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight")},
         **{key: fields[key] for key in ("cache_bytes_per_token", "held_out")},
@@ -231,6 +242,7 @@ def generate(
 ) -> dict[str, Any]:
     """Continue a prompt: greedily, unless asked to sample (what generation_config.json says of that is not read)."""
     opened = api.open_artifact(artifact, exact=False, engine=engine, device=device, trust_remote_code=trust_remote_code)
+    shown = None if as_json else Streamed(prompt)
     result = api.generate(
         opened,
         prompt,
@@ -240,9 +252,10 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        on_text=shown,
     )
-    if not as_json:
-        print(prompt + result.text)
+    if shown is not None:
+        shown.end()
         if result.finish == "positions":
             print(f"stopped: the model takes no more than {opened.max_positions} tokens", file=sys.stderr)
     return {**result.to_dict(), "engine": None if engine is None else describe_engine(opened)}
