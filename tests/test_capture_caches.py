@@ -12,7 +12,7 @@ from qcompiler.errors import UnsupportedModelError
 
 def test_a_recurrent_state_is_refused():
     config = MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1)
-    with pytest.raises(UnsupportedModelError, match="a key-value cache|keys and values"):
+    with pytest.raises(UnsupportedModelError, match=r"a key-value cache|keys and values"):
         capture_module(MambaForCausalLM(config).eval())
 
 
