@@ -3,15 +3,17 @@
 Importing a file runs it. That happens only for what a user names, on the command line, in Python or in a recipe file.
 """
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qcompiler.errors import RecipeError
+from qcompiler.errors import QCompilerError, RecipeError
 from qcompiler.pass_base import Pass
 
 __all__ = ["import_object", "import_passes"]
@@ -45,7 +47,9 @@ def import_object(place: str, directory: Path = Path()) -> Any:
         raise RecipeError("not the place of a pass", got=place, expected=_FORMS)
     found: Any = _run_file(directory / source) if source.endswith(".py") else _import_module(source)
     for part in name.split("."):
-        if not hasattr(found, part):
+        with _foreign("the module of this pass fails when it is asked for a name", source):
+            is_there = hasattr(found, part)
+        if not is_there:
             public = [key for key, value in getattr(found, "__dict__", {}).items() if _is_pass_like(value)]
             raise RecipeError(
                 "no such name in the module", where=source, got=name, expected=", ".join(public) or "a Pass, or several"
@@ -56,15 +60,9 @@ def import_object(place: str, directory: Path = Path()) -> Any:
 
 def _instance(item: object, place: str) -> Pass:
     if isinstance(item, type) and issubclass(item, Pass):
-        try:
+        remedy = "name an instance instead, or give the options in a recipe file"
+        with _foreign("this pass cannot be made without options", place, remedy):
             return item()
-        except TypeError as error:
-            raise RecipeError(
-                "this pass has options without a default",
-                where=place,
-                got=error,
-                remedy="name an instance instead, or give the options in a recipe file",
-            ) from error
     if isinstance(item, Pass):
         return item
     raise RecipeError(
@@ -80,15 +78,9 @@ def _is_pass_like(value: object) -> bool:
 
 
 def _import_module(name: str) -> ModuleType:
-    try:
+    remedy = "install it, put its directory on PYTHONPATH, or give the path of its file: file.py:NAME"
+    with _foreign("the module of this pass cannot be imported", name, remedy):
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # whatever somebody else's code raises
-        raise RecipeError(
-            "the module of this pass cannot be imported",
-            where=name,
-            got=f"{type(error).__name__}: {error}",
-            remedy="install it, put its directory on PYTHONPATH, or give the path of its file: file.py:NAME",
-        ) from error
 
 
 def _run_file(path: Path) -> ModuleType:
@@ -104,10 +96,20 @@ def _run_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up while it is being run
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise RecipeError(
-            "this file fails when it is imported", where=path, got=f"{type(error).__name__}: {error}"
-        ) from error
+        with _foreign("this file fails when it is imported", path):
+            spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
     return module
+
+
+@contextlib.contextmanager
+def _foreign(what: str, where: object, remedy: str | None = None) -> Iterator[None]:
+    """Whatever somebody else's code raises, be it no Exception, is a `RecipeError`; an interrupt stays one."""
+    try:
+        yield
+    except (KeyboardInterrupt, QCompilerError):
+        raise
+    except BaseException as error:
+        raise RecipeError(what, where=where, got=f"{type(error).__name__}: {error}", remedy=remedy) from error

@@ -103,7 +103,7 @@ def read_recipe(path: Path) -> tuple[Pass, ...]:
         fields = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark at the start
     except OSError as error:
         raise RecipeError("the recipe file cannot be read", where=path, got=error.strerror) from error
-    except ValueError as error:  # UnicodeDecodeError, TOMLDecodeError
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError, TOMLDecodeError; arrays in arrays in arrays
         raise RecipeError("the recipe file is not TOML", where=path, got=error) from error
     _refuse_unknown(fields, _KEYS, path, "a recipe")
     base = _typed(fields, "base", str, path)

@@ -66,7 +66,7 @@ def fingerprint_directory(path: str | Path, *, trust_remote_code: bool = False) 
 
 def _bound_checkpoint(directory: Path, trust_remote_code: bool) -> tuple[WeightStore, nn.Module, Binding]:
     config, store = open_checkpoint(directory)
-    model, computed = build_on_meta(directory, config, trust_remote_code)
+    model, computed = build_on_meta(directory, config, trust_remote_code, stored_bytes=store.stored_bytes())
     return store, model, bind_checkpoint(store, model, computed)
 
 
@@ -254,8 +254,8 @@ def _probe(model: nn.Module, parameters: Mapping[str, Any], name: str) -> Any:
     Raises:
         UnsupportedModelError: if it takes no token ids, or wants more than them.
     """
-    wanted = [key for key in parameters if key not in ("args", "kwargs")]
-    if "input_ids" not in wanted:
+    wanted = [key for key, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    if wanted and "input_ids" not in wanted:  # one that names nothing hands all on
         raise UnsupportedModelError(
             "this model takes no token ids",
             where=name,

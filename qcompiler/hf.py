@@ -15,6 +15,7 @@ from qcompiler.capture import fingerprint_directory, read_config
 from qcompiler.checkpoint import no_directory
 from qcompiler.companions import companion_files, left_behind
 from qcompiler.errors import InputError, MissingDependencyError, UnsupportedModelError, WeightError
+from qcompiler.skeleton import build_on_meta
 from qcompiler.weights import WeightStore
 
 __all__ = ["HFArtifact", "companion_losses", "load_tokenizer", "read_limits"]
@@ -58,6 +59,8 @@ class HFArtifact:
         store = WeightStore.from_directory(self.path)
         if "quantization_config" not in config:
             _refuse_codes_as_weights(self.path, store)
+        with contextlib.suppress(UnsupportedModelError):  # what transformers says of it itself comes below
+            build_on_meta(self.path, config, trust_remote_code, stored_bytes=store.stored_bytes())
         self._model, missing, unused = _load(self.path, trust_remote_code)
         self._model.to(device)
         self._device = torch.device(device)
@@ -253,7 +256,9 @@ def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, list[str], fro
         raise MissingDependencyError(
             "transformers needs another package to load this model", where=directory, got=_shortened(error)
         ) from error
-    except ValueError as error:
+    except RuntimeError as error:
+        raise WeightError("the checkpoint does not fit the model", where=directory, got=_shortened(error)) from error
+    except Exception as error:  # a configuration can make transformers' own code fail in any way
         if "Unrecognized configuration class" not in str(error):
             raise UnsupportedModelError(
                 "transformers cannot load this model", where=directory, got=_shortened(error)
@@ -264,8 +269,6 @@ def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, list[str], fro
             got=config.model_type,
             expected="a model that predicts each token from those before it",
         ) from error
-    except RuntimeError as error:
-        raise WeightError("the checkpoint does not fit the model", where=directory, got=_shortened(error)) from error
     if info["mismatched_keys"]:
         name, stored, declared = sorted(info["mismatched_keys"])[0]
         raise WeightError(

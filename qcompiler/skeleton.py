@@ -21,14 +21,49 @@ __all__ = ["Binding", "bind_checkpoint", "build_on_meta", "copy_for_tracing", "q
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
+_MOST_COMPUTED = 1 << 30  # elements of one tensor that a model computes as it is built: a mask of 32768 x 32768
+_MAKERS = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn, torch.zeros)
+
+
 class _EmptyOnMeta(TorchFunctionMode):
-    """``torch.empty`` gives meta tensors, so parameters cost nothing while small computed buffers stay real."""
+    """``torch.empty`` gives meta tensors, so parameters cost nothing while small computed buffers stay real.
+
+    A configuration may ask for anything; what no checkpoint of this size can fill is refused while it is built, since
+    a billion layers, or norms of that length, would take all the time or memory there is.
+
+    Args:
+        stored_bytes: of the checkpoint; None for no limit.
+    """
+
+    def __init__(self, stored_bytes: int | None) -> None:
+        super().__init__()
+        self._most = None if stored_bytes is None else 8 * stored_bytes  # no parameter takes less than a bit
+        self._made = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+        elif func in _MAKERS and self._most is not None:
+            size = func(*args, **{**kwargs, "device": "meta"}).numel()
+            if size > _MOST_COMPUTED:
+                raise WeightError(
+                    "config.json describes a model that no machine can build",
+                    got=f"a computed tensor of {size} elements",
+                    expected=f"{_MOST_COMPUTED} elements or fewer",
+                    remedy="check the sizes in config.json",
+                )
+        result = func(*args, **kwargs)
+        if func is torch.empty and self._most is not None:
+            self._made += result.numel()
+            if self._made > self._most:
+                raise WeightError(
+                    "config.json describes a much larger model than the checkpoint holds",
+                    got=f"more than {self._most} parameters",
+                    expected=f"no more than the {self._most // 8} bytes of weights can hold",
+                    remedy="check that config.json belongs to these weights (num_hidden_layers, hidden_size, ...)",
+                )
+        return result
 
 
 @contextlib.contextmanager
@@ -44,15 +79,22 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def build_on_meta(
-    directory: Path, config: Mapping[str, Any], trust_remote_code: bool
+    directory: Path, config: Mapping[str, Any], trust_remote_code: bool, *, stored_bytes: int | None = None
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Builds the model that a ``config.json`` describes, every tensor on meta, in float32.
+
+    Args:
+        directory: of the model.
+        config: its ``config.json``.
+        trust_remote_code: run modelling code the directory brings along.
+        stored_bytes: of its checkpoint; a model of more parameters than that has bits is not built. None for any.
 
     Returns:
         The model, and the values of the buffers that it computed.
 
     Raises:
         UnsupportedModelError: if transformers cannot build it.
+        WeightError: if it is larger than the checkpoint, or the machine, can hold.
     """
     import transformers
 
@@ -65,13 +107,16 @@ def build_on_meta(
             model_class = getattr(transformers, names[0], None) if names else None
             attention = "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
             options = {"dtype": torch.float32, "attn_implementation": attention}
-            with _EmptyOnMeta():
+            with _EmptyOnMeta(stored_bytes):
                 if model_class is not None:
                     model: nn.Module = model_class._from_config(settings, **options)
                 else:
                     model = transformers.AutoModelForCausalLM.from_config(
                         settings, trust_remote_code=trust_remote_code, **options
                     )
+        except WeightError as error:
+            error.where = error.where or str(directory / "config.json")
+            raise
         except Exception as error:  # a configuration can make the model's own code fail in any way
             raise UnsupportedModelError(
                 "transformers cannot build this model from its config.json",

@@ -96,7 +96,8 @@ class StagedFiles:
                 raise
             finally:
                 for temporary, _ in self._staged:
-                    temporary.unlink(missing_ok=True)
+                    with suppress(FileNotFoundError, NotADirectoryError):
+                        temporary.unlink()
                     if temporary.parent != self._directory:
                         with suppress(OSError):  # a folder with files in it stays
                             temporary.parent.rmdir()

@@ -370,7 +370,7 @@ def test_what_is_printed_of_a_result_is_a_line() -> None:
 
 def test_a_single_target_needs_no_list() -> None:
     with pytest.raises(TargetError, match="does not take this scheme"):
-        qc.compile(language_model(), [Assign("nvfp4"), RTN()], targets="onnx", device="cpu")
+        qc.compile(build("llama"), [Assign("nvfp4"), RTN()], targets="onnx", device="cpu")
     with pytest.raises(TargetError) as caught:
         qc.compile(language_model(), "w8a16", targets="onxx", device="cpu")
     assert (caught.value.got, caught.value.remedy) == ("onxx", "did you mean onnx?")

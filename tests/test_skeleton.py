@@ -1,11 +1,13 @@
 """Models without memory: built, copied, and bound to tensors by name."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from qcompiler.errors import UnsupportedModelError, WeightError
-from qcompiler.skeleton import bind_checkpoint, build_on_meta, copy_for_tracing, tied_names
+from qcompiler.skeleton import _EmptyOnMeta, bind_checkpoint, build_on_meta, copy_for_tracing, tied_names
 from qcompiler.weights import WeightStore
 from tests.models import build
 
@@ -193,3 +195,19 @@ def test_tied_names():
     names = tied_names(model)
     assert names["head.weight"] == names["base.table.weight"] == names["alias.weight"] == both
     assert names["base.LayerNorm.bias"] == ["base.LayerNorm.bias"]
+
+
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 1 << 40}, {"vocab_size": 1 << 40}, {"hidden_size": 1 << 34}])
+def test_a_configuration_of_any_size_is_refused_while_it_is_built(tmp_path, sizes):
+    config = build("llama", layers=1).config.to_dict() | sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightError) as caught:
+        build_on_meta(tmp_path, config, trust_remote_code=False, stored_bytes=20_000)
+    assert caught.value.where == str(tmp_path / "config.json")
+
+
+def test_what_a_model_computes_as_it_is_built_is_limited_too():
+    with pytest.raises(WeightError, match="no machine"), _EmptyOnMeta(20_000):
+        torch.ones(1 << 15, 1 << 16)
+    with _EmptyOnMeta(20_000):
+        assert torch.ones(3).tolist() == [1, 1, 1]

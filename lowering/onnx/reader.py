@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qcompiler.errors import ArtifactError, InputError, MissingDependencyError
 
-__all__ = ["OnnxArtifact"]
+__all__ = ["OnnxArtifact", "token_input"]
 
 _METADATA = "qcompiler."
 _NUMPY = {
@@ -191,7 +191,7 @@ class OnnxArtifact:
         for name, port in self._inputs.items():
             if name not in feed:
                 feed[name] = self._value(
-                    np.ascontiguousarray(_token_input(name, ids, cache.length, total), _NUMPY[port.type])
+                    np.ascontiguousarray(token_input(name, ids, cache.length, total), _NUMPY[port.type])
                 )
         first, *rest = self._session.run_with_ort_values(outputs, feed)
         shared = (
@@ -205,7 +205,8 @@ def _item_bytes(kind: str) -> int:
     return 1 if kind in _FLOAT8 else np.dtype(_NUMPY[kind]).itemsize
 
 
-def _token_input(name: str, ids: Tensor, past: int, total: int) -> np.ndarray[Any, Any]:
+def token_input(name: str, ids: Tensor, past: int, total: int) -> np.ndarray[Any, Any]:
+    """What an input that is no cache is given: int64, for ``total`` tokens of which ``past`` lie in the cache."""
     batch, length = ids.shape
     if name == "input_ids":
         return np.asarray(ids.numpy())

@@ -201,11 +201,11 @@ def test_padded_rows_are_calibrated_on_as_if_they_were_not(journey: Journey, tmp
             calibration = qc.Calibration.from_tokens(rows if side is None else padded(rows, side))
             out = tmp_path / f"{index}-{side}"
             qc.compile(journey.model, recipe, calibration).save(out)
-            made.append((out / "model.safetensors").read_bytes())
+            made.append((out / "weights.safetensors").read_bytes())
         assert made[0] == made[1] == made[2]
     whole = torch.stack([torch.nn.functional.pad(row, (0, 44 - len(row)), value=2) for row in rows])
     qc.compile(journey.model, "w8a8-smoothquant", qc.Calibration.from_tokens(whole)).save(tmp_path / "pads")
-    assert (tmp_path / "pads" / "model.safetensors").read_bytes() != made[0]
+    assert (tmp_path / "pads" / "weights.safetensors").read_bytes() != made[0]
 
 
 def padded(rows: list[torch.Tensor], side: str) -> list[dict[str, torch.Tensor]]:

@@ -87,7 +87,13 @@ def test_wrong_places(place: str) -> None:
 
 @pytest.mark.parametrize(
     ("code", "got"),
-    [("import sys; sys.exit(3)", "SystemExit"), ("1 / 0", "ZeroDivisionError"), ("def f(:", "SyntaxError")],
+    [
+        ("import sys; sys.exit(3)", "SystemExit"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def f(:", "SyntaxError"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("raise BaseException", "BaseException"),
+    ],
 )
 def test_a_file_that_fails(tmp_path: Path, code: str, got: str) -> None:
     path = tmp_path / "broken.py"
@@ -98,3 +104,29 @@ def test_a_file_that_fails(tmp_path: Path, code: str, got: str) -> None:
         assert (caught.value.where, str(caught.value.got).split(":")[0]) == (str(path), got)
     path.write_text(MODULE + "#" * 100)
     assert len(import_passes(f"{path}:RECIPE")) == 2
+
+
+def test_an_interrupt_stays_one_and_leaves_nothing_half_run(tmp_path: Path) -> None:
+    path = tmp_path / "slow.py"
+    path.write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        import_passes(f"{path}:X")
+    path.write_text(MODULE + "#" * 100)
+    assert len(import_passes(f"{path}:RECIPE")) == 2
+
+
+@pytest.mark.parametrize("error", ["ValueError", "BaseException", "SystemExit"])
+def test_a_module_that_fails_when_asked_for_a_name(tmp_path: Path, error: str) -> None:
+    path = tmp_path / "lazy.py"
+    path.write_text(f"def __getattr__(name):\n    raise {error}(name)")
+    with pytest.raises(RecipeError) as caught:
+        import_passes(f"{path}:X")
+    assert str(caught.value.got).startswith(error)
+
+
+def test_a_class_that_fails_when_made(tmp_path: Path) -> None:
+    path = tmp_path / "made.py"
+    path.write_text(MODULE + "class Broken(Nothing):\n    def __post_init__(self):\n        1 / 0\n")
+    with pytest.raises(RecipeError) as caught:
+        import_passes(f"{path}:Broken")
+    assert str(caught.value.got).startswith("ZeroDivisionError")

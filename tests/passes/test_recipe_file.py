@@ -191,6 +191,7 @@ def test_wrong_options(tmp_path: Path, line: str, key: str, expected: str) -> No
 HERE = f"{Path(__file__).resolve()}:Options"
 WRONG_FILES = [
     ("base = ", "not TOML", ""),
+    ("base = " + "[" * 100_000, "not TOML", ""),
     ("", "needs a base or passes", "nothing"),
     ('[schemes]\n"*" = "w8a16"', "needs a base or passes", "schemes"),
     ('base = "w4a16-gptq"\nbits = 4', "bits", ""),
