@@ -117,9 +117,8 @@ def test_quick_start_installs_what_it_uses() -> None:
     assert {"onnx", "onnxruntime"} <= extra
 
     ranges = {item.name: item.specifier for item in map(Requirement, project["dependencies"])}
-    (advice,) = re.findall(r"`(pip install [^`]*)`", README.read_text(encoding="utf-8"))
-    newest = {item for item in ranges["torch"] if item.operator == "<"}
-    assert set(Requirement(shlex.split(advice)[2]).specifier) == newest  # or the last line would install another
+    (newest,) = (item.version for item in ranges["torch"] if item.operator == "<")
+    assert f"CPU build of torch below {newest}," in " ".join(README.read_text(encoding="utf-8").split())
     # Each minor version of transformers renames something: none is let in that was not tested.
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     (tested,) = (Version(line.partition("==")[2]) for line in pins if line.startswith("transformers=="))
