@@ -42,7 +42,7 @@ def call_directly(module: fx.GraphModule) -> None:
     """
     _merge_products(module)
     for name, layer in list(module.named_modules()):
-        if isinstance(layer, CachedAttention) and layer.keys is layer.values is layer.softcap is None:
+        if isinstance(layer, CachedAttention) and not (layer.keys or layer.values or layer.softcap):
             module.set_submodule(name, PlainAttention(layer))
     past = next(node for node in module.graph.nodes if node.op == "placeholder" and node.target == "past")
     for node in module.graph.nodes:

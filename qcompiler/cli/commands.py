@@ -15,6 +15,7 @@ from qcompiler.cli.options import (
     Json,
     Overwrite,
     Place,
+    Threads,
     To,
     Trust,
     Verbose,
@@ -26,6 +27,7 @@ from qcompiler.cli.output import Kept, Output, opened_output
 from qcompiler.cli.printing import describe_engine, engine_in_short, print_compiled, print_converted, print_recipe
 from qcompiler.report import peak_rss_bytes
 from qcompiler.terminal import print_rows, print_table, show_progress
+from qcompiler.threads import use_threads
 
 __all__ = ["app"]
 
@@ -79,12 +81,14 @@ def compile(
     seed: Annotated[int, typer.Option(help="The only source of randomness.")] = 0,
     strict: Annotated[bool, typer.Option(help="A site left alone unasked is an error.")] = False,
     work_dir: Annotated[Path | None, typer.Option(help="Where temporary files go.")] = None,
+    threads: Threads = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Quantize MODEL and write it to OUTPUT/native, and to OUTPUT/<target> for every --to."""
     started = time.perf_counter()
+    use_threads(threads)
     targets = parse_targets(to or [])
     overrides = parse_overrides(override or [])
     budget = None if memory_budget is None else parse_bytes(memory_budget)
@@ -187,11 +191,13 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.")] = None,
     engine: Engine = None,
     device: Place = None,
+    threads: Threads = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Measure perplexity, and the distance to the original model."""
+    use_threads(threads)
     opened = api.open_artifact(artifact, engine=engine, device=device, trust_remote_code=trust_remote_code)
     reference = None if against is None else api.open_artifact(against, trust_remote_code=trust_remote_code)
     with show_progress(as_json and not verbose) as progress:
@@ -225,11 +231,13 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     engine: Engine = None,
     device: Place = None,
+    threads: Threads = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Continue a prompt: greedily, unless asked to sample (what generation_config.json says of that is not read)."""
+    use_threads(threads)
     opened = api.open_artifact(artifact, exact=False, engine=engine, device=device, trust_remote_code=trust_remote_code)
     result = api.generate(
         opened,
