@@ -1,5 +1,6 @@
 """How many threads there are, on made-up machines."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 
 from qcompiler import threads
 from qcompiler.threads import contention, others_running, sensible_threads, usable_cores, use_threads
+from tests.tiny_checkpoint import command, save_checkpoint
 
 
 def written(root, files):
@@ -119,6 +121,16 @@ def test_the_probe_leaves_the_number_of_threads_as_it_was():
     before = torch.get_num_threads()
     assert threads._seconds_of_probe(before + 1) > 0
     assert torch.get_num_threads() == before
+
+
+def test_the_commands_take_a_number_and_the_report_tells_it(torch_threads, tmp_path):
+    model = save_checkpoint(tmp_path / "model", layers=1)
+    done = command("compile", model, "-o", tmp_path / "out", "-r", "w8a16", "--threads", 3)
+    assert done.status == 0
+    assert json.loads((tmp_path / "out/native/report.json").read_text())["machine"]["threads"] == "3"
+    assert command("generate", tmp_path / "out", "--prompt", "a", "--max-new-tokens", 1, "--threads", 2).status == 0
+    assert torch_threads == [2]
+    assert command("evaluate", model, "--threads", 0).status == 2
 
 
 @pytest.mark.parametrize(

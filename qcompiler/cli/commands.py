@@ -253,7 +253,11 @@ def generate(
         print(prompt + result.text)
         if result.finish == "positions":
             print(f"stopped: the model takes no more than {opened.max_positions} tokens", file=sys.stderr)
-    return {**result.to_dict(), "engine": None if engine is None else describe_engine(opened)}
+    described = None if engine is None else describe_engine(opened)
+    if described is not None and not as_json:
+        for note in described["notes"]:
+            print(f"note: {note}", file=sys.stderr)
+    return {**result.to_dict(), "engine": described}
 
 
 @app.command()
