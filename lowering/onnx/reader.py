@@ -1,6 +1,7 @@
 """`OnnxArtifact`: an ONNX folder run by ONNX Runtime on the CPU."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ class OnnxArtifact:
         path: the folder, or its ``model.onnx``.
         accuracy_level: of fused quantized products: 1 computes in float32, as written; 4 rounds activations to int8 on
             the fly (0.5 to 1.3 % off, faster on most processors).
-        threads: for one operator; by default as many as torch uses.
+        threads: for one operator; by default as many as torch uses. With ``OMP_WAIT_POLICY=passive`` they sleep while
+            they wait.
 
     Attributes:
         path: the folder.
@@ -77,6 +79,8 @@ class OnnxArtifact:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+        if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":  # for these threads too
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
         try:
             self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

@@ -15,6 +15,7 @@ from qcompiler.cli.options import (
     Json,
     Overwrite,
     Place,
+    Threads,
     To,
     Trust,
     Verbose,
@@ -33,6 +34,7 @@ from qcompiler.cli.printing import (
 )
 from qcompiler.report import peak_rss_bytes
 from qcompiler.terminal import print_rows, print_table, show_progress
+from qcompiler.threads import use_threads
 
 __all__ = ["app"]
 
@@ -86,12 +88,14 @@ def compile(
     seed: Annotated[int, typer.Option(help="The only source of randomness.")] = 0,
     strict: Annotated[bool, typer.Option(help="A site left alone unasked is an error.")] = False,
     work_dir: Annotated[Path | None, typer.Option(help="Where temporary files go.")] = None,
+    threads: Threads = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Quantize MODEL and write it to OUTPUT/native, and to OUTPUT/<target> for every --to."""
     started = time.perf_counter()
+    use_threads(threads)
     targets = parse_targets(to or [])
     overrides = parse_overrides(override or [])
     budget = None if memory_budget is None else parse_bytes(memory_budget)
@@ -198,11 +202,13 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.")] = None,
     engine: Engine = None,
     device: Place = None,
+    threads: Threads = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Measure perplexity, and the distance to the original model."""
+    use_threads(threads)
     opened = api.open_artifact(artifact, engine=engine, device=device, trust_remote_code=trust_remote_code)
     reference = None if against is None else api.open_artifact(against, trust_remote_code=trust_remote_code)
     with show_progress(as_json and not verbose) as progress:
@@ -236,11 +242,13 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     engine: Engine = None,
     device: Place = None,
+    threads: Threads = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Continue a prompt: greedily, unless asked to sample (what generation_config.json says of that is not read)."""
+    use_threads(threads)
     opened = api.open_artifact(artifact, exact=False, engine=engine, device=device, trust_remote_code=trust_remote_code)
     shown = None if as_json else Streamed(prompt)
     result = api.generate(
@@ -258,7 +266,11 @@ def generate(
         shown.end()
         if result.finish == "positions":
             print(f"stopped: the model takes no more than {opened.max_positions} tokens", file=sys.stderr)
-    return {**result.to_dict(), "engine": None if engine is None else describe_engine(opened)}
+    described = None if engine is None else describe_engine(opened)
+    if described is not None and not as_json:
+        for note in described["notes"]:
+            print(f"note: {note}", file=sys.stderr)
+    return {**result.to_dict(), "engine": described}
 
 
 @app.command()

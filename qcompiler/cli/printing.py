@@ -90,7 +90,7 @@ def describe_engine(artifact: Any) -> dict[str, Any]:
     """Where kernels ran, and what for want of one did not."""
     report = artifact.report
     sites = Counter(site["implementation"] for site in report["sites"])
-    found = {key: report[key] for key in ("device", "dtype", "fused_norms", "caches")}
+    found = {key: report[key] for key in ("device", "dtype", "fused_norms", "caches", "notes")}
     reasons = {site["site"]: site["reason"] for site in report["sites"] if site["implementation"] == "reference"}
     return {**found, "sites": dict(sites), "references": reasons}
 
