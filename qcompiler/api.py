@@ -35,6 +35,7 @@ from qcompiler.result import CompileResult, load, native_directory
 from qcompiler.spec import Scheme
 from qcompiler.sweep import Progress
 from qcompiler.target import TargetSpec
+from qcompiler.threads import contention
 from qcompiler.to_target import (
     WRITTEN_TARGETS,
     check_target,
@@ -65,6 +66,7 @@ __all__ = [
 ]
 
 Recipe = str | Path | Sequence[Pass]
+_LONG = 10.0  # seconds; less than that nobody asks about
 
 
 def capture(
@@ -152,7 +154,7 @@ def compile(
             progress(0, 0, "capture")
         with report.timed("capture"):
             graph = model.copy() if isinstance(model, Graph) else capture(model, trust_remote_code=trust_remote_code)
-        return compile_graph(
+        result = compile_graph(
             graph,
             Pipeline(passes),
             calibration,
@@ -166,6 +168,9 @@ def compile(
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
+    if report.seconds["total"] > _LONG and (note := contention()) is not None:
+        report.notes.append(note)
+    return result
 
 
 def check_arguments(

@@ -316,9 +316,9 @@ def _input_ports(parameters: Any, *, has_cache: bool, has_types: bool) -> tuple[
 
 def _cache_ports(probe: Any, name: str) -> tuple[Port, ...]:
     """One port per layer and part of the cache the model returned; none if it has no cache."""
-    if getattr(probe, "cache_params", None) is not None:
+    cache, state = getattr(probe, "past_key_values", None), getattr(probe, "cache_params", None)
+    if state is not None and state is not cache:  # from transformers 5.24 on, these are two names of one thing
         raise UnsupportedModelError("a recurrent state is not captured", where=name, expected="a key-value cache")
-    cache = getattr(probe, "past_key_values", None)
     if cache is None:
         return ()
     ports = []

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continues a prompt.
 
@@ -113,6 +114,7 @@ def generate(
         top_k: see `Sampler`.
         top_p: see `Sampler`.
         seed: of the sampling.
+        on_text: called with every piece of the text as it comes; see `stream_text`.
 
     Raises:
         InputError: for a prompt that is longer than the model takes, or options out of range.
@@ -121,9 +123,14 @@ def generate(
     ids = _prompt_ids(artifact, tokenizer, prompt)
     ends = end_tokens(artifact, tokenizer)
     sampler = Sampler(temperature, top_k, top_p)
-    tokens = tuple(
-        stream_tokens(artifact, ids, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, end_tokens=ends)
-    )
+    made = stream_tokens(artifact, ids, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, end_tokens=ends)
+    if on_text is None:
+        tokens = tuple(made)
+    else:
+        pieces = _Pieces(tokenizer)
+        for piece in pieces.of(made):
+            on_text(piece)
+        tokens = tuple(pieces.tokens)
     full = "length" if len(tokens) == max_new_tokens else "positions"
     finish = "end" if tokens and tokens[-1] in ends else full
     text = tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -145,19 +152,28 @@ def stream_text(
     ids = _prompt_ids(artifact, tokenizer, prompt)
     ends = end_tokens(artifact, tokenizer)
     sampler = Sampler(temperature, top_k, top_p)
-    tokens: list[int] = []
-    shown = ""
-    for token in stream_tokens(
-        artifact, ids, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, end_tokens=ends
-    ):
-        tokens.append(token)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if text.startswith(shown) and not text.endswith("�"):
-            yield text[len(shown) :]
-            shown = text
-    rest = tokenizer.decode(tokens, skip_special_tokens=True)[len(shown) :]
-    if rest:
-        yield rest
+    made = stream_tokens(artifact, ids, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, end_tokens=ends)
+    yield from _Pieces(tokenizer).of(made)
+
+
+class _Pieces:
+    """The text of tokens that come one by one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.tokens: list[int] = []
+
+    def of(self, tokens: Iterable[int]) -> Iterator[str]:
+        """What tokens add to the text, as soon as its characters are whole; `tokens` then holds them."""
+        shown = ""
+        for token in tokens:
+            self.tokens.append(token)
+            text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+            if text.startswith(shown) and not text.endswith("�") and text != shown:
+                yield text[len(shown) :]
+                shown = text
+        if rest := self._tokenizer.decode(self.tokens, skip_special_tokens=True)[len(shown) :]:
+            yield rest
 
 
 def stream_tokens(

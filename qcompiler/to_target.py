@@ -3,7 +3,7 @@
 With `qcompiler.api` and `qcompiler.cli`, a module that sees the targets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -12,6 +12,7 @@ import torch
 
 from qcompiler.compiling import choose_device
 from qcompiler.errors import QCompilerError, TargetError, did_you_mean
+from qcompiler.graph import Graph
 from qcompiler.native import NativeArtifact, add_target
 from qcompiler.parity import check_parity
 from qcompiler.result import CompileResult, load
@@ -33,6 +34,8 @@ __all__ = [
 
 WRITTEN_TARGETS = ("onnx",)
 _TARGETS = (*WRITTEN_TARGETS, "kernels")
+_NOISE_SAMPLES = 3
+_FLOAT16_TOKENS = 16  # evaluated operator by operator, which is slow
 
 
 def target_spec(
@@ -178,14 +181,39 @@ def _lower_to_onnx(result: CompileResult, directory: str | Path, *, verify: bool
         written = onnx.lower(result.graph, place, companions=result.graph.provenance.get("companions"), **options)
         if verify and result.graph.signature.index_of_output("logits") is not None:
             # of a file that is not in its place yet: what was not verified must not look as if it had been
-            tolerance = 2e-2 if options.get("float_dtype") == "float16" else 1e-3
+            is_half = options.get("float_dtype") == "float16"
+            tolerance, unrounded = 2e-2 if is_half else 1e-3, _unrounded(result)
             written["parity"] = check_parity(
                 result.artifact(),
                 onnx.OnnxArtifact(place, accuracy_level=1),
                 tolerance=tolerance,
-                unrounded=_unrounded(result),
+                unrounded=unrounded,
+                noisy=()
+                if unrounded is None
+                else _noisy(result.graph, None, torch.float16 if is_half else torch.float32),
             )
+            if is_half:
+                written["float16_parity"] = _check_float16(result, place, tolerance)
     return {**written, "path": str(directory)}
+
+
+def _check_float16(result: CompileResult, directory: Path, tolerance: float) -> dict[str, Any]:
+    """The same comparison in true float16, which ONNX Runtime does not compute in on a CPU; a few tokens."""
+    from qcompiler.lowering.onnx.reference import Float16Artifact
+
+    evaluated = Float16Artifact(directory)
+    if result.held_out is not None:
+        evaluated.forward(result.held_out[:1, :_FLOAT16_TOKENS])  # refuses what overflows on real text
+    unrounded = _unrounded(result)
+    return check_parity(
+        result.artifact(),
+        evaluated,
+        tolerance=tolerance,
+        unrounded=unrounded,
+        noisy=() if unrounded is None else _noisy(result.graph, None, torch.float16),
+        rows=1,
+        length=_FLOAT16_TOKENS,
+    )
 
 
 def lower_to_kernels(
@@ -193,16 +221,26 @@ def lower_to_kernels(
 ) -> "KernelModel":
     """`lower` to kernels, without an entry in any report."""
     from qcompiler.lowering.kernels.model import lower as lower_graph
-    from qcompiler.lowering.kernels.noise import with_noise
 
     place = choose_device(device)
     model = lower_graph(result.graph, device=place, dtype=dtype, tune=tune)
     if verify:
-        noisy = NativeArtifact(with_noise(result.graph, model.rounded, model.dtype), device=place)
+        noisy = _noisy(result.graph, model.rounded, model.dtype, place)
         model.report["parity"] = check_parity(
             result.artifact(place), model, tolerance=0.0, unrounded=_unrounded(result, place), noisy=noisy
         )
     return model
+
+
+def _noisy(
+    graph: Graph, rounded: Collection[str] | None, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> Iterator[NativeArtifact]:
+    """Samples of a graph with the errors of a dtype, behind the nodes named or all; one in memory at a time."""
+    from qcompiler.lowering.kernels.noise import with_noise
+
+    names = [node.name for node in graph.fx.nodes if node.op == "call_function"] if rounded is None else rounded
+    for sample in range(_NOISE_SAMPLES):
+        yield NativeArtifact(with_noise(graph, names, dtype, sample=sample), device=device)
 
 
 def _unrounded(result: CompileResult, device: str | torch.device = "cpu") -> NativeArtifact | None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qcompiler as qc
-from benchmarks import peers, plot, quality, runs
+from benchmarks import decoding, peers, plot, quality, runs
 from tests.tiny_checkpoint import POSITIONS, save_checkpoint, write_text
 
 
@@ -185,3 +185,8 @@ def test_an_interruption_leaves_the_last_whole_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         runs.keep(path, {"runs": [1, 2]})
     assert json.loads(path.read_text()) == {"runs": [1]}
+
+
+def test_the_table_of_decoding_compares_medians_with_the_first():
+    made = decoding.table({"original": [2.0, 4.0, 30.0], "onnx": [10.0, 20.0, 12.0]})
+    assert made.splitlines()[2:] == ["| original | 4 | 2 to 30 | 1.00 |", "| onnx | 12 | 10 to 20 | 3.00 |"]

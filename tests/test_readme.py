@@ -10,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from docs.update_matrix import BEGIN, END, README, table, updated
 from qcompiler.passes.recipes import RECIPES
@@ -110,5 +112,15 @@ def test_quick_start_works_as_it_is_pasted(beside_examples: Path) -> None:
 def test_quick_start_installs_what_it_uses() -> None:
     (install,) = (block for block in blocks("") if "pip" in block)
     assert lines(install)[-1] == ["pip", "install", "-e", ".[onnx]"]
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert any(requirement.startswith("onnxruntime") for requirement in extras["onnx"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = {Requirement(line).name for line in project["optional-dependencies"]["onnx"]}
+    assert {"onnx", "onnxruntime"} <= extra
+
+    ranges = {item.name: item.specifier for item in map(Requirement, project["dependencies"])}
+    (newest,) = (item.version for item in ranges["torch"] if item.operator == "<")
+    assert f"CPU build of torch below {newest}," in " ".join(README.read_text(encoding="utf-8").split())
+    # Each minor version of transformers renames something: none is let in that was not tested.
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    (tested,) = (Version(line.partition("==")[2]) for line in pins if line.startswith("transformers=="))
+    assert tested in ranges["transformers"]
+    assert f"{tested.major}.{tested.minor + 1}" not in ranges["transformers"]

@@ -12,7 +12,9 @@ from qcompiler.artifact import Artifact
 from qcompiler.errors import InputError, TargetError
 from qcompiler.graph import Graph
 from qcompiler.lowering.kernels.captured_step import CapturedStep, CapturingModel
+from qcompiler.lowering.kernels.cpu_calls import call_directly
 from qcompiler.lowering.kernels.rewrite import Slot, rewrite
+from qcompiler.lowering.kernels.target import ON_A_CPU
 from qcompiler.model_config import declared_positions
 from qcompiler.signature import SEQUENCE
 
@@ -235,6 +237,9 @@ def lower(graph: Graph, *, device: torch.device, dtype: str | None = None, tune:
         TargetError: for a dtype or device that there are no kernels for.
     """
     model = KernelModel(graph, device, choose_dtype(graph, device, dtype))
+    if device.type == "cpu":
+        call_directly(model.module)
+        model.report["notes"].append(ON_A_CPU)
     if tune and device.type == "cuda":
         from qcompiler.lowering.kernels import search
 

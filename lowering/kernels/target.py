@@ -13,11 +13,12 @@ from qcompiler.lowering.kernels.device import Choice, Device
 from qcompiler.spec import Scheme
 from qcompiler.target import Support
 
-__all__ = ["KernelsTarget"]
+__all__ = ["ON_A_CPU", "KernelsTarget"]
 
 _DEVICES = {"cpu": Device("cpu"), "cuda": Device("cuda", "of compute capability 9.0", 90, has_triton=True)}
 _DTYPE = torch.bfloat16
 _HEAD_WIDTH = 128
+ON_A_CPU = "on a CPU, small models decode faster as ONNX, which needs no PyTorch either"
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,22 @@ class KernelsTarget:
         if weight is None:
             return Support("runs", "float weights with rounded activations") if activation else Support("fused")
         if activation is not None:
-            return _support(scaled_linear.choose(weight, activation, width, width, device, _DTYPE))
+            return self._support(scaled_linear.choose(weight, activation, width, width, device, _DTYPE))
         if weight.codebook:
             choice = codebook_linear.choose(weight, width, width, 0, device, _DTYPE)
-            return _support(choice) if self.device == "cuda" else Support("runs", choice.reason)
-        return _support(weight_only.choose(weight, width, width, device, _DTYPE))
+            return self._support(choice) if self.device == "cuda" else Support("runs", choice.reason)
+        return self._support(weight_only.choose(weight, width, width, device, _DTYPE))
 
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache: written in place, and read by one operator for a few new tokens."""
         device = _DEVICES[self.device]
         append = cache_append.choose(spec, _HEAD_WIDTH, device)
         attention = decode_attention.choose(spec, spec, _HEAD_WIDTH, device, _DTYPE)
-        return _support(attention if append.is_fused else append)
+        return self._support(attention if append.is_fused else append)
 
     def check_graph(self, graph: Graph) -> None:
         """Nothing is refused: what has no kernel is computed as the graph does."""
 
-
-def _support(choice: Choice) -> Support:
-    return Support("fused" if choice.is_fused else "runs", choice.reason)
+    def _support(self, choice: Choice) -> Support:
+        notes = (choice.reason, ON_A_CPU if self.device == "cpu" and choice.is_fused else "")
+        return Support("fused" if choice.is_fused else "runs", "; ".join(filter(None, notes)))

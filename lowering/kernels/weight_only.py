@@ -90,6 +90,8 @@ class WeightOnlyLinear(nn.Module):
 
     Attributes:
         choice: the implementation that runs.
+        layout: of the weight: one of the table above, or ``rows``, codes that are dequantized.
+        group: input channels that share a scale.
         weight, scale, zero_point, bias: buffers, in the layout of that implementation.
     """
 
@@ -113,8 +115,8 @@ class WeightOnlyLinear(nn.Module):
         self.spec = spec
         self.in_features = in_features
         self.out_features = out_features
-        self._layout = layout
-        self._group = group
+        self.layout = layout
+        self.group = group
         for name, buffer in zip(("weight", "scale", "zero_point", "bias"), buffers, strict=True):
             self.register_buffer(name, buffer)
 
@@ -160,7 +162,7 @@ class WeightOnlyLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Activations ``[..., in]`` → ``[..., out]`` of the same dtype."""
         rows = x.reshape(-1, self.in_features)
-        if self._layout == "rows":
+        if self.layout == "rows":
             result = self._dequantized(rows)
         else:
             result = torch.ops.qcompiler_kernels.weight_only_linear(
@@ -170,8 +172,8 @@ class WeightOnlyLinear(nn.Module):
                 self.zero_point,
                 self.bias,
                 self.spec.bits,
-                self._group,
-                self._layout,
+                self.group,
+                self.layout,
             )
         return result.reshape(*x.shape[:-1], self.out_features)
 

@@ -285,14 +285,15 @@ def _rms_norm(e: Emitter, node: fx.Node) -> ir.Value:
 
 
 def layer_norm(e: Emitter, x: ir.Value, weight: object, bias: object, eps: float, width: ir.Value | int) -> ir.Value:
-    """LayerNormalization over the last axis; ``width`` is its size."""
+    """LayerNormalization over the last axis in float32, where squares have room; ``width`` is its size."""
     if weight is None:
-        one = e.const(1.0, dtype_of(x))
+        one = e.const(1.0, _FLOAT)
         scale = e.op("Expand", one, e.const([width]) if isinstance(width, int) else width)
     else:
-        scale = e.value(weight, dtype_of(x))
-    shift = None if bias is None else e.value(bias, dtype_of(x))
-    return e.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=eps)
+        scale = e.value(weight, _FLOAT)
+    shift = None if bias is None else e.value(bias, _FLOAT)
+    result = e.op("LayerNormalization", e.cast(x, _FLOAT), scale, shift, axis=-1, epsilon=eps)
+    return e.cast(result, dtype_of(x))
 
 
 def _layer_norm(e: Emitter, node: fx.Node) -> ir.Value:

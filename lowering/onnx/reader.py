@@ -1,6 +1,7 @@
 """`OnnxArtifact`: an ONNX folder run by ONNX Runtime on the CPU."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from qcompiler.errors import ArtifactError, InputError, MissingDependencyError
 
-__all__ = ["OnnxArtifact"]
+__all__ = ["OnnxArtifact", "token_input"]
 
 _METADATA = "qcompiler."
 _NUMPY = {
@@ -45,7 +46,8 @@ class OnnxArtifact:
         path: the folder, or its ``model.onnx``.
         accuracy_level: of fused quantized products: 1 computes in float32, as written; 4 rounds activations to int8 on
             the fly (0.5 to 1.3 % off, faster on most processors).
-        threads: for one operator; by default as many as torch uses.
+        threads: for one operator; by default as many as torch uses. With ``OMP_WAIT_POLICY=passive`` they sleep while
+            they wait.
 
     Attributes:
         path: the folder.
@@ -77,6 +79,8 @@ class OnnxArtifact:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+        if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":  # for these threads too
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
         try:
             self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -191,7 +195,7 @@ class OnnxArtifact:
         for name, port in self._inputs.items():
             if name not in feed:
                 feed[name] = self._value(
-                    np.ascontiguousarray(_token_input(name, ids, cache.length, total), _NUMPY[port.type])
+                    np.ascontiguousarray(token_input(name, ids, cache.length, total), _NUMPY[port.type])
                 )
         first, *rest = self._session.run_with_ort_values(outputs, feed)
         shared = (
@@ -205,7 +209,8 @@ def _item_bytes(kind: str) -> int:
     return 1 if kind in _FLOAT8 else np.dtype(_NUMPY[kind]).itemsize
 
 
-def _token_input(name: str, ids: Tensor, past: int, total: int) -> np.ndarray[Any, Any]:
+def token_input(name: str, ids: Tensor, past: int, total: int) -> np.ndarray[Any, Any]:
+    """What an input that is no cache is given: int64, for ``total`` tokens of which ``past`` lie in the cache."""
     batch, length = ids.shape
     if name == "input_ids":
         return np.asarray(ids.numpy())

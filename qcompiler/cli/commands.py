@@ -15,6 +15,7 @@ from qcompiler.cli.options import (
     Json,
     Overwrite,
     Place,
+    Threads,
     To,
     Trust,
     Verbose,
@@ -22,10 +23,18 @@ from qcompiler.cli.options import (
     parse_overrides,
     parse_targets,
 )
-from qcompiler.cli.output import Kept, Output, opened_output
-from qcompiler.cli.printing import describe_engine, engine_in_short, print_compiled, print_converted, print_recipe
+from qcompiler.cli.output import Kept, Output, directory_bytes, opened_output
+from qcompiler.cli.printing import (
+    Streamed,
+    describe_engine,
+    engine_in_short,
+    print_compiled,
+    print_converted,
+    print_recipe,
+)
 from qcompiler.report import peak_rss_bytes
 from qcompiler.terminal import print_rows, print_table, show_progress
+from qcompiler.threads import use_threads
 
 __all__ = ["app"]
 
@@ -79,12 +88,14 @@ def compile(
     seed: Annotated[int, typer.Option(help="The only source of randomness.")] = 0,
     strict: Annotated[bool, typer.Option(help="A site left alone unasked is an error.")] = False,
     work_dir: Annotated[Path | None, typer.Option(help="Where temporary files go.")] = None,
+    threads: Threads = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Quantize MODEL and write it to OUTPUT/native, and to OUTPUT/<target> for every --to."""
     started = time.perf_counter()
+    use_threads(threads)
     targets = parse_targets(to or [])
     overrides = parse_overrides(override or [])
     budget = None if memory_budget is None else parse_bytes(memory_budget)
@@ -121,8 +132,12 @@ def compile(
             _add_target(result, name, options, out)
         result.report.peak_rss_bytes = peak_rss_bytes()
     fields = result.report.to_dict()
+    sizes = {name: directory_bytes(Path(path)) for name, path in kept.artifacts.items()}
+    notes = [f"{name}: {note}" for name in kept.artifacts for note in fields["targets"].get(name, {}).get("notes", ())]
+    fields["notes"] = [*fields["notes"], *notes]
     summary = {
         "artifacts": kept.artifacts,
+        "artifact_bytes": sizes,
         "seconds": time.perf_counter() - started,
         **{key: fields[key] for key in ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight")},
         **{key: fields[key] for key in ("cache_bytes_per_token", "held_out")},
@@ -187,11 +202,13 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.")] = None,
     engine: Engine = None,
     device: Place = None,
+    threads: Threads = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Measure perplexity, and the distance to the original model."""
+    use_threads(threads)
     opened = api.open_artifact(artifact, engine=engine, device=device, trust_remote_code=trust_remote_code)
     reference = None if against is None else api.open_artifact(against, trust_remote_code=trust_remote_code)
     with show_progress(as_json and not verbose) as progress:
@@ -225,12 +242,15 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     engine: Engine = None,
     device: Place = None,
+    threads: Threads = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Continue a prompt: greedily, unless asked to sample (what generation_config.json says of that is not read)."""
+    use_threads(threads)
     opened = api.open_artifact(artifact, exact=False, engine=engine, device=device, trust_remote_code=trust_remote_code)
+    shown = None if as_json else Streamed(prompt)
     result = api.generate(
         opened,
         prompt,
@@ -240,12 +260,17 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        on_text=shown,
     )
-    if not as_json:
-        print(prompt + result.text)
+    if shown is not None:
+        shown.end()
         if result.finish == "positions":
             print(f"stopped: the model takes no more than {opened.max_positions} tokens", file=sys.stderr)
-    return {**result.to_dict(), "engine": None if engine is None else describe_engine(opened)}
+    described = None if engine is None else describe_engine(opened)
+    if described is not None and not as_json:
+        for note in described["notes"]:
+            print(f"note: {note}", file=sys.stderr)
+    return {**result.to_dict(), "engine": described}
 
 
 @app.command()

@@ -13,6 +13,7 @@ __all__ = [
     "Json",
     "Overwrite",
     "Place",
+    "Threads",
     "To",
     "Trust",
     "Verbose",
@@ -27,6 +28,9 @@ Engine = Annotated[
 ]
 Place = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or auto; by default auto with kernels, and cpu without.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="To compute with; by default one for each core that is allowed and free.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell on stderr what is done, with times.")]
 To = Annotated[list[str] | None, typer.Option(help="A target, such as onnx or onnx:opset=23,float=float16.")]

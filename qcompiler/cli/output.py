@@ -13,7 +13,12 @@ from qcompiler.errors import InputError
 from qcompiler.native import MANIFEST
 from qcompiler.staging import made_directory, output_path, remove_tree, undisturbed, write_errors
 
-__all__ = ["Kept", "Output", "opened_output"]
+__all__ = ["Kept", "Output", "directory_bytes", "opened_output"]
+
+
+def directory_bytes(path: Path) -> int:
+    """Bytes of all files below a directory: what is shipped."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import Any
 
 from qcompiler.terminal import print_table
 
-__all__ = ["describe_engine", "engine_in_short", "print_compiled", "print_converted", "print_recipe"]
+__all__ = ["Streamed", "describe_engine", "engine_in_short", "print_compiled", "print_converted", "print_recipe"]
 
 _MOST_SKIPS = 8  # lines on the terminal
 
@@ -15,14 +15,17 @@ def print_compiled(summary: dict[str, Any]) -> None:
     before, after = summary["bytes_before"], summary["bytes_after"]
     print_table(
         {
-            "size": f"{before / 2**20:.1f} → {after / 2**20:.1f} MiB",
+            "weights": f"{before / 2**20:.1f} → {after / 2**20:.1f} MiB",
             "bits per weight": f"{summary['bits_per_weight']:.2f}",
             "sites rewritten": len({site["site"] for site in summary["sites"]}),
             "sites left alone": len({skip["site"] for skip in summary["skipped"]}),
             "seconds": f"{summary['seconds']:.1f}",
             "peak memory": f"{summary['peak_rss_bytes'] / 2**20:,.0f} MiB",
             **_held_out_row(summary["held_out"]),
-            **{f"written: {name}": path for name, path in summary["artifacts"].items()},
+            **{
+                f"written: {name}": f"{path}, {summary['artifact_bytes'][name] / 2**20:.1f} MiB"
+                for name, path in summary["artifacts"].items()
+            },
         }
     )
     skipped = summary["skipped"]
@@ -45,6 +48,22 @@ def print_converted(found: dict[str, Any]) -> None:
     for name, entry in found["targets"].items():
         for note in entry["notes"]:
             print(f"note: {name}: {note}")
+
+
+class Streamed:
+    """Prints a text as it comes, with what it continues ahead of the first piece."""
+
+    def __init__(self, prompt: str) -> None:
+        self._before = prompt
+
+    def __call__(self, piece: str) -> None:
+        """Prints a piece."""
+        print(self._before + piece, end="", flush=True)
+        self._before = ""
+
+    def end(self) -> None:
+        """Ends the line; the prompt stands there though nothing came behind it."""
+        print(self._before, flush=True)
 
 
 def print_recipe(recipe: dict[str, Any]) -> None:
@@ -71,7 +90,7 @@ def describe_engine(artifact: Any) -> dict[str, Any]:
     """Where kernels ran, and what for want of one did not."""
     report = artifact.report
     sites = Counter(site["implementation"] for site in report["sites"])
-    found = {key: report[key] for key in ("device", "dtype", "fused_norms", "caches")}
+    found = {key: report[key] for key in ("device", "dtype", "fused_norms", "caches", "notes")}
     reasons = {site["site"]: site["reason"] for site in report["sites"] if site["implementation"] == "reference"}
     return {**found, "sites": dict(sites), "references": reasons}
 

@@ -14,6 +14,7 @@ from tests.tiny_checkpoint import POSITIONS, command, file_bytes, save_checkpoin
 
 COMPILE_KEYS = {
     "artifacts",
+    "artifact_bytes",
     "seconds",
     "peak_rss_bytes",
     "bytes_before",
@@ -69,6 +70,9 @@ def test_compile_prints_one_object_with_every_key(journey: Journey) -> None:
     result = journey.printed["result"]
     assert set(result) == COMPILE_KEYS
     assert result["artifacts"] == {"native": str(journey.out / "native"), "onnx": str(journey.out / "onnx")}
+    for name, path in result["artifacts"].items():
+        size = sum(map(len, file_bytes(Path(path)).values()))  # other tests add lines to the report
+        assert result["artifact_bytes"][name] == pytest.approx(size, rel=1e-3)
     assert result["seconds"] > 0
     assert result["peak_rss_bytes"] > 1 << 26
     assert [skip["site"] for skip in result["skipped"]] == ["lm_head"]

@@ -43,13 +43,18 @@ def cuda(monkeypatch):
     return made
 
 
+def portable(graph: Graph) -> KernelModel:
+    """The module that CUDA gets too, ahead of what makes its step cheap on a CPU."""
+    return KernelModel(graph, CPU, torch.bfloat16)
+
+
 def why_not(model: KernelModel) -> list[str]:
     return list(module.obstacles(model.module, [slot.is_buffer for slot in model.slots]))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_replaying_gives_what_steps_give(name, cuda):
-    model = lower(graph_of(name), device=CPU)
+    model = portable(graph_of(name))
     (_, eager), (_, captured) = model.prefill(IDS[:, :3]), model.prefill(IDS[:, :3])
     step = model.capture_step(captured)
     for position in range(3, 12):
@@ -65,7 +70,7 @@ def test_replaying_gives_what_steps_give(name, cuda):
 
 
 def test_warming_up_runs_on_the_stream_that_captures(cuda, monkeypatch):
-    model = lower(graph_of("w4a16"), device=CPU)
+    model = portable(graph_of("w4a16"))
     _, cache = model.prefill(IDS[:, :3])
     ran = []
     run = module.CapturedStep._run
@@ -83,7 +88,7 @@ def test_warming_up_runs_on_the_stream_that_captures(cuda, monkeypatch):
 
 
 def test_full_buffers_other_buffers_and_other_batches_are_captured_again(cuda):
-    model = lower(graph_of("w8a8-dynamic+kv-int8"), device=CPU)
+    model = portable(graph_of("w8a8-dynamic+kv-int8"))
     eager, captured = model.new_cache(2, 4), model.new_cache(2, 4)
     step = model.capture_step(captured)
 
@@ -105,7 +110,7 @@ def test_full_buffers_other_buffers_and_other_batches_are_captured_again(cuda):
 
 
 def test_steps_that_are_not_captured_may_stand_between(cuda):
-    model = lower(graph_of("w4a16"), device=CPU)
+    model = portable(graph_of("w4a16"))
     (_, eager), (_, captured) = model.prefill(IDS[:, :3]), model.prefill(IDS[:, :3])
     step = model.capture_step(captured)
     step(IDS[:, 3:4])
@@ -117,7 +122,7 @@ def test_steps_that_are_not_captured_may_stand_between(cuda):
 
 
 def test_generation(cuda, monkeypatch):
-    model = lower(graph_of("w4a16"), device=CPU)
+    model = portable(graph_of("w4a16"))
     expected = list(stream_tokens(model, IDS[0, :4], max_new_tokens=20))
     capturing = module.CapturingModel(model)
     assert list(stream_tokens(capturing, IDS[0, :4], max_new_tokens=20)) == expected
@@ -128,7 +133,7 @@ def test_generation(cuda, monkeypatch):
 
 
 def test_generation_captures_when_asked(cuda, tmp_path, monkeypatch):
-    model = lower(graph_of("w4a16"), device=CPU)
+    model = portable(graph_of("w4a16"))
     model.path = tmp_path
     monkeypatch.setattr("qcompiler.hf.load_tokenizer", lambda path: "tokenizer")
     generation = importlib.import_module("qcompiler.generate")  # the package has a function of this name
@@ -145,7 +150,7 @@ def test_generation_captures_when_asked(cuda, tmp_path, monkeypatch):
 
 
 def test_on_a_cpu_nothing_is_captured():
-    model = lower(graph_of("w4a16"), device=CPU)
+    model = portable(graph_of("w4a16"))
     with pytest.raises(TargetError, match="CUDA"):
         model.capture_step(model.new_cache(1, 8))
     with pytest.raises(TargetError, match="CUDA"):
@@ -153,7 +158,7 @@ def test_on_a_cpu_nothing_is_captured():
 
 
 def test_more_tokens_than_fused_attention_takes(cuda):
-    model = lower(graph_of("w4a16"), device=CPU)
+    model = portable(graph_of("w4a16"))
     step = model.capture_step(model.new_cache(1, 64))
     for count in (0, 17):
         with pytest.raises(InputError, match="few tokens"):
@@ -162,7 +167,7 @@ def test_more_tokens_than_fused_attention_takes(cuda):
 
 
 def test_attention_that_is_not_fused(cuda):
-    model = lower(graph_of("w4a16"), device=CPU)
+    model = portable(graph_of("w4a16"))
     layer = next(layer for layer in model.module.modules() if isinstance(layer, CachedAttention))
     layer.choice = Choice("reference", "asked for")
     assert [reason.partition(" ")[2] for reason in why_not(model)] == ["is not fused: asked for"]
@@ -174,7 +179,7 @@ def test_caches_that_are_no_buffers_and_masks_that_grow(cuda):
     graph = graph_of("w4a16")
     append = next(n for n in graph.fx.nodes if n.target is torch.ops.qcompiler.kv_append.default)
     append.target, append.args = torch.ops.aten.cat.default, ([*append.args], 2)
-    model = lower(graph, device=CPU)
+    model = portable(graph)
     assert "cache 0 is not written in place" in why_not(model)
     graph = graph_of("w4a16")
     attention = next(n for n in graph.fx.nodes if n.target is torch.ops.qcompiler.attention.default)
@@ -184,8 +189,8 @@ def test_caches_that_are_no_buffers_and_masks_that_grow(cuda):
         for _ in range(2):
             late = graph.fx.call_function(torch.ops.aten.unsqueeze.default, (late, 1))
     attention.update_arg(3, late)
-    assert all("depends on the number of tokens" in reason for reason in why_not(lower(graph, device=CPU)))
-    assert why_not(lower(graph, device=CPU))
+    assert all("depends on the number of tokens" in reason for reason in why_not(portable(graph)))
+    assert why_not(portable(graph))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +206,7 @@ def test_shapes_and_numbers_that_depend_on_values(target):
 
 
 def test_numbers_that_the_host_computes_are_followed():
-    model = lower(graph_of("w4a16"), device=CPU)
+    model = portable(graph_of("w4a16"))
     assert why_not(model) == []
     graph = model.module.graph
     past = [node for node in graph.nodes if node.op == "placeholder"][2]

@@ -8,7 +8,7 @@ import torch
 import qcompiler as qc
 from qcompiler.feed import feed
 from qcompiler.graph import is_op
-from qcompiler.lowering.kernels.noise import with_noise
+from qcompiler.lowering.kernels.noise import _add_noise, _add_noise_of_attention, _add_noise_of_terms, with_noise
 from qcompiler.lowering.kernels.rewrite import rewrite
 from qcompiler.native import NativeArtifact
 from qcompiler.passes import RTN, Assign, InsertQDQ
@@ -38,17 +38,45 @@ def test_errors_are_as_large_as_a_rounding_and_stand_where_they_are_asked_for():
     )
 
 
-def test_products_have_errors_of_the_size_of_their_rows():
+def test_products_have_errors_of_the_size_of_their_terms():
     graph = language_model(width=64)
-    (first, *_) = names(graph, _canonical.linear.default)
+    first = next(n for n in graph.fx.nodes if is_op(n, _canonical.linear.default))
     before = interpret(graph, feed(graph, IDS))
-    noisy = with_noise(graph, {first}, torch.float32)
+    noisy = with_noise(graph, {first.name}, torch.float32)
     after = interpret(noisy, feed(noisy, IDS))
     added = next(n.name for n in noisy.fx.nodes if n.op == "call_function" and "noise" in n.name)
-    size = before[first].square().mean(-1, keepdim=True).sqrt()
-    error = ((after[added] - before[first]) / size).abs().max().item()
+    x, weight = (before[node.name] for node in first.args[:2])
+    size = torch.nn.functional.linear(x.square(), weight.square()).sqrt()
+    error = ((after[added] - before[first.name]) / size).abs().max().item()
     expected = torch.finfo(torch.float32).eps / 2 * math.sqrt(128)
     assert error == pytest.approx(expected, rel=0.5)
+
+
+def test_masks_have_no_errors_and_samples_differ():
+    x = torch.tensor([[1.0, -math.inf, torch.finfo(torch.float32).min, 2.0]])
+    first, other = (_add_noise(x, 2**-9, seed) for seed in (1, 2))
+    assert torch.equal(first[:, 1:3], x[:, 1:3])
+    assert first.isfinite()[0, [0, 3]].all()
+    assert not torch.equal(first, other)
+
+
+def test_one_large_weight_makes_one_result_uncertain():
+    x, weight = torch.randn(2, 5, 16), torch.randn(8, 16)
+    weight[3, 0] = 3e4
+    y = torch.nn.functional.linear(x, weight)
+    error = (_add_noise_of_terms(y, x, weight, 0.0, 2**-9, 0) - y).abs()
+    others = [row for row in range(8) if row != 3]
+    assert error[..., others].max() < 0.1 < error[..., 3].max()
+
+
+def test_one_large_value_makes_one_channel_of_attention_uncertain():
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    v[..., 3] *= 3e4
+    given = (q, k, v, None, 0.35, True)
+    y = _canonical.attention(*given)
+    error = (_add_noise_of_attention(y, given, 0.0, 2**-9, 0) - y).abs()
+    others = [channel for channel in range(8) if channel != 3]
+    assert error[..., others].max() < 0.1 < error[..., 3].max()
 
 
 def test_the_same_errors_every_time_and_the_graph_is_not_changed():

@@ -35,6 +35,13 @@ def test_schemes(scheme):
         assert support.status == "fused" or support.reason
 
 
+def test_on_a_cpu_fused_promises_no_speed():
+    scheme = Scheme.parse("w4a16")
+    assert "faster as ONNX" in KernelsTarget("cpu").supports(scheme, 4096).reason
+    assert KernelsTarget("cuda").supports(scheme, 4096).reason == ""
+    assert "faster as ONNX" in KernelsTarget("cpu").supports_cache(CacheFormat("int8")).reason
+
+
 def test_layers_in_float():
     activation = Scheme.parse("w8a8").activation
     for device in ("cuda", "cpu"):
