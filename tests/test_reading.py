@@ -32,3 +32,8 @@ def test_what_cannot_be_read(tmp_path):
     for path in (tmp_path, tmp_path / "no-such", tmp_path / "loop"):
         with pytest.raises(OSError, match=r"directory|No such|levels"):
             read_named(path)
+
+
+def test_a_device_is_no_file():
+    with pytest.raises(OSError, match="a device"):
+        read_named(Path("/dev/zero"))
