@@ -1,4 +1,4 @@
-"""A pass of your own in one file: `GreedyRounding`, which docs/writing-a-pass.md explains line by line.
+"""A pass of your own in one file: `GreedyRounding`. docs/writing-a-pass.md builds another one, line by line.
 
 ``qcompiler compile MODEL --recipe examples/custom_pass.py:RECIPE --to onnx -o OUT``
 """
