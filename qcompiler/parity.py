@@ -42,8 +42,8 @@ def check_parity(
     one value in the tail widens the first bound, and hardly the second.
 
     Where both bounds are too loose to see a fault (four-bit activations, whose roundings one tie throws over), logits
-    say nothing, and another thing is measured: the divergence from the unrounded model, which honest samples of the
-    model share and a fault adds to. It may be half as much again as the largest of theirs.
+    say little, and another thing is measured besides: the divergence from the unrounded model, which honest samples of
+    the model share and a fault adds to. It may be half as much again as the largest of theirs.
 
     Args:
         expected: the reference.
@@ -151,7 +151,6 @@ def check_parity(
                 expected=f"at most {allowed:.3g}",
                 remedy="this is a fault of the lowering; please report the model and the recipe",
             )
-        return found
     if not all(most <= tolerance and mean <= mean_tolerance for most, mean in found_differences):  # a NaN is not
         raise VerificationError(
             "what was written does not compute what the native artifact computes",

@@ -117,7 +117,7 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[Tensor], Tensor]]] = {
     "a scale beside fp8": ("llama", "fp8 caches", "layers.1.mlp.up_proj.weight_scale", lambda t: t * 2),
     "heads beside fp8": ("llama", "fp8 caches", "layers.1.self_attn.o_proj.weight_codes", lambda t: t.roll(16, 1)),
     "heads behind experts": ("mixtral", "weights", "layers.1.self_attn.o_proj.weight_scale", lambda t: t * 2),
-    "experts": ("mixtral", "weights", "down_proj", lambda t: t * 2),
+    "an expert": ("mixtral", "weights", "layers.1.mlp.experts.down_proj.0.weight_scale", lambda t: t * 2),
 }
 
 
