@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 import qcompiler as qc
-from qcompiler.artifact import Artifact
-from qcompiler.lowering.kernels.model import KernelModel
-from qcompiler.report import machine
+from qcompiler.lowering.kernels.module.model import KernelModel
+from qcompiler.protocol import Artifact
+from qcompiler.reporting import machine
 
 __all__ = ["main", "table", "tokens_per_second"]
 

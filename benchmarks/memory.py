@@ -49,7 +49,7 @@ def build(directory: Path, layers: int, hidden: int) -> None:
     import torch
     import transformers
 
-    from qcompiler.weights import WeightStore
+    from qcompiler.storage import WeightStore
 
     config = transformers.LlamaConfig(
         hidden_size=hidden,
@@ -114,7 +114,7 @@ def peak() -> int:
 
 def render(rows: list[tuple[int, dict[str, Any]]], options: argparse.Namespace) -> str:
     """The results as Markdown."""
-    from qcompiler.report import machine
+    from qcompiler.reporting import machine
 
     where = ", ".join(f"{key} {value}" for key, value in machine().items())
     lines = [

@@ -3,8 +3,8 @@
 Each tool lives in a virtual environment of its own, given as ``--venv NAME=DIRECTORY`` (`benchmarks/README.md` says how
 to make them); none is a dependency of this project. A driver from ``peer_drivers/`` runs under that environment's
 interpreter, quantizes the model in float32, and hands back the weights that the quantized model effectively computes
-with. All of them, and this project's own artifacts, are then scored by the one evaluator, `qcompiler.evaluate`: windows
-of 512 tokens, every position but the first, in float32. Where another tool rounds activations too (``int8``,
+with. All of them, and this project's own artifacts, are then scored by the one evaluator, `qcompiler.artifacts`:
+windows of 512 tokens, every position but the first, in float32. Where another tool rounds activations too (``int8``,
 ``smoothquant``, ``fp8``), weights do not say all: its driver runs the quantized model beside the original on the same
 windows and hands back the distance by the same definition (`peer_drivers/protocol.py`); a test holds the two together.
 
@@ -143,13 +143,10 @@ def _write_tokens(options: argparse.Namespace, scratch: Path) -> dict[int, Path]
 
 
 def _write_windows(options: argparse.Namespace, scratch: Path) -> Path:
-    """The evaluation tokens of each text, int64 ``[windows, length]``, cut as `qcompiler.evaluate` would."""
+    """The evaluation tokens of each text, int64 ``[windows, length]``, cut as `qcompiler.artifacts` would."""
     from safetensors.torch import save_file
 
-    from qcompiler.corpus import read_corpus
-    from qcompiler.evaluate import WINDOW
-    from qcompiler.hf import load_tokenizer, read_limits
-    from qcompiler.tokenizing import TokenStream
+    from qcompiler.artifacts import WINDOW, TokenStream, load_tokenizer, read_corpus, read_limits
 
     length = min(WINDOW, read_limits(options.model)[1] or WINDOW)
     tokenizer = load_tokenizer(options.model)
@@ -252,7 +249,7 @@ def _float_model(out: Path, model: Path) -> Path:
 
 
 def _document(results: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    from qcompiler.report import machine
+    from qcompiler.reporting import machine
 
     return {
         "model": options.model.name,
@@ -301,7 +298,7 @@ def _table(results: list[dict[str, Any]], options: argparse.Namespace) -> list[s
 
 
 def _caption(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    from qcompiler.report import machine
+    from qcompiler.reporting import machine
 
     here = {key: value for key, value in machine().items() if key != "threads"}  # the drivers' count is in options
     where = ", ".join(f"{key} {value}" for key, value in here.items())

@@ -1,7 +1,7 @@
 """Gives a model outlier channels without changing what it computes.
 
 ``python -m benchmarks.plant MODEL OUT [--factor 64] [--channels 4] [--seed 0]``. Small models have none of the outlier
-channels that make large ones hard to quantize. Here every norm that a scale can be folded through (`qcompiler.regions`)
+channels that make large ones hard to quantize. Here every norm that a scale can be folded through (`qcompiler.proofs`)
 gets its weight multiplied by a power of two on a few channels, and the columns that read them are divided by the same.
 A power of two is exact in float32, bfloat16 and, within its range, float16: logits computed in float32 are the
 original's, bit for bit.
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 import qcompiler as qc
-from qcompiler.folding import fold
-from qcompiler.graph import Graph
-from qcompiler.regions import find_regions
+from qcompiler.ir import Graph
+from qcompiler.proofs import find_regions, fold
 
 __all__ = ["plant", "plant_directory"]
 

@@ -48,11 +48,11 @@ def points(runs: Iterable[Mapping[str, Any]], model: str) -> list[Point]:
 
 
 def _activations(recipe: str) -> str:
+    from qcompiler.numerics import Scheme
     from qcompiler.passes import Assign
     from qcompiler.passes.recipe_file import load_recipe
-    from qcompiler.spec import Scheme
 
-    schemes = [Scheme.parse(item.scheme) for item in load_recipe(recipe) if isinstance(item, Assign)]
+    schemes = [Scheme.parse(item.scheme) for item in load_recipe(recipe) if isinstance(item, Assign) and item.scheme]
     rounded = [scheme.activation for scheme in schemes if scheme.activation is not None]
     return "float" if not rounded else f"{rounded[0].bits} bits"
 

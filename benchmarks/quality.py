@@ -77,7 +77,7 @@ def _options() -> argparse.Namespace:
 
 def _is_calibrated(name: str) -> bool:
     from qcompiler.passes.recipe_file import load_recipe
-    from qcompiler.pipeline import Pipeline
+    from qcompiler.protocol import Pipeline
 
     return Pipeline(load_recipe(name)).is_calibrated
 
@@ -97,7 +97,7 @@ def run_apart(model: Path, recipe: str, seed: int, threads: int) -> dict[str, An
 def measure(options: argparse.Namespace, model: Path, recipe: str, seed: int) -> dict[str, Any]:
     """Compiles once, then evaluates on every text."""
     import qcompiler as qc
-    from qcompiler.report import machine, quantized_bits_per_weight
+    from qcompiler.reporting import machine, quantized_bits_per_weight
 
     graph = qc.capture(model)
     calibration = qc.Calibration.from_text(options.calib, samples=options.samples, length=options.length, seed=seed)
@@ -133,7 +133,7 @@ def _document(runs: list[dict[str, Any]], options: argparse.Namespace) -> dict[s
 
 def render(runs: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """The results as Markdown, a table for each model: means over seeds, and ratios to `BASELINE` on the same model."""
-    machine = next((run["machine"] for run in runs if "machine" in run), {})
+    machine: dict[str, Any] = next((run["machine"] for run in runs if "machine" in run), {})
     where = ", ".join(f"{key} {value}" for key, value in machine.items()) or "no run went well"
     seeds = ", ".join(map(str, options.seeds))
     lines = [

@@ -10,25 +10,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qcompiler import numerics
-from qcompiler.graph import Graph
-from qcompiler.observers import Gram
-from qcompiler.pass_base import (
+from qcompiler.extend import (
     CANONICAL,
     SCHEMES,
     WEIGHTS_QUANTIZED,
+    Affine,
     Effect,
+    Gram,
+    Graph,
     Pass,
     PassContext,
     PassResult,
+    Segment,
     SiteReport,
     Skip,
     Tap,
     Wave,
+    numerics,
 )
 from qcompiler.passes import Assign
-from qcompiler.qtensor import Affine
-from qcompiler.segments import Segment
 
 
 @dataclass(frozen=True)

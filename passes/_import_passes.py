@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from qcompiler.errors import QCompilerError, RecipeError
-from qcompiler.pass_base import Pass
+from qcompiler.protocol import Pass
 
 __all__ = ["import_object", "import_passes"]
 

@@ -6,10 +6,17 @@ from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from qcompiler.errors import RecipeError, did_you_mean
-from qcompiler.experts import routers
-from qcompiler.graph import Graph, ancestors
-from qcompiler.pass_base import CANONICAL, SCHEMES, Effect, Pass, PassContext, PassResult, Skip
-from qcompiler.spec import Scheme
+from qcompiler.ir import Graph, ancestors, routers
+from qcompiler.numerics import Scheme
+from qcompiler.protocol import (
+    CANONICAL,
+    SCHEMES,
+    Effect,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+)
 
 __all__ = ["Assign"]
 

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from qcompiler import numerics
-from qcompiler.folding import consumer_scale, per_channel
-from qcompiler.graph import Graph, Site
-from qcompiler.observers import Gram, Statistic
-from qcompiler.options import Within
-from qcompiler.pass_base import PassContext
-from qcompiler.passes._scale_regions import Choice, Observed, ScaleRegions, clamped
+from qcompiler.ir import Graph, Site
 from qcompiler.passes.rtn import refuse_codebooks
-from qcompiler.regions import Consumer, Region
+from qcompiler.passes.solvers.scale_regions import (
+    Choice,
+    Observed,
+    ScaleRegions,
+    clamped,
+)
+from qcompiler.proofs import Consumer, Region, consumer_scale, per_channel
+from qcompiler.protocol import Gram, PassContext, Statistic, Within
 
 __all__ = ["AWQ"]
 
@@ -34,7 +36,7 @@ class AWQ(ScaleRegions):
     summed over the region's layers, where ``G`` is the Gram matrix of their input. ``s = 1`` is among the candidates,
     so the score never gets worse.
 
-    Regions are proved on the graph (`qcompiler.regions`). Layers without a weight scheme take the fold along but do not
+    Regions are proved on the graph (`qcompiler.proofs`). Layers without a weight scheme take the fold along but do not
     count; a region without any other is left alone.
 
     Exact; the rounding that follows is the quantizer's. Clipping, the second half of the method, belongs to it, too:

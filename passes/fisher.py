@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qcompiler.errors import CalibrationError
-from qcompiler.fisher import measure_fisher
-from qcompiler.graph import Graph, Site
-from qcompiler.pass_base import (
+from qcompiler.ir import Graph, Site
+from qcompiler.protocol import (
     CANONICAL,
     FISHER,
     FLOAT_ACTIVATIONS,
@@ -17,6 +16,7 @@ from qcompiler.pass_base import (
     PassContext,
     PassResult,
 )
+from qcompiler.sweep import measure_fisher
 
 __all__ = ["Fisher"]
 
@@ -26,7 +26,7 @@ class Fisher(Pass):
     """Measures the diagonal of the Fisher information of weights, ``graph.fisher``; the graph stays as it is.
 
     The diagonal is the sum over calibration sequences of the squared derivative of a sequence's cross entropy, by a
-    forward and a backward sweep of its own (`qcompiler.fisher`), whose memory does not grow with depth. Sites that stay
+    forward and a backward sweep of its own (`qcompiler.sweep`), whose memory does not grow with depth. Sites that stay
     in float are left out, where schemes are assigned already.
 
     It stands ahead of what rounds activations or caches, through which no derivative passes. Whatever changes weights

@@ -8,24 +8,24 @@ from typing import Annotated, Any, ClassVar
 import torch
 
 from qcompiler import numerics
-from qcompiler.graph import Graph, Site
-from qcompiler.observers import CrossGram, Gram
-from qcompiler.options import Within
-from qcompiler.pass_base import (
+from qcompiler.ir import Graph, Segment, Site
+from qcompiler.passes.rtn import RTN, gathered_gram, implied_assign, refuse_codebooks, unreached
+from qcompiler.passes.solvers.gptq_solver import solve_gptq
+from qcompiler.protocol import (
     CANONICAL,
     SCHEMES,
     WEIGHTS_QUANTIZED,
+    CrossGram,
     Effect,
+    Gram,
     Pass,
     PassContext,
     PassResult,
     SiteReport,
     Tap,
     Wave,
+    Within,
 )
-from qcompiler.passes._gptq_solver import solve_gptq
-from qcompiler.passes.rtn import RTN, gathered_gram, implied_assign, refuse_codebooks, unreached
-from qcompiler.segments import Segment
 
 __all__ = ["GPTQ"]
 

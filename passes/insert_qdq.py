@@ -11,28 +11,30 @@ from torch import Tensor, fx
 
 from qcompiler import numerics
 from qcompiler.errors import RecipeError, ZeroCoverageError
-from qcompiler.execute import Stretch
-from qcompiler.experts import routed_from
-from qcompiler.graph import Graph, Site, ancestors
-from qcompiler.observers import Histogram, RowSample
-from qcompiler.options import Within
-from qcompiler.pass_base import (
+from qcompiler.ir import Graph, Segment, Site, Stretch, ancestors, routed_from
+from qcompiler.numerics import QuantSpec
+from qcompiler.passes.solvers.input_rounding import output_error, round_rows
+from qcompiler.protocol import (
     ACTIVATIONS_QUANTIZED,
     CANONICAL,
     SCHEMES,
     Effect,
+    Histogram,
+    Method,
     Pass,
     PassContext,
     PassResult,
+    RowSample,
     SiteReport,
     Skip,
     Tap,
     Wave,
+    Within,
+    activation_qparams,
+    check_method,
+    choose_range,
+    range_sqnr_db,
 )
-from qcompiler.passes._input_rounding import output_error, round_rows
-from qcompiler.ranges import Method, activation_qparams, check_method, choose_range, range_sqnr_db
-from qcompiler.segments import Segment
-from qcompiler.spec import QuantSpec
 
 __all__ = ["InsertQDQ"]
 
@@ -58,8 +60,8 @@ class InsertQDQ(Pass):
     and 22 in four (down projections 25 and 13); channels 64 times as large as the others bring that down to 15 and 3.
 
     Attributes:
-        observer: how the range is chosen (`qcompiler.ranges`); None where every scheme is dynamic: no calibration. For
-            NVFP4, whose scales are computed at run time relative to one factor, the factor is that of all that was
+        observer: how the range is chosen (`qcompiler.protocol`); None where every scheme is dynamic: no calibration.
+            For NVFP4, whose scales are computed at run time relative to one factor, the factor is that of all that was
             seen, whatever this says.
         percentile: for the observer of that name, in percent.
         least_sqnr_db: of a layer's output with its input rounded, see `output_error`; below it, the input stays in

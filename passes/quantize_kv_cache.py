@@ -10,17 +10,28 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import RecipeError, UnsupportedModelError, ZeroCoverageError
-from qcompiler.graph import Graph, Site, descendants
-from qcompiler.hadamard import factors_of
-from qcompiler.kv_cache import FLOAT_CACHES, Cache, CacheFormat, float_caches, keep_range, quantize_cache
-from qcompiler.numerics import sqnr_db
-from qcompiler.observers import Gram, HeadRange
-from qcompiler.pass_base import (
+from qcompiler.ir import (
+    FLOAT_CACHES,
+    Cache,
+    CacheFormat,
+    Graph,
+    Segment,
+    Site,
+    descendants,
+    float_caches,
+    keep_range,
+    quantize_cache,
+    static_qparams,
+)
+from qcompiler.numerics import factors_of, sqnr_db
+from qcompiler.protocol import (
     CACHE_QUANTIZED,
     CANONICAL,
     DROP,
     FLOAT_CACHE,
     Effect,
+    Gram,
+    HeadRange,
     Pass,
     PassContext,
     PassResult,
@@ -29,8 +40,6 @@ from qcompiler.pass_base import (
     Tap,
     Wave,
 )
-from qcompiler.segments import Segment
-from qcompiler.static_cache import static_qparams
 
 __all__ = ["QuantizeKVCache"]
 

@@ -13,12 +13,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import qcompiler.passes as shipped
 from qcompiler.errors import RecipeError, did_you_mean
-from qcompiler.pass_base import Pass
 from qcompiler.passes._import_passes import import_object, import_passes
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.recipes import recipe as named_recipe
-from qcompiler.pipeline import Pipeline
-from qcompiler.reading import read_named
+from qcompiler.protocol import Pass, Pipeline
+from qcompiler.storage import read_named
 
 __all__ = ["load_recipe", "override_schemes", "read_recipe"]
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from qcompiler.errors import RecipeError, did_you_mean
-from qcompiler.pass_base import ACTIVATIONS_QUANTIZED, WEIGHTS_QUANTIZED, Pass
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ
@@ -13,6 +12,7 @@ from qcompiler.passes.rotate import Rotate
 from qcompiler.passes.rtn import RTN
 from qcompiler.passes.smooth_quant import SmoothQuant
 from qcompiler.passes.squeezellm import SqueezeLLM
+from qcompiler.protocol import ACTIVATIONS_QUANTIZED, WEIGHTS_QUANTIZED, Pass
 
 __all__ = ["CACHES", "RECIPES", "recipe"]
 

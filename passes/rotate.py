@@ -8,9 +8,19 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from qcompiler.graph import Graph, Site, is_op
-from qcompiler.hadamard import block_order
-from qcompiler.pass_base import (
+from qcompiler.ir import Graph, Site, is_op
+from qcompiler.numerics import block_order
+from qcompiler.proofs import (
+    Refused,
+    Rotation,
+    find_heads,
+    find_streams,
+    online_inputs,
+    rotate_heads,
+    rotate_input,
+    rotate_stream,
+)
+from qcompiler.protocol import (
     CANONICAL,
     FLOAT_ACTIVATIONS,
     FLOAT_WEIGHTS,
@@ -20,8 +30,6 @@ from qcompiler.pass_base import (
     PassResult,
     Skip,
 )
-from qcompiler.rotating import Rotation, rotate_heads, rotate_input, rotate_stream
-from qcompiler.rotation import Refused, find_heads, find_streams, online_inputs
 
 __all__ = ["Rotate"]
 
@@ -31,7 +39,7 @@ class Rotate(Pass):
     """Multiplies activations by orthogonal matrices, and weights by their inverses.
 
     A Hadamard matrix spreads an outlier over all channels, whose values come near a normal distribution. What the model
-    computes stays the same. Where a rotation may go is proved on the graph (`qcompiler.rotation`); what cannot take one
+    computes stays the same. Where a rotation may go is proved on the graph (`qcompiler.proofs`); what cannot take one
     is left alone, with the reason. Norms that a stream passes lose their weights to the layers behind them, and
     ``layer_norm`` becomes ``rms_norm``. A table tied to the output projection is stored on its own from then on.
 

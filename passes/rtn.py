@@ -10,14 +10,15 @@ from torch import Tensor, fx
 
 from qcompiler import numerics
 from qcompiler.errors import RecipeError, ZeroCoverageError
-from qcompiler.experts import is_expert
-from qcompiler.graph import Graph, Site
-from qcompiler.observers import Gram
-from qcompiler.pass_base import (
+from qcompiler.ir import Affine, Graph, Site, is_expert
+from qcompiler.numerics import QuantSpec
+from qcompiler.passes.assign import Assign
+from qcompiler.protocol import (
     CANONICAL,
     SCHEMES,
     WEIGHTS_QUANTIZED,
     Effect,
+    Gram,
     Pass,
     PassContext,
     PassResult,
@@ -25,9 +26,6 @@ from qcompiler.pass_base import (
     Tap,
     Wave,
 )
-from qcompiler.passes.assign import Assign
-from qcompiler.qtensor import Affine
-from qcompiler.spec import QuantSpec
 
 __all__ = ["RTN", "ScaleSearch", "gathered_gram", "implied_assign", "refuse_codebooks", "round_to_nearest", "unreached"]
 

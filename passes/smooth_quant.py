@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from qcompiler import numerics
-from qcompiler.folding import consumer_scale, per_channel
-from qcompiler.graph import Graph, Site
-from qcompiler.observers import AbsMax, RowSample, Statistic
-from qcompiler.options import Within
-from qcompiler.pass_base import PassContext
-from qcompiler.passes._scale_regions import Choice, Observed, ScaleRegions, clamped
-from qcompiler.regions import Consumer, Region
-from qcompiler.spec import QuantSpec
+from qcompiler.ir import Graph, Site
+from qcompiler.numerics import QuantSpec
+from qcompiler.passes.solvers.scale_regions import (
+    Choice,
+    Observed,
+    ScaleRegions,
+    clamped,
+)
+from qcompiler.proofs import Consumer, Region, consumer_scale, per_channel
+from qcompiler.protocol import AbsMax, PassContext, RowSample, Statistic, Within
 
 __all__ = ["SmoothQuant"]
 
@@ -40,7 +42,7 @@ class SmoothQuant(ScaleRegions):
     decide alone.
 
     Layers count whose activations are integers; those of floating-point formats have a relative precision that a scale
-    does not change. Regions are proved on the graph (`qcompiler.regions`).
+    does not change. Regions are proved on the graph (`qcompiler.proofs.regions`).
 
     Attributes:
         alpha: the migration strength, from 0 (activations stay) to 1 (weights take all); None: searched per region.

@@ -10,30 +10,30 @@ from torch import Tensor
 
 from qcompiler import numerics
 from qcompiler.errors import CalibrationError, RecipeError
-from qcompiler.graph import Graph, Site
-from qcompiler.observers import CrossGram, Gram, Statistic
-from qcompiler.options import Within
-from qcompiler.pass_base import (
+from qcompiler.ir import Codebook, Csr, Graph, Segment, Site
+from qcompiler.numerics import QuantSpec
+from qcompiler.passes.assign import Assign
+from qcompiler.passes.fisher import Fisher
+from qcompiler.passes.rtn import RTN, gathered_gram, unreached
+from qcompiler.passes.solvers.codebook_descent import damped, improve, shifted
+from qcompiler.passes.solvers.kmeans import cluster, nearest
+from qcompiler.protocol import (
     CANONICAL,
     FISHER,
     SCHEMES,
     WEIGHTS_QUANTIZED,
+    CrossGram,
     Effect,
+    Gram,
     Pass,
     PassContext,
     PassResult,
     SiteReport,
+    Statistic,
     Tap,
     Wave,
+    Within,
 )
-from qcompiler.passes._codebook_descent import damped, improve, shifted
-from qcompiler.passes._kmeans import cluster, nearest
-from qcompiler.passes.assign import Assign
-from qcompiler.passes.fisher import Fisher
-from qcompiler.passes.rtn import RTN, gathered_gram, unreached
-from qcompiler.qtensor import Codebook, Csr
-from qcompiler.segments import Segment
-from qcompiler.spec import QuantSpec
 
 __all__ = ["Moments", "Sensitivity", "SqueezeLLM", "squeeze"]
 
@@ -49,9 +49,9 @@ class SqueezeLLM(Pass):
 
     ``linear(x, W)`` becomes ``linear(x, sparse_add(codebook_dequantize(codes, table), values, columns, row_offsets))``.
     The values of a row's table are the centers of a k-means clustering of its weights in which an error counts by the
-    weight's sensitivity ``h``: they make ``sum h (w - q)^2`` small (`qcompiler.passes._kmeans`). From there, codes and
-    tables are improved in turn by the error of the layer's output on the calibration inputs
-    (`qcompiler.passes._codebook_descent`).
+    weight's sensitivity ``h``: they make ``sum h (w - q)^2`` small (`qcompiler.passes.solvers.kmeans`). From
+    there, codes and tables are improved in turn by the error of the layer's output on the calibration inputs
+    (`qcompiler.passes.solvers.codebook_descent`).
 
     | sensitivity | ``h`` of a weight | calibrated by |
     |---|---|---|

@@ -1,8 +1,15 @@
-"""A compiler for quantized language models: capture a graph, rewrite it with passes, lower it to what runs."""
+"""A compiler for quantized language models: capture a graph, rewrite it with passes, lower it to what runs.
 
-from qcompiler.api import CompileResult, capture, compile, evaluate, generate, load, lower, open_artifact
-from qcompiler.calibration import Calibration
-from qcompiler.errors import QCompilerError
+The names below are looked up when they are first used: importing the package loads neither PyTorch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompiler.api import CompileResult, capture, compile, evaluate, generate, load, lower, open_artifact
+    from qcompiler.artifacts import Calibration
+    from qcompiler.errors import QCompilerError
 
 __all__ = [
     "Calibration",
@@ -19,3 +26,17 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_ELSEWHERE = {"Calibration": "qcompiler.artifacts", "QCompilerError": "qcompiler.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_ELSEWHERE.get(name, "qcompiler.api")), name)
+    globals()[name] = value  # asked for once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

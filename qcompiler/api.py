@@ -11,31 +11,38 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qcompiler.artifact import Artifact
-from qcompiler.canonicalize import canonicalize
-from qcompiler.capture import capture_directory, capture_module, open_checkpoint
-from qcompiler.checkpoint import no_directory
-from qcompiler.compiling import CalibrationInput, check_work_dir, choose_device, compile_graph
+from qcompiler.artifacts import (
+    MANIFEST,
+    CompileResult,
+    Evaluation,
+    Generation,
+    HFArtifact,
+    load,
+    load_held_out,
+    load_tokenizer,
+    native_directory,
+)
+from qcompiler.artifacts import evaluate as evaluate_artifact
+from qcompiler.artifacts import generate as generate_text
 from qcompiler.errors import InputError, TargetError
-from qcompiler.evaluate import Evaluation
-from qcompiler.evaluate import evaluate as evaluate_artifact
-from qcompiler.generate import Generation
-from qcompiler.generate import generate as generate_text
-from qcompiler.graph import Graph
-from qcompiler.hf import HFArtifact, load_tokenizer
-from qcompiler.native import MANIFEST, load_held_out
-from qcompiler.pass_base import Pass
+from qcompiler.frontend import canonicalize, capture_directory, capture_module, open_checkpoint
+from qcompiler.ir import Graph
+from qcompiler.numerics import Scheme
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.recipe_file import load_recipe, override_schemes
 from qcompiler.passes.recipes import RECIPES
 from qcompiler.passes.recipes import recipe as named_recipe
-from qcompiler.pipeline import Pipeline
-from qcompiler.report import CompileReport
-from qcompiler.result import CompileResult, load, native_directory
-from qcompiler.spec import Scheme
-from qcompiler.sweep import Progress
-from qcompiler.target import TargetSpec
-from qcompiler.threads import contention
+from qcompiler.protocol import Artifact, Pass, Pipeline, TargetSpec
+from qcompiler.reporting import CompileReport
+from qcompiler.storage import no_directory
+from qcompiler.sweep import (
+    CalibrationInput,
+    Progress,
+    check_work_dir,
+    choose_device,
+    compile_graph,
+    contention,
+)
 from qcompiler.to_target import (
     WRITTEN_TARGETS,
     check_target,
@@ -66,6 +73,7 @@ __all__ = [
 ]
 
 Recipe = str | Path | Sequence[Pass]
+_WIDTH = 4096  # of an ordinary layer
 _LONG = 10.0  # seconds; less than that nobody asks about
 
 
@@ -85,7 +93,7 @@ def capture(
         trust_remote_code: run modelling code a directory brings along.
 
     Raises:
-        InputError, WeightError, UnsupportedModelError: see `qcompiler.capture`.
+        InputError, WeightError, UnsupportedModelError: see `qcompiler.frontend.capture`.
     """
     if isinstance(model, nn.Module):
         graph = capture_module(model, example_inputs, dynamic_shapes=dynamic_shapes)
@@ -253,9 +261,6 @@ def _changed_options(item: Pass) -> dict[str, Any]:
     }
 
 
-_WIDTH = 4096  # of an ordinary layer
-
-
 def _matrix_targets() -> dict[str, TargetSpec]:
     from qcompiler.lowering.kernels.target import KernelsTarget
 
@@ -335,12 +340,12 @@ def evaluate(
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity, and KL divergence to the original; see `qcompiler.evaluate`.
+    """Perplexity, and KL divergence to the original; see `qcompiler.artifacts.evaluation`.
 
     Without text or tokens, the tokens are those the native artifact keeps from its calibration.
 
     Raises:
-        InputError: without text, for an artifact that keeps no tokens; see also `qcompiler.evaluate`.
+        InputError: without text, for an artifact that keeps no tokens; see also `qcompiler.artifacts.evaluation`.
     """
     if max_tokens is not None and max_tokens < 1:
         raise InputError("max_tokens must be positive", got=max_tokens, expected="1 or more")
@@ -376,7 +381,7 @@ def _held_out(path: Path | None) -> Tensor | None:
 def generate(
     artifact: str | Path | Artifact | CompileResult, prompt: str, *, trust_remote_code: bool = False, **options: Any
 ) -> Generation:
-    """Continues a prompt; options as in `qcompiler.generate`. ``trust_remote_code``: a tokenizer may be code, too."""
+    """Continues a prompt; options as in `qcompiler.artifacts`. ``trust_remote_code``: a tokenizer may be code, too."""
     _check_seed(options.get("seed", 0))
     opened = _open(artifact, exact=False)
     if opened.path is None:

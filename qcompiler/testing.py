@@ -8,18 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompiler.calibration import Calibration
-from qcompiler.canonicalize import canonicalize
-from qcompiler.capture import capture_module
-from qcompiler.compiling import compile_graph
+from qcompiler.artifacts import Calibration
 from qcompiler.errors import InputError, VerificationError
-from qcompiler.execute import Stretch
-from qcompiler.feed import feed, feed_tensors
-from qcompiler.graph import Graph, is_quantized_weight
-from qcompiler.pass_base import WEIGHTS_QUANTIZED, Effect, Pass
-from qcompiler.pipeline import Pipeline
-from qcompiler.report import CompileReport
-from qcompiler.verify import check_exact
+from qcompiler.frontend import canonicalize, capture_module
+from qcompiler.ir import Graph, Stretch, feed, feed_tensors, is_quantized_weight
+from qcompiler.protocol import WEIGHTS_QUANTIZED, Effect, Pass, Pipeline, check_exact
+from qcompiler.reporting import CompileReport
+from qcompiler.sweep import compile_graph
 
 __all__ = ["CheckedPass", "check_pass"]
 

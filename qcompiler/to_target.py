@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from qcompiler.compiling import choose_device
+from qcompiler.artifacts import CompileResult, NativeArtifact, add_target, check_parity, load
 from qcompiler.errors import QCompilerError, TargetError, did_you_mean
-from qcompiler.graph import Graph
-from qcompiler.native import NativeArtifact, add_target
-from qcompiler.parity import check_parity
-from qcompiler.result import CompileResult, load
-from qcompiler.staging import filled_directory
-from qcompiler.target import TargetSpec, check_schemes
+from qcompiler.ir import Graph
+from qcompiler.protocol import TargetSpec, check_schemes
+from qcompiler.storage import filled_directory
+from qcompiler.sweep import choose_device
 
 if TYPE_CHECKING:
-    from qcompiler.lowering.kernels.model import KernelModel
+    from qcompiler.lowering.kernels.module.model import KernelModel
 
 __all__ = [
     "WRITTEN_TARGETS",
@@ -220,7 +218,7 @@ def lower_to_kernels(
     result: CompileResult, *, verify: bool, device: str = "auto", dtype: str | None = None, tune: bool = False
 ) -> "KernelModel":
     """`lower` to kernels, without an entry in any report."""
-    from qcompiler.lowering.kernels.model import lower as lower_graph
+    from qcompiler.lowering.kernels.module.model import lower as lower_graph
 
     place = choose_device(device)
     model = lower_graph(result.graph, device=place, dtype=dtype, tune=tune)
@@ -236,7 +234,7 @@ def _noisy(
     graph: Graph, rounded: Collection[str] | None, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Iterator[NativeArtifact]:
     """Samples of a graph with the errors of a dtype, behind the nodes named or all; one in memory at a time."""
-    from qcompiler.lowering.kernels.noise import with_noise
+    from qcompiler.lowering.kernels.module.noise import with_noise
 
     names = [node.name for node in graph.fx.nodes if node.op == "call_function"] if rounded is None else rounded
     for sample in range(_NOISE_SAMPLES):

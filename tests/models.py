@@ -9,10 +9,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from qcompiler.canonicalize import canonicalize
-from qcompiler.capture import capture_module
-from qcompiler.execute import Stretch
-from qcompiler.graph import Graph
+from qcompiler.frontend.canonicalization import canonicalize
+from qcompiler.frontend.capture import capture_module
+from qcompiler.ir.execute import Stretch
+from qcompiler.ir.graph import Graph
 from tests.families import COMMON, SPECS
 from tests.families import POSITIONS as POSITIONS
 from tests.families import VOCABULARY as VOCABULARY

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompiler as qc
-from qcompiler import api, compiling, to_target
+from qcompiler import api, to_target
 from qcompiler.errors import (
     ArtifactError,
     CalibrationError,
@@ -20,9 +20,17 @@ from qcompiler.errors import (
     TargetError,
     VerificationError,
 )
-from qcompiler.graph import Graph
-from qcompiler.pass_base import Effect, Pass, PassContext, PassResult, Skip, Wave
+from qcompiler.ir.graph import Graph
 from qcompiler.passes import GPTQ, RTN, Assign
+from qcompiler.protocol.pass_base import (
+    Effect,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    Wave,
+)
+from qcompiler.sweep import compiling
 from tests.models import build, run
 from tests.tiny_checkpoint import file_bytes
 from tests.tiny_graphs import chain, language_model

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
-from qcompiler.capture import _cache_ports, capture_module
 from qcompiler.errors import UnsupportedModelError
+from qcompiler.frontend.capture import _cache_ports, capture_module
 
 
 def test_a_recurrent_state_is_refused():

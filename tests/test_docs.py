@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from qcompiler import observers, spec
-from qcompiler.graph import Graph
-from qcompiler.pass_base import Pass, PassContext
+from qcompiler import extend
+from qcompiler.ir.graph import Graph
+from qcompiler.numerics import spec
+from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes.recipe_file import load_recipe, read_recipe
-from qcompiler.pipeline import Pipeline
-from qcompiler.spec import Scheme
+from qcompiler.protocol.pass_base import Pass, PassContext
+from qcompiler.protocol.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"])
@@ -49,7 +50,7 @@ def test_examples_of_schemes_are_right(name: str, words: str) -> None:
 
 def test_every_option_of_a_scheme_is_on_its_page() -> None:
     page = (ROOT / "docs" / "schemes.md").read_text(encoding="utf-8")
-    for option in (*spec._KIND, "lut", "clip90", "g64", "floor", "ceil"):
+    for option in (*spec.KIND, "lut", "clip90", "g64", "floor", "ceil"):
         assert f"`-{option}`" in page, option
 
 
@@ -85,4 +86,4 @@ def test_every_fact_and_method_on_the_page_is_there() -> None:
     for name in re.findall(r"`(?:context\.)?graph\.(\w+)", page):
         assert name in {*Graph.__dataclass_fields__, *vars(Graph)}, name
     for name in re.findall(r"`(Gram|CrossGram|AbsMax|MinMax|Histogram)`", page):
-        assert hasattr(observers, name)
+        assert hasattr(extend, name)

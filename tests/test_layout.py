@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, PASSES, LOWERING = ROOT / "qcompiler", ROOT / "passes", ROOT / "lowering"
+ROOMS = [
+    "cli",
+    "api",
+    "to_target",
+    "extend",
+    "testing",
+    "sweep",
+    "artifacts",
+    "reporting",
+    "protocol",
+    "proofs",
+    "frontend",
+    "ir",
+    "storage",
+    "numerics",
+    "errors",
+]
+"""Of the core, top first: imports run downwards."""
 COMPOSITION_ROOT = (CORE / "api.py", CORE / "to_target.py", *(CORE / "cli").glob("*.py"))
 OPTIONAL = ("matplotlib", "ml_dtypes", "onnx", "onnx_ir", "onnxruntime", "rich", "scipy", "tensorrt", "triton", "typer")
 
@@ -66,6 +85,65 @@ def test_core_imports_no_room():
     assert offences(files, ("qcompiler.passes", "qcompiler.lowering", "passes", "lowering")) == []
 
 
+def room_of(name: str) -> str | None:
+    """The room that a dotted name lies in; None outside the core."""
+    first, _, rest = name.partition(".")
+    room = rest.partition(".")[0]
+    return room if first == "qcompiler" and room in ROOMS else None
+
+
+def upward(files: list[Path]) -> list[str]:
+    """Imports of the core that run up."""
+    found = []
+    for path in files:
+        here = path.relative_to(CORE).parts[0].removesuffix(".py")
+        for name, line in imported_names(path):
+            there = room_of(name)
+            if there is not None and here in ROOMS and ROOMS.index(there) < ROOMS.index(here):
+                found.append(f"{path.relative_to(ROOT)}:{line}: {here} imports {name}")
+    return found
+
+
+def test_imports_of_the_core_run_downwards():
+    files = sources(CORE)
+    assert {path.relative_to(CORE).parts[0].removesuffix(".py") for path in files} == {*ROOMS, "__init__", "__main__"}
+    assert upward(files) == []
+
+
+def test_an_import_that_runs_up_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "CORE", tmp_path / "qcompiler")
+    (tmp_path / "qcompiler" / "ir").mkdir(parents=True)
+    file = tmp_path / "qcompiler" / "ir" / "graph.py"
+    file.write_text("from qcompiler.errors import InputError\nfrom qcompiler.sweep import position\n")
+    assert upward([file]) == ["qcompiler/ir/graph.py:2: ir imports qcompiler.sweep.position"]
+
+
+def behind(files: list[Path]) -> list[str]:
+    """Imports that reach behind the face of another room."""
+    found = []
+    for path in files:
+        here = path.relative_to(ROOT).parts[1] if path.is_relative_to(CORE) else None
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.module is None:
+                continue
+            room = room_of(node.module)
+            if room is not None and node.module.count(".") > 1 and room != here:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno} imports from {node.module}")
+    return found
+
+
+def test_nobody_reaches_behind_a_room():
+    assert behind(sources(CORE) + sources(PASSES) + sources(LOWERING) + sorted((ROOT / "examples").glob("*.py"))) == []
+
+
+def test_files_are_short_and_folders_are_small():
+    files = [*sources(CORE), *sources(PASSES), *sources(LOWERING), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+    assert [str(path.relative_to(ROOT)) for path in files if len(path.read_text().splitlines()) > 400] == []
+    folders = Counter(path.parent for path in [*files, *(ROOT / "tests").rglob("*.py")])
+    assert [f"{folder.relative_to(ROOT)}: {count}" for folder, count in folders.items() if count > 15] == []
+
+
 def test_passes_do_not_import_lowering():
     assert offences(sources(PASSES), ("qcompiler.lowering", "lowering", "passes")) == []
 
@@ -110,9 +188,10 @@ def test_import_is_light():
     assert loaded.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", [p for p in sources(PASSES) if p.name != "__init__.py"], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [p for p in sources(PASSES) if p.name != "__init__.py"], ids=lambda p: p.stem)
 def test_each_pass_has_a_test_file(path):
-    assert (ROOT / "tests" / "passes" / f"test_{path.name.lstrip('_')}").is_file()
+    place = ROOT / "tests" / path.relative_to(ROOT)
+    assert place.with_name(f"test_{path.name.lstrip('_')}").is_file()
 
 
 def test_wheel_holds_every_source(tmp_path):

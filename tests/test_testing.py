@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from qcompiler.errors import InputError, PipelineError, VerificationError
-from qcompiler.graph import Graph, Site
-from qcompiler.pass_base import Effect, Pass, PassContext, PassResult, SiteReport, Skip, Wave
+from qcompiler.ir.graph import Graph, Site
 from qcompiler.passes import GPTQ, RTN, Assign
+from qcompiler.protocol.pass_base import (
+    Effect,
+    Pass,
+    PassContext,
+    PassResult,
+    SiteReport,
+    Skip,
+    Wave,
+)
 from qcompiler.testing import check_pass
 from tests.models import build
 from tests.tiny_graphs import language_model, residual_mlp

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from qcompiler.graph import Graph
-from qcompiler.signature import Port, Signature
-from qcompiler.weights import WeightStore
+from qcompiler.ir.graph import Graph
+from qcompiler.ir.signature import Port, Signature
+from qcompiler.storage.weights import WeightStore
 
 _aten, _canonical = torch.ops.aten, torch.ops.qcompiler
 _PARTS: tuple[Literal["key", "value"], ...] = ("key", "value")
@@ -136,7 +136,7 @@ def language_model(
 
 def token_batches(graph: Graph, sizes: tuple[int, ...] = (2, 2, 1), length: int = 6) -> list[Mapping[fx.Node, Tensor]]:
     """Inputs of a language model; always the same tokens, divided into batches of the given sizes."""
-    from qcompiler.feed import feed
+    from qcompiler.ir.feeding import feed
 
     vocab = int(graph.signature.outputs[0].shape[-1])
     ids = torch.randint(vocab, (sum(sizes), length), generator=torch.Generator().manual_seed(3))

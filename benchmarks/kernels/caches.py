@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompiler.kv_cache import CacheFormat
+from qcompiler.ir import CacheFormat
 
 __all__ = ["FORMATS", "RandomCache", "cache_format", "random_cache"]
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompiler.lowering.kernels.machine_code import KernelCase
+from qcompiler.lowering.kernels.launch.machine_code import KernelCase
 
 __all__ = ["ahead_of_time", "launch"]
 

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from qcompiler.report import machine
+from qcompiler.reporting import machine
 
 __all__ = ["describe"]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.kernels.sections import Bench
 from benchmarks.kernels.weights import SPARSE_SHARE, affine, codebook
-from qcompiler.qtensor import Affine, Codebook
-from qcompiler.spec import QuantSpec, Scheme
+from qcompiler.ir import Affine, Codebook
+from qcompiler.numerics import QuantSpec, Scheme
 
 __all__ = [
     "Product",
@@ -83,7 +83,7 @@ def weight_only(name: str) -> Make:
     """Our weight-only layer."""
 
     def make(bench: Bench, out_features: int, in_features: int) -> Product:
-        from qcompiler.lowering.kernels.weight_only import WeightOnlyLinear
+        from qcompiler.lowering.kernels.weight_only.operator import WeightOnlyLinear
 
         weight = affine(out_features, in_features, _weight_spec(name), torch.float16, _generator(bench))
         module = WeightOnlyLinear.from_weight(weight, None, device=bench.device, dtype=_dtype(bench))
@@ -97,7 +97,7 @@ def codebooks(bits: int, *, is_sparse: bool) -> Make:
     """Our layer with a table per output channel, and a sparse matrix beside it or none."""
 
     def make(bench: Bench, out_features: int, in_features: int) -> Product:
-        from qcompiler.lowering.kernels.codebook_linear import CodebookLinear
+        from qcompiler.lowering.kernels.codebook_linear.operator import CodebookLinear
 
         share = SPARSE_SHARE if is_sparse else 0.0
         weight = codebook(out_features, in_features, bits, _generator(bench), sparse_share=share)
@@ -112,8 +112,8 @@ def scaled(name: str) -> Make:
     """Our quantizer and our layer behind it: what a W8A8 or FP8 layer costs from 16 bits to 16 bits."""
 
     def make(bench: Bench, out_features: int, in_features: int) -> Product:
-        from qcompiler.lowering.kernels import quantize_rows  # noqa: F401  defines the operator
-        from qcompiler.lowering.kernels.scaled_linear import ScaledLinear
+        from qcompiler.lowering.kernels.rows import quantize_rows  # noqa: F401  defines the operator
+        from qcompiler.lowering.kernels.scaled_linear.operator import ScaledLinear
 
         activation = Scheme.parse(name).activation
         assert activation is not None
@@ -230,7 +230,7 @@ def _random_codes(bench: Bench, width: int, dtype: torch.dtype) -> Callable[[int
 
 
 def _define_quantizer() -> None:
-    from qcompiler.lowering.kernels import quantize_rows  # noqa: F401
+    from qcompiler.lowering.kernels.rows import quantize_rows  # noqa: F401
 
 
 def _chosen(module: Any) -> str:

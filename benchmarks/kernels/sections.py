@@ -17,7 +17,13 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from benchmarks.kernels.records import Environment, Failure, LeftOut, Record, to_fields
-from benchmarks.kernels.timers import Call, Timer, copy_bandwidth, launch_floor, timer_for
+from benchmarks.kernels.times.timers import (
+    Call,
+    Timer,
+    copy_bandwidth,
+    launch_floor,
+    timer_for,
+)
 
 __all__ = ["LOST_DEVICE", "SECTIONS", "Bench", "Case", "Section", "print_event", "section_named", "work"]
 
@@ -55,16 +61,16 @@ class Section:
 
 
 SECTIONS = (
-    Section("machine-code", "Machine code", "ahead_of_time", 1, "background", case_seconds=600),
-    Section("check-weight-only", "Checks of weight-only layers", "linear_checks", 1, "together"),
-    Section("check-scaled", "Checks of layers with 8-bit activations", "linear_checks", 1, "together"),
-    Section("check-codebook", "Checks of codebook layers", "linear_checks", 1, "together"),
-    Section("check-rows", "Checks of activation quantizers", "row_checks", 1, "together"),
-    Section("check-cache", "Checks of caches and attention", "cache_checks", 1, "together"),
-    Section("check-model", "Checks of a whole model", "model_checks", 1, "together"),
-    Section("linear", "Linear layers", "linear_times", 170, "alone"),
-    Section("attention", "Decode attention", "attention_times", 50, "alone"),
-    Section("decoding", "Decoding, end to end", "decoding_times", 90, "alone"),
+    Section("machine-code", "Machine code", "checks.ahead_of_time", 1, "background", case_seconds=600),
+    Section("check-weight-only", "Checks of weight-only layers", "checks.linear", 1, "together"),
+    Section("check-scaled", "Checks of layers with 8-bit activations", "checks.linear", 1, "together"),
+    Section("check-codebook", "Checks of codebook layers", "checks.linear", 1, "together"),
+    Section("check-rows", "Checks of activation quantizers", "checks.rows", 1, "together"),
+    Section("check-cache", "Checks of caches and attention", "checks.caches", 1, "together"),
+    Section("check-model", "Checks of a whole model", "checks.model", 1, "together"),
+    Section("linear", "Linear layers", "times.linear", 170, "alone"),
+    Section("attention", "Decode attention", "times.attention", 50, "alone"),
+    Section("decoding", "Decoding, end to end", "times.decoding", 90, "alone"),
 )
 """All sections, in the order they are run."""
 CHECKS_SHARE = 110
@@ -143,7 +149,7 @@ class Bench:
         """
         if not self.tune or self.device.type != "cuda":
             return
-        from qcompiler.lowering.kernels import tuning
+        from qcompiler.lowering.kernels.launch import tuning
 
         def run() -> None:
             for call in calls:

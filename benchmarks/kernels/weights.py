@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from qcompiler.qtensor import Affine, Codebook, Csr
-from qcompiler.spec import QuantSpec
+from qcompiler.ir import Affine, Codebook, Csr
+from qcompiler.numerics import QuantSpec
 
 __all__ = ["SPARSE_SHARE", "affine", "codebook", "dense"]
 

@@ -78,13 +78,13 @@ def measured(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 
 def evaluate(model: nn.Module, request: Request) -> dict[str, dict[str, float]]:
-    """Scores the quantized model as `qcompiler.evaluate` does, beside the original in this process.
+    """Scores the quantized model as `qcompiler.artifacts.evaluation` does, beside the original in this process.
 
     Every position of a window but the first is scored, from float32 log-softmax; the KL divergence is the mean of
     KL(original ‖ quantized) in nats per token.
 
     Returns:
-        Title of the text → fields of the same names and meanings as those of `qcompiler.evaluate`.
+        Title of the text → fields of the same names and meanings as those of `qcompiler.artifacts.evaluation`.
     """
     original = load_model(request)
     return {title: _score(model, original, windows) for title, windows in request.windows.items()}

@@ -6,12 +6,15 @@ from typing import Literal
 import torch
 
 from qcompiler.errors import TargetError
-from qcompiler.graph import Graph
-from qcompiler.kv_cache import CacheFormat
-from qcompiler.lowering.kernels import cache_append, codebook_linear, decode_attention, scaled_linear, weight_only
-from qcompiler.lowering.kernels.device import Choice, Device
-from qcompiler.spec import Scheme
-from qcompiler.target import Support
+from qcompiler.ir import CacheFormat, Graph
+from qcompiler.lowering.kernels.cache import append as cache_append
+from qcompiler.lowering.kernels.cache import decode_attention
+from qcompiler.lowering.kernels.codebook_linear import operator as codebook_linear
+from qcompiler.lowering.kernels.launch.device import Choice, Device
+from qcompiler.lowering.kernels.scaled_linear import operator as scaled_linear
+from qcompiler.lowering.kernels.weight_only import operator as weight_only
+from qcompiler.numerics import Scheme
+from qcompiler.protocol import Support
 
 __all__ = ["ON_A_CPU", "KernelsTarget"]
 

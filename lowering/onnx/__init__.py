@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from qcompiler.graph import Graph
+from qcompiler.ir import Graph
 from qcompiler.lowering.onnx.reader import OnnxArtifact
 from qcompiler.lowering.onnx.target import OnnxTarget, import_writer
 

@@ -12,61 +12,13 @@ import torch
 from torch import fx
 
 from qcompiler.errors import TargetError
-from qcompiler.graph import Graph, ancestors
+from qcompiler.ir import Graph, Port, ancestors
+from qcompiler.lowering.onnx.dtypes import DTYPES, FLOATS, TORCH, dtype_of, onnx_dtype
 from qcompiler.lowering.onnx.storage import Chunks, DataFile, code_chunks, float_chunks, stored_bytes
-from qcompiler.signature import Port
 
-__all__ = [
-    "FLOATS",
-    "Builder",
-    "Builders",
-    "Emitter",
-    "argument",
-    "dtype_of",
-    "is_size",
-    "onnx_dtype",
-    "tensor_arguments",
-]
+__all__ = ["Builder", "Builders", "Emitter", "argument", "is_size", "tensor_arguments"]
 
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 _INLINE_BYTES = 1024  # smaller initializers live in the .onnx file itself
-
-_DTYPES = {
-    torch.float64: ir.DataType.DOUBLE,
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT,  # floats narrower than float32 are computed in the graph's float type
-    torch.bfloat16: ir.DataType.FLOAT,
-    torch.int64: ir.DataType.INT64,
-    torch.int32: ir.DataType.INT32,
-    torch.int16: ir.DataType.INT16,
-    torch.int8: ir.DataType.INT8,
-    torch.uint8: ir.DataType.UINT8,
-    torch.bool: ir.DataType.BOOL,
-    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
-    torch.float8_e5m2: ir.DataType.FLOAT8E5M2,
-}
-_TORCH = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.DOUBLE: torch.float64,
-    ir.DataType.INT64: torch.int64,
-    ir.DataType.INT32: torch.int32,
-    ir.DataType.INT16: torch.int16,
-    ir.DataType.INT8: torch.int8,
-    ir.DataType.UINT8: torch.uint8,
-    ir.DataType.BOOL: torch.bool,
-}
-
-
-def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
-    """The ONNX dtype a torch dtype is computed in.
-
-    Raises:
-        TargetError: for a dtype without one.
-    """
-    if dtype not in _DTYPES:
-        raise TargetError("no ONNX dtype for this torch dtype", got=dtype)
-    return _DTYPES[dtype]
 
 
 class Emitter:
@@ -182,7 +134,7 @@ class Emitter:
             return found if dtype is None else self.cast(found, dtype)
         if isinstance(arg, (bool, int, float)):
             if dtype is None:
-                dtype = _DTYPES[torch.tensor(arg).dtype]
+                dtype = DTYPES[torch.tensor(arg).dtype]
             return self.const(arg, dtype)
         raise TargetError("an argument that is neither a tensor nor a number", where=self.scope, got=repr(arg))
 
@@ -233,7 +185,7 @@ class Emitter:
         if stored in FLOATS and dtype in FLOATS:
             assert dtype is not None
             stored = dtype
-        chunks = float_chunks(lambda: store.read(name), _TORCH[stored], name, transpose=transpose)
+        chunks = float_chunks(lambda: store.read(name), TORCH[stored], name, transpose=transpose)
         value = self._stored(name, stored, info.shape, chunks, transpose=transpose, flat=flat)
         return value if dtype is None else self.cast(value, dtype)
 
@@ -370,12 +322,6 @@ def _uses(graph: Graph) -> dict[str, set[str]]:
             is_weight = user.target is torch.ops.qcompiler.linear.default and user.args[1] is node
             kinds.add("linear" if is_weight and node not in (user.args[0], *user.args[2:]) else "other")
     return found
-
-
-def dtype_of(value: ir.Value) -> ir.DataType:
-    """The dtype of an emitted value."""
-    assert value.dtype is not None, value
-    return value.dtype
 
 
 def _inline(raw: bytes, dtype: ir.DataType, shape: tuple[int, ...], name: str) -> ir.TensorProtocol:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qcompiler.companions import read_companions
 from qcompiler.errors import InputError
-from qcompiler.graph import Graph
-from qcompiler.model_config import declared, declared_positions
+from qcompiler.frontend import declared, declared_positions
+from qcompiler.ir import Graph
+from qcompiler.storage import read_companions
 
 __all__ = ["companions", "generation_config"]
 
@@ -27,7 +27,7 @@ def companions(source: Path | None, config: dict[str, Any] | None) -> dict[str, 
 def generation_config(graph: Graph, files: dict[str, bytes]) -> tuple[dict[str, Any] | None, list[str]]:
     """``genai_config.json`` for a decoder with a cache, if everything it states is known.
 
-    Source: the configuration reference of ONNX Runtime GenAI; ports are named in `qcompiler.signature`.
+    Source: the configuration reference of ONNX Runtime GenAI; ports are named in `qcompiler.ir.signature`.
 
     Args:
         graph: what is lowered.

@@ -38,7 +38,7 @@ class _Cache:
 
 
 class OnnxArtifact:
-    """A decoder or encoder in ONNX, with the ports that `qcompiler.signature` names.
+    """A decoder or encoder in ONNX, with the ports that `qcompiler.ir.signature` names.
 
     Attention mask and positions are made here; caches go from ``present`` to ``past`` without a copy on this side.
 

@@ -7,10 +7,9 @@ from types import ModuleType
 from typing import Literal
 
 from qcompiler.errors import MissingDependencyError, TargetError
-from qcompiler.graph import Graph
-from qcompiler.kv_cache import CacheFormat
-from qcompiler.spec import QuantSpec, Scheme
-from qcompiler.target import Support
+from qcompiler.ir import CacheFormat, Graph
+from qcompiler.numerics import QuantSpec, Scheme
+from qcompiler.protocol import Support
 
 __all__ = ["OPSETS", "OnnxTarget", "import_writer"]
 

@@ -11,21 +11,26 @@ import torch
 from torch import fx
 
 from qcompiler.errors import TargetError, VerificationError
-from qcompiler.graph import Graph, ancestors, is_op, site_name
+from qcompiler.frontend import declared_positions
+from qcompiler.ir import (
+    Graph,
+    ancestors,
+    is_op,
+    site_name,
+)
 from qcompiler.lowering.onnx import folder
-from qcompiler.lowering.onnx.caches import CACHE_BUILDERS
-from qcompiler.lowering.onnx.canonical import CANONICAL_BUILDERS, code_dtype, is_linear_weight
-from qcompiler.lowering.onnx.codebooks import CODEBOOK_BUILDERS
-from qcompiler.lowering.onnx.elementwise import ELEMENTWISE_BUILDERS
+from qcompiler.lowering.onnx.builders.caches import CACHE_BUILDERS
+from qcompiler.lowering.onnx.builders.canonical import CANONICAL_BUILDERS, code_dtype, is_linear_weight
+from qcompiler.lowering.onnx.builders.codebooks import CODEBOOK_BUILDERS
+from qcompiler.lowering.onnx.builders.elementwise import ELEMENTWISE_BUILDERS
+from qcompiler.lowering.onnx.builders.experts import EXPERT_BUILDERS
+from qcompiler.lowering.onnx.builders.products import PRODUCT_BUILDERS
+from qcompiler.lowering.onnx.builders.shapes import SHAPE_BUILDERS
 from qcompiler.lowering.onnx.emitter import Emitter
-from qcompiler.lowering.onnx.experts import EXPERT_BUILDERS
-from qcompiler.lowering.onnx.products import PRODUCT_BUILDERS
-from qcompiler.lowering.onnx.shapes import SHAPE_BUILDERS
 from qcompiler.lowering.onnx.storage import DATA_FILE
 from qcompiler.lowering.onnx.target import OnnxTarget
-from qcompiler.model_config import declared_positions
-from qcompiler.staging import StagedFiles, filled_directory
-from qcompiler.target import Support
+from qcompiler.protocol import Support
+from qcompiler.storage import StagedFiles, filled_directory
 
 __all__ = ["check", "write"]
 

@@ -9,7 +9,7 @@ import typer
 
 import qcompiler
 from qcompiler import api
-from qcompiler.calibration import Calibration
+from qcompiler.artifacts import Calibration
 from qcompiler.cli.options import (
     Engine,
     Json,
@@ -32,9 +32,8 @@ from qcompiler.cli.printing import (
     print_converted,
     print_recipe,
 )
-from qcompiler.report import peak_rss_bytes
-from qcompiler.terminal import print_rows, print_table, show_progress
-from qcompiler.threads import use_threads
+from qcompiler.reporting import peak_rss_bytes, print_rows, print_table, show_progress
+from qcompiler.sweep import use_threads
 
 __all__ = ["app"]
 

@@ -9,9 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qcompiler.artifacts import MANIFEST
 from qcompiler.errors import InputError
-from qcompiler.native import MANIFEST
-from qcompiler.staging import made_directory, output_path, remove_tree, undisturbed, write_errors
+from qcompiler.storage import (
+    made_directory,
+    output_path,
+    remove_tree,
+    undisturbed,
+    write_errors,
+)
 
 __all__ = ["Kept", "Output", "directory_bytes", "opened_output"]
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from qcompiler.terminal import print_table
+from qcompiler.reporting import print_table
 
 __all__ = ["Streamed", "describe_engine", "engine_in_short", "print_compiled", "print_converted", "print_recipe"]
 

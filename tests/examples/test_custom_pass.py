@@ -12,7 +12,7 @@ from examples import custom_pass
 from examples.custom_pass import GreedyRounding
 from qcompiler.errors import VerificationError
 from qcompiler.passes import RTN, Assign, InsertQDQ
-from qcompiler.pipeline import Pipeline
+from qcompiler.protocol.pipeline import Pipeline
 from qcompiler.testing import check_pass
 from tests.tiny_checkpoint import command, save_checkpoint, write_text
 

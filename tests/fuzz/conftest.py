@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qcompiler import api
-from qcompiler.graph import Graph
+from qcompiler.ir.graph import Graph
 from tests.fuzz.surroundings import save_original
 from tests.models import copy_graph
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qcompiler.passes as shipped
-from qcompiler.pass_base import Pass
+from qcompiler.protocol.pass_base import Pass
 from tests.fuzz.odd_values import bounded, few_or_many, odd_texts
 from tests.fuzz.surroundings import surroundings
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qcompiler import api, compiling
-from qcompiler.graph import Graph
+from qcompiler import api
+from qcompiler.ir.graph import Graph
+from qcompiler.sweep import compiling
 from tests.models import copy_graph
 from tests.tiny_checkpoint import Outcome, command, save_checkpoint, write_text
 
@@ -146,7 +147,7 @@ def test_weight_that_is_not_finite_is_named_before_anything_is_sampled_with_it(
     def bind(*arguments: object, **options: object) -> None:
         raise AssertionError("sampled")
 
-    monkeypatch.setattr("qcompiler.calibration.Calibration.bind", bind)
+    monkeypatch.setattr("qcompiler.artifacts.calibration.Calibration.bind", bind)
     rewrite_weights(model, lambda tensors: tensors[WEIGHT].__setitem__((3, 5), float("nan")))
     outcome = compile_to(tmp_path, model, "--samples", 2, "--length", 16, recipe="w4a16-gptq")
     check_error(outcome, "WeightError", WEIGHT)
@@ -408,7 +409,7 @@ def test_disk_full_in_the_sweep(captured: Path, tmp_path: Path, monkeypatch: pyt
     def write(descriptor: int, data: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qcompiler.staging.os.write", write)
+    monkeypatch.setattr("qcompiler.storage.staging.os.write", write)
     check_error(compile_to(tmp_path, captured), "ResourceError", "disk is full", "segment-")
 
 
@@ -435,7 +436,7 @@ def test_interrupted_while_saving(captured: Path, tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
         rename(source, target)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("qcompiler.staging.os.replace", interrupt)
+    monkeypatch.setattr("qcompiler.storage.staging.os.replace", interrupt)
     assert compile_to(tmp_path, captured).status == 130
     assert str(calls[-1]).endswith("graph.json")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import qcompiler as qc
-from qcompiler import segments
-from qcompiler.graph import Graph, is_op
+from qcompiler.ir import segments
+from qcompiler.ir.graph import Graph, is_op
+from qcompiler.ir.segments import segment_graph
 from qcompiler.passes import GPTQ
-from qcompiler.segments import segment_graph
 from tests.families import NAMED, OTHERS, VOCABULARY, WINDOW
 from tests.models import (
     canonical_graph,

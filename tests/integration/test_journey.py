@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import qcompiler as qc
-from qcompiler.hf import load_tokenizer
-from qcompiler.tokenizing import encode
+from qcompiler.artifacts.hf import load_tokenizer
+from qcompiler.artifacts.tokenizing import encode
 from tests.tiny_checkpoint import POSITIONS, command, file_bytes, save_checkpoint, write_text
 
 COMPILE_KEYS = {

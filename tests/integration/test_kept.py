@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import qcompiler as qc
-from qcompiler import compiling, to_target
+from qcompiler import to_target
 from qcompiler.errors import MissingDependencyError, TargetError, VerificationError
+from qcompiler.sweep import compiling
 from tests.tiny_checkpoint import Outcome, command, file_bytes, save_checkpoint
 
 NATIVE = {"manifest.json", "graph.json", "report.json", "report.html", "weights.safetensors"}
@@ -232,7 +233,7 @@ def test_an_operator_without_onnx_form_is_found_before_calibration(
     def never(*arguments: object, **options: object) -> None:
         raise AssertionError("calibrated")
 
-    monkeypatch.setattr("qcompiler.compiling._batches", never)
+    monkeypatch.setattr("qcompiler.sweep.compiling.calibration_batches", never)
     arguments = ("compile", with_unknown_operator, "-r", "w4a16-gptq", "-o", tmp_path / "out", "--trust-remote-code")
     outcome = command(*arguments, "--to", "onnx", "--json")
     assert (outcome.status, outcome.error["type"]) == (2, "TargetError"), outcome.error
@@ -275,7 +276,7 @@ def test_missing_packages_are_found_before_calibration(
     for name in [name for name in sys.modules if name.startswith("qcompiler.lowering.onnx.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("qcompiler.compiling._batches", lambda *_: pytest.fail("calibrated"))
+    monkeypatch.setattr("qcompiler.sweep.compiling.calibration_batches", lambda *_: pytest.fail("calibrated"))
     graph = qc.capture(model)
     with pytest.raises(MissingDependencyError, match="pip install"):
         qc.compile(graph, "w4a16-gptq", targets=["onnx"])
@@ -287,7 +288,7 @@ def test_a_damaged_file_of_the_model_is_found_before_calibration(
     root = Path(shutil.copytree(model, tmp_path / "model"))
     graph = qc.capture(root)
     (root / "generation_config.json").write_text("{")
-    monkeypatch.setattr("qcompiler.compiling._batches", lambda *_: pytest.fail("calibrated"))
+    monkeypatch.setattr("qcompiler.sweep.compiling.calibration_batches", lambda *_: pytest.fail("calibrated"))
     with pytest.raises(qc.QCompilerError, match="not a JSON object"):
         qc.compile(graph, "w4a16-gptq", targets=["onnx"])
 
@@ -296,7 +297,7 @@ GUEST = """
 import torch
 from dataclasses import dataclass
 from typing import ClassVar
-from qcompiler.pass_base import Effect, Pass, PassResult
+from qcompiler.protocol.pass_base import Effect, Pass, PassResult
 
 @dataclass(frozen=True)
 class AddUnknown(Pass):

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 import qcompiler as qc
+from qcompiler.artifacts.hf import load_tokenizer
+from qcompiler.artifacts.native import NativeArtifact, load_native, save_native
+from qcompiler.artifacts.tokenizing import encode
 from qcompiler.errors import VerificationError
-from qcompiler.graph import Graph
-from qcompiler.hf import load_tokenizer
-from qcompiler.lowering.kernels.model import KernelModel
-from qcompiler.lowering.kernels.noise import with_noise
-from qcompiler.lowering.kernels.weight_only import WeightOnlyLinear
-from qcompiler.native import NativeArtifact, load_native, save_native
-from qcompiler.pass_base import Pass
+from qcompiler.ir.graph import Graph
+from qcompiler.lowering.kernels.module.model import KernelModel
+from qcompiler.lowering.kernels.module.noise import with_noise
+from qcompiler.lowering.kernels.weight_only.operator import WeightOnlyLinear
 from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ, QuantizeKVCache, SqueezeLLM
-from qcompiler.tokenizing import encode
+from qcompiler.protocol.pass_base import Pass
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, STEPS = 512, 12

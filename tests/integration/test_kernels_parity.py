@@ -9,14 +9,14 @@ import transformers
 from torch import Tensor, nn
 
 import qcompiler as qc
+from qcompiler.artifacts.native import NativeArtifact
+from qcompiler.artifacts.parity import check_parity
 from qcompiler.errors import VerificationError
-from qcompiler.graph import Graph
-from qcompiler.lowering.kernels.model import KernelModel
-from qcompiler.lowering.kernels.noise import with_noise
-from qcompiler.native import NativeArtifact
-from qcompiler.parity import check_parity
-from qcompiler.pass_base import Pass
+from qcompiler.ir.graph import Graph
+from qcompiler.lowering.kernels.module.model import KernelModel
+from qcompiler.lowering.kernels.module.noise import with_noise
 from qcompiler.passes import RTN, Assign, InsertQDQ, QuantizeKVCache
+from qcompiler.protocol.pass_base import Pass
 from tests.families import COMMON, SPECS
 from tests.models import copy_graph
 

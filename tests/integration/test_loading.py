@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qcompiler as qc
-from qcompiler.capture import capture_directory
 from qcompiler.errors import WeightError
-from qcompiler.skeleton import Binding, bind_checkpoint, build_on_meta
-from qcompiler.weights import WeightStore
+from qcompiler.frontend.capture import capture_directory
+from qcompiler.frontend.skeleton import Binding, bind_checkpoint, build_on_meta
+from qcompiler.storage.weights import WeightStore
 from tests.families import SPECS
 from tests.models import build
 

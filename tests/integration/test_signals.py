@@ -141,7 +141,7 @@ def test_in_the_middle_of_a_conversion(compiled: Path, tmp_path: Path, number: s
 def test_further_signals_during_clean_up(model: Path, tmp_path: Path) -> None:
     """Removing the workspace takes its time; the second and third signal come meanwhile."""
     mark, temporary = tmp_path / "mark", tmp_path / "temporary"
-    script = slowed("staging", "shutil.rmtree", mark, seconds=1.5)
+    script = slowed("storage.staging", "shutil.rmtree", mark, seconds=1.5)
     arguments = ("compile", model, "-r", "w4a16-gptq", "-o", tmp_path / "out", "--samples", 100000, "--length", 64)
     with started(
         (*arguments, "--json"), temporary, lambda: list(temporary.glob("qcompiler-*")), script=script

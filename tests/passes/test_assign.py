@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from qcompiler.errors import RecipeError
-from qcompiler.graph import Graph
-from qcompiler.pass_base import PassContext, PassResult, Skip
+from qcompiler.ir.graph import Graph
+from qcompiler.ir.signature import Port
+from qcompiler.numerics.scheme import Scheme
+from qcompiler.numerics.spec import QuantSpec
 from qcompiler.passes import Assign
-from qcompiler.signature import Port
-from qcompiler.spec import QuantSpec, Scheme
+from qcompiler.protocol.pass_base import PassContext, PassResult, Skip
 from tests.models import canonical_graph, copy_graph
 from tests.tiny_graphs import Maker, chain, language_model, other
 

@@ -13,18 +13,24 @@ from torch import Tensor
 import qcompiler as qc
 from benchmarks.plant import plant
 from qcompiler import numerics
-from qcompiler.canonicalize import canonicalize
-from qcompiler.capture import capture_module
 from qcompiler.errors import RecipeError
-from qcompiler.feed import feed
-from qcompiler.graph import Graph
-from qcompiler.observers import Gram
-from qcompiler.pass_base import Pass, PassContext, PassResult, Tap, Wave
+from qcompiler.frontend.canonicalization import canonicalize
+from qcompiler.frontend.capture import capture_module
+from qcompiler.ir.feeding import feed
+from qcompiler.ir.graph import Graph
+from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import AWQ, GPTQ, RTN, Assign
-from qcompiler.passes._scale_regions import Observed
-from qcompiler.regions import find_regions
-from qcompiler.spec import Scheme
-from qcompiler.sweep import sweep
+from qcompiler.passes.solvers.scale_regions import Observed
+from qcompiler.proofs.regions import find_regions
+from qcompiler.protocol.observers import Gram
+from qcompiler.protocol.pass_base import (
+    Pass,
+    PassContext,
+    PassResult,
+    Tap,
+    Wave,
+)
+from qcompiler.sweep.streaming import sweep
 from qcompiler.testing import check_pass
 from tests.families import VOCABULARY
 from tests.models import build, canonical_form, canonical_graph, copy_graph, language_inputs, module, run, tolerance

@@ -3,14 +3,22 @@ import dataclasses
 import pytest
 import torch
 
-from qcompiler.calibration import Calibration
-from qcompiler.compiling import compile_graph
+from qcompiler.artifacts.calibration import Calibration
 from qcompiler.errors import CalibrationError, PipelineError
-from qcompiler.pass_base import FISHER, WEIGHTS_QUANTIZED, CalibrationRun, Effect, Pass, PassContext, PassResult
 from qcompiler.passes import RTN, Assign, Fisher, InsertQDQ, SmoothQuant, SqueezeLLM
 from qcompiler.passes.quantize_kv_cache import QuantizeKVCache
-from qcompiler.pipeline import Pipeline
-from qcompiler.report import CompileReport
+from qcompiler.protocol.pass_base import (
+    FISHER,
+    WEIGHTS_QUANTIZED,
+    CalibrationRun,
+    Effect,
+    Pass,
+    PassContext,
+    PassResult,
+)
+from qcompiler.protocol.pipeline import Pipeline
+from qcompiler.reporting.report import CompileReport
+from qcompiler.sweep.compiling import compile_graph
 from tests.tiny_graphs import language_model, token_batches
 
 CPU = torch.device("cpu")

@@ -11,13 +11,13 @@ from torch import Tensor, fx
 
 import qcompiler as qc
 from qcompiler.errors import PipelineError, ZeroCoverageError
-from qcompiler.graph import Graph, Site
-from qcompiler.pass_base import Pass, PassContext, SiteReport
+from qcompiler.ir.graph import Graph, Site
 from qcompiler.passes import GPTQ, RTN, Assign
-from qcompiler.passes._gptq_solver import solve_gptq
-from qcompiler.pipeline import Pipeline
-from qcompiler.report import CompileReport
-from qcompiler.sweep import Batch, sweep
+from qcompiler.passes.solvers.gptq_solver import solve_gptq
+from qcompiler.protocol.pass_base import Pass, PassContext, SiteReport
+from qcompiler.protocol.pipeline import Pipeline
+from qcompiler.reporting.report import CompileReport
+from qcompiler.sweep.streaming import Batch, sweep
 from tests.tiny_checkpoint import file_bytes
 from tests.tiny_graphs import chain, input_batches, interpret, language_model, token_batches
 

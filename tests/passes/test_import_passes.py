@@ -11,7 +11,7 @@ from qcompiler.passes._import_passes import import_object, import_passes
 MODULE = """
 from dataclasses import dataclass
 from typing import ClassVar
-from qcompiler.pass_base import Effect, Pass, PassResult
+from qcompiler.protocol.pass_base import Effect, Pass, PassResult
 from qcompiler.passes import RTN, Assign
 
 @dataclass(frozen=True)

@@ -11,19 +11,31 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from qcompiler import fp4, numerics
+from qcompiler import numerics
+from qcompiler.artifacts.native import NativeArtifact, load_native, save_native
 from qcompiler.errors import PipelineError, RecipeError, ZeroCoverageError
-from qcompiler.graph import Graph, quantized_value
-from qcompiler.native import NativeArtifact, load_native, save_native
-from qcompiler.observers import CrossGram, Histogram, RowSample
-from qcompiler.pass_base import ACTIVATIONS_QUANTIZED, Effect, Pass, PassContext, PassResult, SiteReport, Tap, Wave
+from qcompiler.ir.graph import Graph, quantized_value
+from qcompiler.ir.segments import Segment, segment_graph
+from qcompiler.numerics import fp4
+from qcompiler.numerics.scheme import Scheme
+from qcompiler.numerics.spec import QuantSpec
 from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ
-from qcompiler.pipeline import Pipeline
-from qcompiler.ranges import activation_qparams, choose_range
-from qcompiler.segments import Segment, segment_graph
-from qcompiler.spec import QuantSpec, Scheme
-from qcompiler.sweep import Batch, sweep
-from qcompiler.verify import verify_graph
+from qcompiler.protocol.histograms import Histogram
+from qcompiler.protocol.observers import CrossGram, RowSample
+from qcompiler.protocol.pass_base import (
+    ACTIVATIONS_QUANTIZED,
+    Effect,
+    Pass,
+    PassContext,
+    PassResult,
+    SiteReport,
+    Tap,
+    Wave,
+)
+from qcompiler.protocol.pipeline import Pipeline
+from qcompiler.protocol.ranges import activation_qparams, choose_range
+from qcompiler.protocol.verify import verify_graph
+from qcompiler.sweep.streaming import Batch, sweep
 from tests.tiny_checkpoint import file_bytes
 from tests.tiny_graphs import Maker, input_batches, interpret, language_model, other, residual_mlp, token_batches
 

@@ -5,12 +5,13 @@ import torch
 
 import qcompiler as qc
 from qcompiler.errors import ZeroCoverageError
-from qcompiler.experts import is_expert, routed_from
-from qcompiler.graph import Graph
-from qcompiler.observers import Histogram, RowSample
-from qcompiler.pass_base import PassContext, Tap
+from qcompiler.ir.experts import is_expert, routed_from
+from qcompiler.ir.graph import Graph
+from qcompiler.ir.segments import segment_graph
 from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ
-from qcompiler.segments import segment_graph
+from qcompiler.protocol.histograms import Histogram
+from qcompiler.protocol.observers import RowSample
+from qcompiler.protocol.pass_base import PassContext, Tap
 from tests.models import canonical_graph, copy_graph
 
 CPU = torch.device("cpu")

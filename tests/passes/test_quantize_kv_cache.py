@@ -7,19 +7,26 @@ import torch
 from torch import Tensor
 
 import qcompiler as qc
-from qcompiler.calibration import Calibration
+from qcompiler.artifacts.calibration import Calibration
+from qcompiler.artifacts.native import NativeArtifact, load_native, save_native
 from qcompiler.errors import PipelineError, RecipeError, TargetError, UnsupportedModelError
-from qcompiler.feed import feed
-from qcompiler.graph import Graph, is_op
-from qcompiler.kv_cache import CacheFormat, cache_rounding, float_caches, kept_range
-from qcompiler.native import NativeArtifact, load_native, save_native
-from qcompiler.numerics import sqnr_db
-from qcompiler.observers import CrossGram
-from qcompiler.pass_base import Effect, Pass, PassContext, PassResult, Tap
+from qcompiler.ir.cache_format import CacheFormat
+from qcompiler.ir.feeding import feed
+from qcompiler.ir.graph import Graph, is_op
+from qcompiler.ir.kv_cache import cache_rounding, float_caches, kept_range
+from qcompiler.numerics.arithmetic import sqnr_db
 from qcompiler.passes import RTN, Assign, InsertQDQ, QuantizeKVCache, recipe
-from qcompiler.pipeline import Pipeline
-from qcompiler.sweep import sweep
-from qcompiler.target import Support
+from qcompiler.protocol.observers import CrossGram
+from qcompiler.protocol.pass_base import (
+    Effect,
+    Pass,
+    PassContext,
+    PassResult,
+    Tap,
+)
+from qcompiler.protocol.pipeline import Pipeline
+from qcompiler.protocol.target import Support
+from qcompiler.sweep.streaming import sweep
 from tests.models import canonical_graph, copy_graph
 from tests.tiny_graphs import interpret, language_model, residual_mlp, token_batches
 
@@ -293,7 +300,7 @@ def test_round_trip(quantizer, tmp_path):
 
 
 def test_a_text_is_generated_with_the_cache():
-    from qcompiler.generate import stream_tokens
+    from qcompiler.artifacts.generation import stream_tokens
 
     graph = copy_graph(canonical_graph("llama"))
     result = quantized(graph, QuantizeKVCache("int8"))
@@ -461,7 +468,7 @@ def test_refused_before_calibration(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("calibration began")
 
-    monkeypatch.setattr("qcompiler.compiling._batches", never)
+    monkeypatch.setattr("qcompiler.sweep.compiling.calibration_batches", never)
     with pytest.raises(RecipeError, match="have to divide a head"):
         qc.compile(language_model(), [QuantizeKVCache(group_size=3)])
 

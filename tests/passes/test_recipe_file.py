@@ -12,11 +12,16 @@ import pytest
 
 from qcompiler import passes
 from qcompiler.errors import PipelineError, RecipeError
-from qcompiler.graph import Graph
-from qcompiler.pass_base import Effect, Pass, PassContext, PassResult
+from qcompiler.ir.graph import Graph
 from qcompiler.passes import GPTQ, RTN, Assign
 from qcompiler.passes.recipe_file import load_recipe, override_schemes, read_recipe
-from qcompiler.pipeline import Pipeline
+from qcompiler.protocol.pass_base import (
+    Effect,
+    Pass,
+    PassContext,
+    PassResult,
+)
+from qcompiler.protocol.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -4,7 +4,7 @@ from qcompiler.errors import RecipeError
 from qcompiler.passes import AWQ, GPTQ, RECIPES, RTN, Assign, InsertQDQ, Rotate, SqueezeLLM, recipe
 from qcompiler.passes.quantize_kv_cache import QuantizeKVCache
 from qcompiler.passes.recipes import CACHES
-from qcompiler.pipeline import Pipeline
+from qcompiler.protocol.pipeline import Pipeline
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -9,11 +9,16 @@ import torch
 import qcompiler as qc
 from qcompiler.api import compile as compile_model
 from qcompiler.errors import PipelineError, RecipeError, VerificationError
-from qcompiler.graph import Graph, is_op
+from qcompiler.ir.graph import Graph, is_op
 from qcompiler.lowering.onnx import OnnxArtifact
-from qcompiler.pass_base import Effect, Pass, PassContext, PassResult
 from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ, Rotate
-from qcompiler.pipeline import Pipeline
+from qcompiler.protocol.pass_base import (
+    Effect,
+    Pass,
+    PassContext,
+    PassResult,
+)
+from qcompiler.protocol.pipeline import Pipeline
 from tests.models import VOCABULARY, build, canonical_graph, copy_graph, language_inputs, padding_mask, run, tolerance
 from tests.tiny_graphs import residual_mlp
 

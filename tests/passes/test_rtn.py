@@ -1,15 +1,16 @@
 import pytest
 import torch
 
-from qcompiler import fp4, numerics
-from qcompiler.graph import Graph
-from qcompiler.native import NativeArtifact
-from qcompiler.observers import Gram
-from qcompiler.pass_base import PassContext, PassResult, Tap
+from qcompiler import numerics
+from qcompiler.artifacts.native import NativeArtifact
+from qcompiler.ir.graph import Graph
+from qcompiler.numerics import fp4
+from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import RTN, Assign
 from qcompiler.passes.rtn import ScaleSearch
-from qcompiler.pipeline import Pipeline
-from qcompiler.spec import Scheme
+from qcompiler.protocol.observers import Gram
+from qcompiler.protocol.pass_base import PassContext, PassResult, Tap
+from qcompiler.protocol.pipeline import Pipeline
 from tests.tiny_graphs import interpret, language_model, token_batches
 
 SCHEMES = ["w4a16-g8", "w4a16-g8-asym", "w3a16-g5", "w8a16", "w8a16-channel-asym", "w2a16-tensor", "w8a16-tensor-asym"]

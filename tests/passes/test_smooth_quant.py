@@ -11,13 +11,13 @@ import qcompiler as qc
 from benchmarks.plant import plant
 from qcompiler import numerics
 from qcompiler.errors import RecipeError
-from qcompiler.graph import Graph
-from qcompiler.observers import AbsMax, RowSample
-from qcompiler.pass_base import Pass, PassContext
+from qcompiler.ir.graph import Graph
+from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import RTN, Assign, InsertQDQ, SmoothQuant
-from qcompiler.passes._scale_regions import Choice, Observed
-from qcompiler.regions import find_regions
-from qcompiler.spec import Scheme
+from qcompiler.passes.solvers.scale_regions import Choice, Observed
+from qcompiler.proofs.regions import find_regions
+from qcompiler.protocol.observers import AbsMax, RowSample
+from qcompiler.protocol.pass_base import Pass, PassContext
 from qcompiler.testing import check_pass
 from tests.families import VOCABULARY
 from tests.models import canonical_form, canonical_graph, copy_graph, language_inputs, module, run

@@ -5,21 +5,22 @@ import torch
 from torch import Tensor
 
 from qcompiler import numerics
-from qcompiler.calibration import Calibration
-from qcompiler.compiling import compile_graph
+from qcompiler.artifacts.calibration import Calibration
+from qcompiler.artifacts.native import load_native
 from qcompiler.errors import CalibrationError, PipelineError, RecipeError, ZeroCoverageError
-from qcompiler.graph import Graph
-from qcompiler.native import load_native
-from qcompiler.observers import Gram
-from qcompiler.pass_base import PassContext, Tap
+from qcompiler.ir.graph import Graph
+from qcompiler.ir.qtensor import Codebook
+from qcompiler.numerics.scheme import Scheme
+from qcompiler.numerics.spec import QuantSpec
 from qcompiler.passes import AWQ, GPTQ, RTN, Assign, Fisher, SqueezeLLM
 from qcompiler.passes.squeezellm import Moments, squeeze
-from qcompiler.pipeline import Pipeline
-from qcompiler.qtensor import Codebook
-from qcompiler.report import CompileReport
-from qcompiler.spec import QuantSpec, Scheme
+from qcompiler.protocol.observers import Gram
+from qcompiler.protocol.pass_base import PassContext, Tap
+from qcompiler.protocol.pipeline import Pipeline
+from qcompiler.reporting.report import CompileReport
+from qcompiler.storage.weights import WeightStore
+from qcompiler.sweep.compiling import compile_graph
 from qcompiler.testing import check_pass
-from qcompiler.weights import WeightStore
 from tests.tiny_graphs import chain, input_batches, language_model, residual_mlp, token_batches
 
 CPU = torch.device("cpu")
@@ -259,7 +260,7 @@ def test_sites_with_even_steps_are_rounded_to_nearest():
 @pytest.mark.parametrize("other", [RTN(), GPTQ(correction=0, sweeps=0), AWQ()])
 def test_other_quantizers_refuse_codebooks(other, monkeypatch):
     graph = chain()
-    monkeypatch.setattr("qcompiler.compiling.sweep", lambda *_, **__: pytest.fail("something long ran first"))
+    monkeypatch.setattr("qcompiler.sweep.compiling.sweep", lambda *_, **__: pytest.fail("something long ran first"))
     with pytest.raises(RecipeError, match="codebook") as caught:
         compile_graph(
             graph,

@@ -3,9 +3,9 @@
 import pytest
 
 from qcompiler.errors import TargetError
-from qcompiler.kv_cache import CacheFormat
+from qcompiler.ir.cache_format import CacheFormat
 from qcompiler.lowering.kernels.target import KernelsTarget
-from qcompiler.spec import Scheme
+from qcompiler.numerics.scheme import Scheme
 
 SUPPORT = {
     # scheme: (cuda, cpu)

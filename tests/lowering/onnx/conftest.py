@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompiler.graph import Graph
+from qcompiler.ir.graph import Graph
 from qcompiler.lowering.onnx import lower
 from tests.lowering.onnx.harness import GraphMaker, open_session
 

@@ -8,9 +8,17 @@ import onnxruntime
 import torch
 from torch import Tensor, fx
 
-from qcompiler.graph import Graph
-from qcompiler.signature import BATCH, PAST, SEQUENCE, TOTAL, Dim, Port, Signature
-from qcompiler.weights import WeightStore
+from qcompiler.ir.graph import Graph
+from qcompiler.ir.signature import (
+    BATCH,
+    PAST,
+    SEQUENCE,
+    TOTAL,
+    Dim,
+    Port,
+    Signature,
+)
+from qcompiler.storage.weights import WeightStore
 
 # A size of a tensor stands for a symbol where it equals one of these.
 SYMBOLS: dict[int, Dim] = {7: BATCH, 5: SEQUENCE, 13: PAST, 18: TOTAL, 28: f"4*{BATCH}", 35: f"{BATCH}*{SEQUENCE}"}

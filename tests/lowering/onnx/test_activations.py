@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler import numerics
-from qcompiler.graph import Graph
+from qcompiler.ir.graph import Graph
+from qcompiler.ir.qtensor import Affine
 from qcompiler.lowering.onnx import OnnxTarget, lower
-from qcompiler.qtensor import Affine
-from qcompiler.ranges import activation_qparams
-from qcompiler.spec import QuantSpec, Scheme
+from qcompiler.numerics.scheme import Scheme
+from qcompiler.numerics.spec import QuantSpec
+from qcompiler.protocol.ranges import activation_qparams
 from tests.lowering.onnx.harness import GraphMaker, open_session
 
 canonical = torch.ops.qcompiler

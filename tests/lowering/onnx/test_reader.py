@@ -13,14 +13,14 @@ import torch
 import transformers
 
 from qcompiler import numerics
-from qcompiler.artifact import Artifact
-from qcompiler.canonicalize import canonicalize
-from qcompiler.capture import capture_module
 from qcompiler.errors import ArtifactError, InputError, MissingDependencyError
-from qcompiler.graph import Graph
+from qcompiler.frontend.canonicalization import canonicalize
+from qcompiler.frontend.capture import capture_module
+from qcompiler.ir.graph import Graph
+from qcompiler.ir.qtensor import Affine
 from qcompiler.lowering.onnx import OnnxArtifact, lower
-from qcompiler.qtensor import Affine
-from qcompiler.spec import Scheme
+from qcompiler.numerics.scheme import Scheme
+from qcompiler.protocol.artifact import Artifact
 from tests.lowering.onnx.harness import GraphMaker
 
 aten = torch.ops.aten

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import qcompiler as qc
+from qcompiler.artifacts.parity import check_parity
 from qcompiler.errors import VerificationError
 from qcompiler.lowering.onnx import OnnxArtifact, lower
-from qcompiler.parity import check_parity
 from qcompiler.passes import RTN, Assign, QuantizeKVCache
 from tests.models import build
 

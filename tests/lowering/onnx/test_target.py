@@ -6,8 +6,8 @@ import pytest
 
 from qcompiler.errors import TargetError
 from qcompiler.lowering.onnx import OnnxTarget
-from qcompiler.spec import Scheme
-from qcompiler.target import check_schemes
+from qcompiler.numerics.scheme import Scheme
+from qcompiler.protocol.target import check_schemes
 
 
 @pytest.mark.parametrize(

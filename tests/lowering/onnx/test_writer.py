@@ -12,9 +12,9 @@ import torch
 
 import qcompiler.lowering.onnx as target
 from qcompiler.errors import InputError, MissingDependencyError, ResourceError, TargetError, VerificationError
-from qcompiler.graph import Graph
+from qcompiler.ir.graph import Graph
+from qcompiler.ir.signature import Port, Signature
 from qcompiler.lowering.onnx import OnnxTarget, lower
-from qcompiler.signature import Port, Signature
 from tests.lowering.onnx.harness import GraphMaker, open_session
 
 aten = torch.ops.aten
@@ -304,10 +304,10 @@ def test_missing_packages_are_named(package, tmp_path, monkeypatch):
 MEMORY = """
 import resource, sys, torch
 from torch import fx
-from qcompiler.graph import Graph
+from qcompiler.ir.graph import Graph
 from qcompiler.lowering.onnx import OnnxTarget, lower
-from qcompiler.signature import Port, Signature
-from qcompiler.weights import WeightStore
+from qcompiler.ir.signature import Port, Signature
+from qcompiler.storage.weights import WeightStore
 
 SIZE = 1024
 

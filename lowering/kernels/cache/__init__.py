@@ -1,0 +1,1 @@
+"""Caches in codes: what is appended to them, and attention over them."""

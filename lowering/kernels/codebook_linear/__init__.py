@@ -1,0 +1,1 @@
+"""Layers whose weights are places in a table, and a sparse matrix of a few kept apart."""

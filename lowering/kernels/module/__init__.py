@@ -1,0 +1,1 @@
+"""From a graph to a module whose layers are those operators."""

@@ -1,0 +1,91 @@
+"""How far a model may be from its graph because it rounds activations to a dtype: the graph itself, with such noise.
+
+Behind every node whose value a lowered model rounds stands an error as large as that rounding: evenly distributed
+within half a step, ``eps / 2`` of the value. A product of matrices has one error for each of its terms, whatever
+cancels in their sum: it is relative to the root of the sum of their squares, in attention to the sum of magnitudes.
+Each result has a size of its own, so that one large weight makes one result uncertain and no other. Sums in float32 may
+be taken in another order: ``sqrt(terms)`` steps of that. Masks (values that are not finite, or beyond `_MASK`) have no
+error.
+
+What these errors make of the logits, the network decides, so they are not estimated but computed: the difference
+between the graph and the graph with noise is one sample of what the difference between the graph and a lowered model is
+another sample of. Twice the largest such difference is allowed.
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.ir import Graph, is_op
+
+__all__ = ["with_noise"]
+
+_canonical = torch.ops.qcompiler
+_MASK = 1e30  # magnitudes that only masks have: the lowest numbers of float32 and bfloat16
+
+
+def with_noise(graph: Graph, rounded: Collection[str], dtype: torch.dtype, *, sample: int = 0) -> Graph:
+    """A copy of a graph, weights shared, with an error behind every node that is rounded; the same errors every time.
+
+    Args:
+        graph: not changed.
+        rounded: names of nodes.
+        dtype: that they are rounded to.
+        sample: which errors; each number gives others.
+    """
+    nodes: dict[fx.Node, fx.Node] = {}
+    copy = fx.Graph()
+    results = copy.graph_copy(graph.fx, nodes)
+    copy.output(results)
+    for source, node in nodes.items():
+        node.meta = dict(source.meta)
+    terms = max((site.in_features for site in graph.sites()), default=1)
+    in_sums = torch.finfo(torch.float32).eps / 2 * math.sqrt(terms)
+    in_values = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    for seed, (source, node) in enumerate(nodes.items()):
+        if source.name not in rounded:
+            continue
+        options = (in_values, in_values + in_sums, (sample << 32) + seed)
+        with copy.inserting_after(node):
+            if is_op(node, _canonical.linear.default):
+                noisy = copy.call_function(_add_noise_of_terms, (node, *node.args[:2], *options))
+            elif is_op(node, _canonical.attention.default):
+                noisy = copy.call_function(_add_noise_of_attention, (node, node.args, *options))
+            else:
+                noisy = copy.call_function(_add_noise, (node, in_values, options[-1]))
+        for user in [user for user in node.users if user is not noisy]:
+            user.replace_input_with(node, noisy)
+        noisy.meta = dict(source.meta)
+    return replace(graph, fx=copy)
+
+
+def _add_noise(x: Any, of_values: float, seed: int) -> Any:
+    """``x`` and an error within ``of_values`` of each value.
+
+    Codes, and results that are several tensors, are given back as they are.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype.itemsize == 1:
+        return x
+    return _disturbed(x, of_values * x.abs(), seed)
+
+
+def _add_noise_of_terms(y: Tensor, x: Tensor, weight: Tensor, of_values: float, of_terms: float, seed: int) -> Tensor:
+    """``y`` and an error within ``of_values`` of each value, and ``of_terms`` of the terms that were summed to it."""
+    terms = torch.nn.functional.linear(x.double().square(), weight.double().square())
+    return _disturbed(y, (of_values**2 * y.double().square() + of_terms**2 * terms).sqrt(), seed)
+
+
+def _add_noise_of_attention(y: Tensor, given: Any, of_values: float, of_terms: float, seed: int) -> Tensor:
+    """As `_add_noise_of_terms`, of the values that attention averages: those of its own channel."""
+    q, k, v, *rest = given
+    return _disturbed(y, of_values * y.abs() + of_terms * _canonical.attention(q, k, v.abs(), *rest), seed)
+
+
+def _disturbed(x: Tensor, size: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(seed)
+    error = torch.rand(x.shape, generator=generator, device=x.device) * 2 - 1
+    return torch.where(x.abs() < _MASK, x + error * size.to(x.dtype), x)

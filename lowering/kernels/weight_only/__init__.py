@@ -1,0 +1,1 @@
+"""Layers of 2 to 8-bit weights and float activations."""

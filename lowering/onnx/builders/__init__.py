@@ -1,0 +1,1 @@
+"""One function per operator of the graph, which writes its ONNX nodes."""

@@ -1,0 +1,1 @@
+"""The arithmetic behind passes, and what several of them share."""

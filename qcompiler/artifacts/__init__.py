@@ -1,0 +1,56 @@
+"""Models that run, and what is done with them.
+
+In: a directory, or a graph. Out: an `Artifact`, its perplexity, its text. `native` is the form that is always
+written, `hf` runs originals by transformers; `evaluation`, `generation` and `parity` know the protocol alone;
+`calibration` makes tokens.
+"""
+
+from qcompiler.artifacts.calibration import Calibration, CalibrationTokens
+from qcompiler.artifacts.corpus import read_corpus
+from qcompiler.artifacts.evaluation import (
+    WINDOW,
+    Evaluation,
+    Scores,
+    evaluate,
+)
+from qcompiler.artifacts.generation import Generation, generate
+from qcompiler.artifacts.hf import (
+    HFArtifact,
+    companion_losses,
+    load_tokenizer,
+    read_limits,
+)
+from qcompiler.artifacts.native import (
+    MANIFEST,
+    NativeArtifact,
+    add_target,
+    load_held_out,
+)
+from qcompiler.artifacts.parity import check_parity
+from qcompiler.artifacts.result import CompileResult, load, native_directory
+from qcompiler.artifacts.tokenizing import TokenStream
+
+__all__ = [
+    "MANIFEST",
+    "WINDOW",
+    "Calibration",
+    "CalibrationTokens",
+    "CompileResult",
+    "Evaluation",
+    "Generation",
+    "HFArtifact",
+    "NativeArtifact",
+    "Scores",
+    "TokenStream",
+    "add_target",
+    "check_parity",
+    "companion_losses",
+    "evaluate",
+    "generate",
+    "load",
+    "load_held_out",
+    "load_tokenizer",
+    "native_directory",
+    "read_corpus",
+    "read_limits",
+]

@@ -1,0 +1,71 @@
+"""A compiled model: what `compile` returns, and `load` reads back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.artifacts.native import (
+    MANIFEST,
+    NativeArtifact,
+    load_held_out,
+    load_native,
+    save_native,
+)
+from qcompiler.ir import Graph
+from qcompiler.protocol import Artifact
+from qcompiler.reporting import CompileReport
+
+__all__ = ["CompileResult", "load", "native_directory"]
+
+
+@dataclass(repr=False)
+class CompileResult:
+    """A compiled model: what `compile` returns and `load` reads back.
+
+    Attributes:
+        graph: the quantized graph.
+        report: what was done.
+        manifest: recipe, seed, versions and source.
+        held_out: int64 ``[n, length]``, tokens that calibration did not see; what `evaluate` measures with by default.
+        saved_in: the native artifact it was written to last, or read from; the report there grows with each target.
+    """
+
+    graph: Graph
+    report: CompileReport
+    manifest: dict[str, Any]
+    held_out: Tensor | None = None
+    saved_in: Path | None = None
+
+    def __repr__(self) -> str:
+        recipe = ", ".join(str(item.get("pass")) for item in self.manifest.get("recipe", ()))
+        return f"<CompileResult of {recipe or 'nothing'}: {self.graph!r}, {self.report!r}>"
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the native artifact to a new or empty directory; see `qcompiler.artifacts.native`."""
+        save_native(self.graph, directory, self.manifest, self.report.to_dict(), self.held_out)
+        self.saved_in = Path(directory).resolve()
+
+    def artifact(self, device: str | torch.device = "cpu") -> Artifact:
+        """The compiled model, ready to run."""
+        companions = self.graph.provenance.get("companions")
+        return NativeArtifact(self.graph, Path(companions) if companions else None, device)
+
+
+def load(directory: str | Path) -> CompileResult:
+    """Reads a native artifact: ``OUT`` or ``OUT/native``. Weights stay on disk until they are used.
+
+    Raises:
+        ArtifactError: if there is none, or it is damaged.
+    """
+    root = native_directory(Path(directory))
+    graph, manifest, report = load_native(root)
+    manifest.pop("schema")
+    return CompileResult(graph, CompileReport.from_dict(report), manifest, load_held_out(root), root.resolve())
+
+
+def native_directory(path: Path) -> Path:
+    """``OUT/native`` of ``OUT``; any other path as it is."""
+    return path / "native" if (path / "native" / MANIFEST).is_file() else path

@@ -1,0 +1,24 @@
+"""From a model to a canonical graph.
+
+In: a Hugging Face directory or an `nn.Module`. Out: a `Graph` whose norms, attention and layers are one operator
+each. `capture` begins, `exporting` traces, `skeleton` and `conversions` bind tensors, `canonicalize` and its rules
+recognise.
+"""
+
+from qcompiler.frontend.canonicalization import canonicalize
+from qcompiler.frontend.capture import capture_directory, capture_module
+from qcompiler.frontend.directories import fingerprint_directory, open_checkpoint, read_config
+from qcompiler.frontend.model_config import declared, declared_positions
+from qcompiler.frontend.skeleton import build_on_meta
+
+__all__ = [
+    "build_on_meta",
+    "canonicalize",
+    "capture_directory",
+    "capture_module",
+    "declared",
+    "declared_positions",
+    "fingerprint_directory",
+    "open_checkpoint",
+    "read_config",
+]

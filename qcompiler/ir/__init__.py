@@ -1,0 +1,79 @@
+"""The graph: operators, values, weights behind names, and how to run it.
+
+In: what the frontend traced. Out: `Graph`, which everything else reads and rewrites; `ops` are its operators,
+`qtensor` what a quantized weight is, `segments` where it may be cut, `execute` the interpreter.
+"""
+
+from qcompiler.ir.cache_format import FLOAT_CACHES, CacheFormat
+from qcompiler.ir.execute import Stretch, makes_a_tensor
+from qcompiler.ir.experts import is_expert, routed_from, routers
+from qcompiler.ir.feeding import empty_cache, feed, feed_tensors
+from qcompiler.ir.graph import (
+    Graph,
+    Site,
+    activation_rounding,
+    is_op,
+    is_quantized_weight,
+    quantized_value,
+    site_name,
+    stored_names,
+)
+from qcompiler.ir.kv_cache import Cache, cache_rounding, float_caches, keep_range, quantize_cache
+from qcompiler.ir.qtensor import Affine, Codebook, Csr
+from qcompiler.ir.segments import Segment, SegmentedGraph, segment_graph
+from qcompiler.ir.signature import (
+    BATCH,
+    PAST,
+    SEQUENCE,
+    TOTAL,
+    Dim,
+    Port,
+    Role,
+    Signature,
+)
+from qcompiler.ir.static_cache import static_caches, static_qparams
+from qcompiler.ir.walks import ancestors, descendants
+
+__all__ = [
+    "BATCH",
+    "FLOAT_CACHES",
+    "PAST",
+    "SEQUENCE",
+    "TOTAL",
+    "Affine",
+    "Cache",
+    "CacheFormat",
+    "Codebook",
+    "Csr",
+    "Dim",
+    "Graph",
+    "Port",
+    "Role",
+    "Segment",
+    "SegmentedGraph",
+    "Signature",
+    "Site",
+    "Stretch",
+    "activation_rounding",
+    "ancestors",
+    "cache_rounding",
+    "descendants",
+    "empty_cache",
+    "feed",
+    "feed_tensors",
+    "float_caches",
+    "is_expert",
+    "is_op",
+    "is_quantized_weight",
+    "keep_range",
+    "makes_a_tensor",
+    "quantize_cache",
+    "quantized_value",
+    "routed_from",
+    "routers",
+    "segment_graph",
+    "site_name",
+    "static_caches",
+    "static_qparams",
+    "stored_names",
+]

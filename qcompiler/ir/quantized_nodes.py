@@ -1,0 +1,149 @@
+"""The nodes that quantization puts into a graph: what a weight is computed from, and what rounds an activation."""
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qcompiler.ir.qtensor import Affine, Codebook, QuantizedTensor
+from qcompiler.numerics import QuantSpec
+
+if TYPE_CHECKING:
+    from qcompiler.ir.graph import Graph, Site
+
+__all__ = ["place_weight", "round_input"]
+
+_canonical = torch.ops.qcompiler
+
+
+def place_weight(graph: "Graph", site: "Site", quantized: QuantizedTensor) -> Node:
+    """Stores the parts of a quantized weight and makes the node that computes it, at the graph's insertion point."""
+    if isinstance(quantized, Codebook):
+        return _place_codebook(graph, site, quantized)
+    return _place_fp4(graph, site, quantized) if quantized.spec.is_fp4 else _place_affine(graph, site, quantized)
+
+
+def _place_fp4(graph: "Graph", site: "Site", quantized: Affine) -> Node:
+    parts: dict[str, Tensor | None] = {"scale": quantized.stored_scale, "factor": quantized.factor}
+    graph.weights.set(f"{site.weight}_codes", quantized.codes, dtype=quantized.spec.stored_dtype)
+    sources: list[Node | None] = [graph._get_attr(f"{site.weight}_codes")]
+    for part, tensor in parts.items():
+        if tensor is not None:
+            graph.weights.set(f"{site.weight}_{part}", tensor)
+        sources.append(None if tensor is None else graph._get_attr(f"{site.weight}_{part}"))
+    arguments = (*sources, quantized.spec.group_of(site.in_features))
+    weight = graph.fx.call_function(_canonical.fp4_dequantize.default, arguments)
+    return _described(weight, "float32", quantized.codes.shape)
+
+
+def _place_affine(graph: "Graph", site: "Site", quantized: Affine) -> Node:
+    spec, store = quantized.spec, graph.weights
+    scale, zero_point = quantized.scale, quantized.zero_point
+    axis, block = 1, spec.group_of(site.in_features)
+    if spec.granularity == "per_block":
+        block, scale = spec.group_size or 0, quantized.stored_scale
+    if spec.granularity == "per_channel":
+        axis, block = 0, 0
+        scale = scale[:, 0]
+        zero_point = None if zero_point is None else zero_point[:, 0]
+    elif spec.granularity == "per_tensor":
+        axis, block = 0, 0
+        scale = scale.reshape(())
+        zero_point = None if zero_point is None else zero_point.reshape(())
+    store.set(f"{site.weight}_codes", quantized.codes, dtype=spec.stored_dtype)
+    store.set(f"{site.weight}_scale", scale.to(quantized.scale_dtype))
+    if zero_point is not None:
+        store.set(f"{site.weight}_zero_point", zero_point, dtype=spec.stored_dtype)
+    codes_node = graph._get_attr(f"{site.weight}_codes")
+    scale_node = graph._get_attr(f"{site.weight}_scale")
+    zero_node = None if zero_point is None else graph._get_attr(f"{site.weight}_zero_point")
+    arguments = (codes_node, scale_node, zero_node, axis, block, torch.float32)
+    weight = graph.fx.call_function(_canonical.dequantize.default, arguments)
+    return _described(weight, "float32", quantized.codes.shape)
+
+
+def _place_codebook(graph: "Graph", site: "Site", quantized: Codebook) -> Node:
+    graph.weights.set(f"{site.weight}_codes", quantized.codes, dtype=quantized.spec.stored_dtype)
+    graph.weights.set(f"{site.weight}_table", quantized.table)
+    sources = tuple(graph._get_attr(f"{site.weight}_{part}") for part in ("codes", "table"))
+    weight = graph.fx.call_function(_canonical.codebook_dequantize.default, sources)
+    _described(weight, "float32", quantized.codes.shape)
+    if quantized.sparse is None:
+        return weight
+    parts = {
+        "sparse_values": quantized.sparse.values,
+        "sparse_columns": quantized.sparse.columns,
+        "sparse_row_offsets": quantized.sparse.row_offsets,
+    }
+    for part, tensor in parts.items():
+        graph.weights.set(f"{site.weight}_{part}", tensor)
+    sources = (weight, *(graph._get_attr(f"{site.weight}_{part}") for part in parts))
+    weight = graph.fx.call_function(_canonical.sparse_add.default, sources)
+    return _described(weight, "float32", quantized.codes.shape)
+
+
+def round_input(
+    graph: "Graph", value: Node, readers: Sequence[Node], spec: QuantSpec, scale: str | None, zero_point: str | None
+) -> Node:
+    """See `Graph.quantize_input`; none of the readers reads a quantized activation yet."""
+    if spec.is_fp4:
+        result = _round_to_fp4(graph, value, readers[0], spec, scale)
+        for node in readers:
+            node.update_arg(0, result)
+        return result
+    axis, block = (-1, readers[0].meta["weight_shape"][1]) if spec.granularity == "per_token" else (0, 0)
+    shape, code_dtype = value.meta.get("shape"), str(spec.code_dtype).removeprefix("torch.")
+    with graph.fx.inserting_before(readers[0]):
+        if spec.dynamic:
+            along = -1 if spec.granularity == "per_token" else None
+            wanted = (value, spec.code_dtype, along, *spec.range_options())
+            chosen = graph.fx.call_function(_canonical.choose_qparams.default, wanted)
+            range_shape = () if along is None or shape is None else (*shape[:-1], 1)
+            scale_node = _described(graph.fx.call_function(operator.getitem, (chosen, 0)), "float32", range_shape)
+            zero_node = None
+            if not spec.symmetric:
+                zero_node = graph.fx.call_function(operator.getitem, (chosen, 1))
+                _described(zero_node, code_dtype, range_shape)
+        else:
+            assert scale is not None
+            scale_node = graph._get_attr(scale)
+            zero_node = None if zero_point is None else graph._get_attr(zero_point)
+        codes = graph.fx.call_function(
+            _canonical.quantize.default,
+            (value, scale_node, zero_node, axis, block, spec.code_dtype, *spec.narrow_bits()),
+        )
+        result = graph.fx.call_function(
+            _canonical.dequantize.default, (codes, scale_node, zero_node, axis, block, torch.float32)
+        )
+    if shape is not None:
+        _described(codes, code_dtype, shape)
+        _described(result, "float32", shape)
+    for node in readers:
+        node.update_arg(0, result)
+    return result
+
+
+def _round_to_fp4(graph: "Graph", value: Node, reader: Node, spec: QuantSpec, factor: str | None) -> Node:
+    """Puts ``fp4_dequantize(fp4_quantize(value, scale), scale)`` ahead of a reader, the scale computed from it."""
+    shape = value.meta.get("shape")
+    block = spec.group_of(reader.meta["weight_shape"][1])
+    with graph.fx.inserting_before(reader):
+        factor_node = None if factor is None else graph._get_attr(factor)
+        wanted = (value, factor_node, block, spec.exponent == "floor")
+        scale = graph.fx.call_function(_canonical.fp4_scale.default, wanted)
+        codes = graph.fx.call_function(_canonical.fp4_quantize.default, (value, scale, factor_node, block))
+        result = graph.fx.call_function(_canonical.fp4_dequantize.default, (codes, scale, factor_node, block))
+    if shape is not None:
+        groups = -(-reader.meta["weight_shape"][1] // block)
+        _described(scale, "float8_e4m3fn" if spec.has_factor else "uint8", (*shape[:-1], groups))
+        _described(codes, "uint8", shape)
+        _described(result, "float32", shape)
+    return result
+
+
+def _described(node: Node, dtype: str, shape: Iterable[int | str]) -> Node:
+    node.meta.update(dtype=getattr(torch, dtype), shape=tuple(shape))
+    return node

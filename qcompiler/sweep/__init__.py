@@ -1,0 +1,27 @@
+"""Carries a pipeline through a graph.
+
+In: a graph, a `Pipeline`, calibration tokens. Out: a `CompileResult`, the graph rewritten, what was done in its
+report. `compiling` is the whole way; `streaming` goes through the segments and `position` runs batches inside one;
+`held_out` measures what was lost; `fisher` is the backward sweep.
+"""
+
+from qcompiler.sweep.compiling import (
+    CalibrationInput,
+    check_work_dir,
+    choose_device,
+    compile_graph,
+)
+from qcompiler.sweep.fisher import measure_fisher
+from qcompiler.sweep.streaming import Progress
+from qcompiler.sweep.threads import contention, use_threads
+
+__all__ = [
+    "CalibrationInput",
+    "Progress",
+    "check_work_dir",
+    "choose_device",
+    "compile_graph",
+    "contention",
+    "measure_fisher",
+    "use_threads",
+]

@@ -1,0 +1,145 @@
+"""The inputs that a compilation is calibrated with, on its device, and the tokens set apart for measuring."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qcompiler.artifacts import Calibration, CalibrationTokens, NativeArtifact
+from qcompiler.errors import CalibrationError
+from qcompiler.frontend import declared, declared_positions
+from qcompiler.ir import Graph, feed, feed_tensors
+from qcompiler.protocol import (
+    PassContext,
+)
+from qcompiler.reporting import CompileReport
+from qcompiler.sweep.streaming import (
+    Batch,
+)
+
+__all__ = ["calibration_batches", "limits"]
+
+# Tokens run through a segment at once: large enough for the matrix products (on the CPU, 4096 were no faster than
+# 1024), and no larger, because what a segment computes on the way takes as much memory.
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_HELD_OUT_ROWS = 16
+
+
+def calibration_batches(
+    graph: Graph,
+    calibration: Calibration | Iterable[tuple[Tensor, ...]] | None,
+    context: PassContext,
+    report: CompileReport,
+    trust_remote_code: bool,
+    *,
+    is_calibrated: bool,
+) -> tuple[list[Batch], Tensor | None]:
+    """Calibration inputs on the device, and the tokens set apart for measuring: all, where nothing is calibrated."""
+    if graph.signature.input("ids") is None:
+        if calibration is None or isinstance(calibration, Calibration):
+            raise CalibrationError(
+                "a model without token ids is calibrated with its own inputs",
+                expected="an iterable of tuples of tensors",
+            )
+        values = [_module_inputs(graph, index, tensors, context.device) for index, tensors in enumerate(calibration)]
+        report.calibration = {"source": "inputs", "samples": len(values)}
+        return values, None
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise CalibrationError(
+            "a language model is calibrated with tokens",
+            got=type(calibration).__name__,
+            expected="Calibration.from_text, .from_tokens or .self_generated",
+        )
+    bound = _bind(graph, calibration, context.seed, trust_remote_code)
+    report.calibration = bound.to_dict()
+    if not is_calibrated:
+        has_logits = graph.signature.index_of_output("logits") is not None
+        use = "served to measure the result alone" if has_logits else "was not used"
+        report.notes.append(f"nothing in this recipe is calibrated: what was given to calibrate with {use}")
+        held_out = bound.groups[0] if bound.held_out is None else bound.held_out
+        return [], held_out[:_HELD_OUT_ROWS]
+    report.notes += [*bound.notes, *_doubts(graph, bound)]
+    at_once = _BATCH_TOKENS.get(context.device.type, 1024)
+    batches: list[Batch] = [
+        feed(graph, ids.to(context.device))
+        for group in bound.groups
+        for ids in group.split(max(1, at_once // group.shape[1]))
+    ]
+    return batches, bound.held_out
+
+
+def _doubts(graph: Graph, bound: CalibrationTokens) -> list[str]:
+    """What speaks against calibration tokens: too few to measure with, or to tell the channels of a layer apart."""
+    found = []
+    widest = max((site.in_features for site in graph.sites()), default=0)
+    if bound.tokens < widest:
+        found.append(
+            f"calibrated on {bound.tokens} tokens, fewer than the {widest} input channels of the widest layer: they "
+            "cannot tell all channels apart; give more text, or more samples"
+        )
+    if bound.held_out is None and graph.signature.index_of_output("logits") is not None:
+        found.append(
+            "the result was not measured: calibration took every window there is; give more text, or fewer samples"
+        )
+    return found
+
+
+def _module_inputs(graph: Graph, index: int, tensors: Sequence[Tensor], device: torch.device) -> Batch:
+    """One batch of a plain module on the device, floats in float32, refused if it does not fit the module."""
+    where = f"calibration[{index}]"
+    if not isinstance(tensors, (tuple, list)) or not all(isinstance(t, Tensor) for t in tensors):
+        raise CalibrationError(
+            "a batch of a module is a tuple of tensors", where=where, got=type(tensors).__name__, expected="(x,)"
+        )
+    values = feed_tensors(graph, tensors)
+    for port, tensor in zip(graph.signature.inputs, tensors, strict=True):
+        sizes = zip(port.shape, tensor.shape, strict=False)
+        fits = len(port.shape) == tensor.dim() and all(not isinstance(a, int) or a == b for a, b in sizes)
+        if not fits or tensor.is_floating_point() is not getattr(torch, port.dtype).is_floating_point:
+            raise CalibrationError(
+                "a batch does not fit the module",
+                where=f"{where}: {port.name}",
+                got=f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}",
+                expected=f"{port.dtype} {list(port.shape)}",
+            )
+        if not tensor.isfinite().all():
+            raise CalibrationError("a calibration input is not finite", where=f"{where}: {port.name}")
+    floats = torch.float32
+    return {node: t.to(device, floats if t.is_floating_point() else t.dtype) for node, t in values.items()}
+
+
+def _bind(graph: Graph, calibration: Calibration | None, seed: int, trust_remote_code: bool) -> CalibrationTokens:
+    vocab_size, max_positions = limits(graph)
+    if calibration is None:
+        calibration = Calibration.self_generated(seed=seed)
+        if max_positions is not None and max_positions < (calibration.length or 0):
+            calibration = replace(calibration, length=max_positions)
+    if calibration.source == "self-generated":
+        if graph.signature.index_of_output("logits") is None:
+            raise CalibrationError(
+                "this model predicts no tokens, so it cannot make up its own calibration text",
+                where=graph.provenance.get("source"),
+                got=f"output {graph.signature.outputs[0].name} {list(graph.signature.outputs[0].shape)}",
+                remedy="give text of the kind the model reads: Calibration.from_text, or --calib FILE",
+            )
+        _check_finite(graph)
+    companions = graph.provenance.get("companions")
+    if companions is not None:
+        return calibration.bind(companions, hold_out=_HELD_OUT_ROWS, trust_remote_code=trust_remote_code)
+    artifact = NativeArtifact(graph) if calibration.source == "self-generated" else None
+    return calibration.bind(
+        artifact=artifact, vocab_size=vocab_size, max_positions=max_positions, hold_out=_HELD_OUT_ROWS
+    )
+
+
+def _check_finite(graph: Graph) -> None:
+    """Reads every weight once, so that one that is not finite is named: what a model samples with it names nothing."""
+    for name in graph.weight_names():
+        graph.weights.read(name)
+
+
+def limits(graph: Graph) -> tuple[int | None, int | None]:
+    """Vocabulary and longest sequence, as the configuration declares them."""
+    config = graph.provenance.get("config")
+    return declared(config, "vocab_size"), declared_positions(config)

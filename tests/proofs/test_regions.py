@@ -1,0 +1,708 @@
+"""Regions of model families to the last name, and the function kept when every one of them is scaled at random."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qcompiler.frontend.canonicalization import canonicalize
+from qcompiler.frontend.capture import capture_module
+from qcompiler.ir.graph import Graph
+from qcompiler.numerics.scheme import Scheme
+from qcompiler.passes import RTN
+from qcompiler.proofs.folding import fold
+from qcompiler.proofs.region import Region
+from qcompiler.proofs.regions import find_regions
+from qcompiler.protocol.pass_base import PassContext
+from tests.families import NAMED, VOCABULARY
+from tests.models import canonical_form, canonical_graph, copy_graph, language_inputs, module, run, tolerance
+
+LAYERS = (0, 1)
+ROTARY = "rotary does not commute with a scale"
+RMS_NORM = "rms_norm does not commute with a scale"
+LAYER_NORM = "layer_norm does not commute with a scale"
+SILU = "silu does not commute with a scale"
+GELU = "gelu does not commute with a scale"
+WRITTEN_GELU = "pow.Tensor_Scalar does not commute with a scale"
+ATTENTION = "attention is not linear in its queries, keys and mask"
+ADDED = "it is added to a value that does not take the scale"
+RETURNED = "the graph returns it"
+
+Found = dict[str, tuple[int, str, tuple[str, ...]]]
+Refused = dict[str, str]
+
+
+def shared(site: str) -> str:
+    return f"{site}.weight is shared with another use"
+
+
+def read_by_shared(site: str) -> str:
+    return f"the weight of {site} is shared with another use"
+
+
+def of_layers(prefix: str, found: Found, refused: Refused) -> tuple[Found, Refused]:
+    """What one layer has, for both: ``#`` stands for its prefix."""
+    every_found: Found = {}
+    every_refused: Refused = {}
+    for layer in LAYERS:
+        place = prefix.format(layer)
+        for producer, (size, consumers, notes) in found.items():
+            every_found[place + producer] = size, ", ".join(place + name for name in consumers.split()), notes
+        every_refused |= {place + name: reason for name, reason in refused.items()}
+    return every_found, every_refused
+
+
+_LLAMA: Found = {
+    "input_layernorm": (32, "self_attn.q_proj self_attn.k_proj self_attn.v_proj", ()),
+    "self_attn.v_proj": (16, "self_attn.o_proj", ()),
+    "post_attention_layernorm": (32, "mlp.gate_proj mlp.up_proj", ()),
+    "mlp.up_proj": (48, "mlp.down_proj", ()),
+}
+_LLAMA_REFUSED: Refused = {
+    "self_attn.q_proj": ROTARY,
+    "self_attn.k_proj": ROTARY,
+    "self_attn.o_proj": ADDED,
+    "mlp.gate_proj": SILU,
+    "mlp.down_proj": ADDED,
+}
+_NORMED_HEADS: Refused = {
+    "self_attn.q_proj": RMS_NORM,
+    "self_attn.k_proj": RMS_NORM,
+    "self_attn.q_norm": ROTARY,
+    "self_attn.k_norm": ROTARY,
+}
+_GEMMA: Found = {
+    "input_layernorm.weight.add": _LLAMA["input_layernorm"],
+    "self_attn.v_proj": _LLAMA["self_attn.v_proj"],
+    "pre_feedforward_layernorm.weight.add": _LLAMA["post_attention_layernorm"],
+    "mlp.up_proj": _LLAMA["mlp.up_proj"],
+}
+_GEMMA_REFUSED: Refused = {
+    "self_attn.q_proj": ROTARY,
+    "self_attn.k_proj": ROTARY,
+    "self_attn.o_proj": RMS_NORM,
+    "post_attention_layernorm.weight.add": ADDED,
+    "mlp.gate_proj": GELU,
+    "mlp.down_proj": RMS_NORM,
+    "post_feedforward_layernorm.weight.add": ADDED,
+}
+_HEAD: Found = {"model.norm": (32, "lm_head", ())}
+_TIED: Refused = {"model.norm.weight.add": read_by_shared("lm_head"), "lm_head": shared("lm_head")}
+_LAST = {"lm_head": RETURNED}
+_MODEL = "model.layers.{}."
+
+
+def _with(layers: tuple[Found, Refused], found: Found, refused: Refused) -> tuple[Found, Refused]:
+    return {**layers[0], **found}, {**layers[1], **refused}
+
+
+EXPECTED: dict[str, tuple[Found, Refused]] = {
+    "llama": _with(of_layers(_MODEL, _LLAMA, _LLAMA_REFUSED), _HEAD, _LAST),
+    "mistral": _with(of_layers(_MODEL, _LLAMA, _LLAMA_REFUSED), _HEAD, _LAST),
+    "qwen2": _with(of_layers(_MODEL, _LLAMA, _LLAMA_REFUSED), _HEAD, _LAST),  # biases of q, k and v
+    "qwen3": _with(of_layers(_MODEL, _LLAMA, {**_LLAMA_REFUSED, **_NORMED_HEADS}), _HEAD, _LAST),
+    "gemma2": _with(of_layers(_MODEL, _GEMMA, _GEMMA_REFUSED), {}, _TIED),  # 1 + w; norms behind the blocks
+    "gemma3": _with(
+        of_layers(
+            _MODEL,
+            _GEMMA,
+            _GEMMA_REFUSED
+            | {"self_attn.q_proj": RMS_NORM, "self_attn.k_proj": RMS_NORM}
+            | {"self_attn.q_norm.weight.add": ROTARY, "self_attn.k_norm.weight.add": ROTARY},
+        ),
+        {},
+        _TIED,
+    ),
+    "phi": _with(  # attention and MLP read one norm
+        of_layers(
+            _MODEL,
+            {
+                "input_layernorm": (32, "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.fc1", ()),
+                "self_attn.v_proj": (32, "self_attn.dense", ()),
+            },
+            {
+                "self_attn.q_proj": ROTARY,
+                "self_attn.k_proj": ROTARY,
+                "self_attn.dense": ADDED,
+                "mlp.fc1": WRITTEN_GELU,
+                "mlp.fc2": ADDED,
+            },
+        ),
+        {"model.final_layernorm": (32, "lm_head", ())},
+        _LAST,
+    ),
+    "phi3": _with(  # of fused matrices, the rows of values and of the factor beside the gate
+        of_layers(
+            _MODEL,
+            {
+                "input_layernorm": (32, "self_attn.qkv_proj", ()),
+                "self_attn.qkv_proj": (16, "self_attn.o_proj", (ROTARY,)),
+                "post_attention_layernorm": (32, "mlp.gate_up_proj", ()),
+                "mlp.gate_up_proj": (48, "mlp.down_proj", (SILU,)),
+            },
+            {"self_attn.o_proj": ADDED, "mlp.down_proj": ADDED},
+        ),
+        _HEAD,
+        _LAST,
+    ),
+    "gpt2": _with(
+        of_layers(
+            "transformer.h.{}.",
+            {
+                "ln_1": (32, "attn.c_attn", ()),
+                "attn.c_attn": (32, "attn.c_proj", (ATTENTION,)),
+                "ln_2": (32, "mlp.c_fc", ()),
+            },
+            {"attn.c_proj": ADDED, "mlp.c_fc": WRITTEN_GELU, "mlp.c_proj": ADDED},
+        ),
+        {},
+        {"transformer.ln_f": read_by_shared("lm_head"), "lm_head": shared("lm_head")},
+    ),
+    "opt": _with(  # through ReLU, too
+        of_layers(
+            "model.decoder.layers.{}.",
+            {
+                "self_attn_layer_norm": (32, "self_attn.q_proj self_attn.k_proj self_attn.v_proj", ()),
+                "self_attn.v_proj": (32, "self_attn.out_proj", ()),
+                "final_layer_norm": (32, "fc1", ()),
+                "fc1": (48, "fc2", ()),
+            },
+            {
+                "self_attn.q_proj": ATTENTION,
+                "self_attn.k_proj": ATTENTION,
+                "self_attn.out_proj": ADDED,
+                "fc2": ADDED,
+            },
+        ),
+        {},
+        {"model.decoder.final_layer_norm": read_by_shared("lm_head"), "lm_head": shared("lm_head")},
+    ),
+    "gpt_neox": _with(  # one residual sum for both blocks
+        of_layers(
+            "gpt_neox.layers.{}.",
+            {
+                "input_layernorm": (32, "attention.query_key_value", ()),
+                "attention.query_key_value": (
+                    32,
+                    "attention.dense",
+                    (ROTARY, "it is joined with other values"),
+                ),
+                "post_attention_layernorm": (32, "mlp.dense_h_to_4h", ()),
+            },
+            {"attention.dense": ADDED, "mlp.dense_h_to_4h": GELU, "mlp.dense_4h_to_h": ADDED},
+        ),
+        {"gpt_neox.final_layer_norm": (32, "lm_head", ())},
+        _LAST,
+    ),
+    "mixtral": _with(
+        of_layers(
+            _MODEL,
+            {name: _LLAMA[name] for name in ("input_layernorm", "self_attn.v_proj")},
+            {name: reason for name, reason in _LLAMA_REFUSED.items() if name.startswith("self_attn.")},
+        ),
+        _HEAD,
+        _LAST,
+    ),
+    "bert": _with(  # norms behind the blocks: their output is the residual stream
+        of_layers(
+            "bert.encoder.layer.{}.",
+            {"attention.self.value": (32, "attention.output.dense", ())},
+            {
+                "attention.self.query": ATTENTION,
+                "attention.self.key": ATTENTION,
+                "attention.output.dense": LAYER_NORM,
+                "attention.output.LayerNorm": LAYER_NORM,
+                "intermediate.dense": GELU,
+                "output.dense": LAYER_NORM,
+            },
+        ),
+        {"bert.encoder.layer.1.output.LayerNorm": (32, "cls.predictions.transform.dense", ())},
+        {
+            "bert.embeddings.LayerNorm": LAYER_NORM,
+            "bert.encoder.layer.0.output.LayerNorm": LAYER_NORM,
+            "cls.predictions.transform.dense": GELU,
+            "cls.predictions.transform.LayerNorm": read_by_shared("cls.predictions.decoder"),
+            "cls.predictions.decoder": shared("cls.predictions.decoder"),
+        },
+    ),
+}
+
+every_family = pytest.mark.parametrize("family", NAMED)
+
+
+def counted(family: str, name: str) -> bool:
+    """All names but those of routed experts, which have tests of their own."""
+    return family != "mixtral" or not any(part in name for part in (".mlp.", "post_attention_layernorm"))
+
+
+@every_family
+def test_regions_of_a_family(family: str) -> None:
+    regions = find_regions(canonical_graph(family))
+    found = {
+        ", ".join(producer.name for producer in region.producers): (
+            region.size,
+            ", ".join(consumer.site.name for consumer in region.consumers),
+            region.notes,
+        )
+        for region in regions.found
+    }
+    refused = {refusal.producer: refusal.reason.split(" at ")[0] for refusal in regions.refused}
+    assert {name: value for name, value in found.items() if counted(family, name)} == EXPECTED[family][0]
+    assert {name: reason for name, reason in refused.items() if counted(family, name)} == EXPECTED[family][1]
+
+
+def test_regions_of_experts() -> None:
+    """A channel has one scale in all experts; of the fused projection the rows behind the gate alone are free."""
+    found = {region.producers[0].name: region for region in find_regions(canonical_graph("mixtral")).found}
+    for layer in range(2):
+        mlp = f"model.layers.{layer}.mlp"
+        experts = range(4)
+        norm = found[f"model.layers.{layer}.post_attention_layernorm"]
+        readers = [f"{mlp}.gate", *(f"{mlp}.experts.gate_up_proj.{e}" for e in experts)]
+        assert [consumer.site.name for consumer in norm.consumers] == readers
+        inner = found[f"{mlp}.experts.gate_up_proj.0"]
+        assert [producer.name for producer in inner.producers] == readers[1:]
+        assert [consumer.site.name for consumer in inner.consumers] == [f"{mlp}.experts.down_proj.{e}" for e in experts]
+        assert inner.size == 48
+        for producer in inner.producers:
+            assert producer.channels.tolist() == [-1] * 48 + list(range(48))
+        assert all(consumer.channels.tolist() == list(range(48)) for consumer in inner.consumers)
+
+
+def scale_of(region: Region) -> Tensor:
+    random = torch.Generator().manual_seed(region.size)
+    return torch.exp2(4 * torch.rand(region.size, generator=random) - 2)
+
+
+def outputs(graph: Graph) -> list[Tensor]:
+    """Logits of a prefill with padding, then of decoding with the cache that it left."""
+    ids = torch.randint(1, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    if not graph.signature.has_cache:
+        return [run(graph, **language_inputs(graph, ids, mask))["logits"]]
+    first = run(graph, **language_inputs(graph, ids[:, :5], mask[:, :5]))
+    past = {name: value for name, value in first.items() if name.startswith("present")}
+    return [first["logits"], run(graph, **language_inputs(graph, ids[:, 5:], mask, past))["logits"]]
+
+
+def check_moved(before: Graph, after: Graph, region: Region, scale: Tensor) -> None:
+    """Every producer took the inverse in its rows and bias, every consumer the scale in its columns, nobody else."""
+    padded = torch.cat([scale, torch.ones(1)])
+    for producer in region.producers:
+        for name in filter(None, (producer.weight, producer.bias)):
+            old = before.weights.read(name)
+            by = padded[producer.channels].reshape([-1] + [1] * (old.dim() - 1))
+            assert torch.equal(after.weights.read(name), old / by), name
+            assert not torch.equal(after.weights.read(name), old), name
+    for consumer in region.consumers:
+        old = before.weights.read(consumer.site.weight)
+        assert torch.equal(after.weights.read(consumer.site.weight), old * padded[consumer.channels])
+        assert not torch.equal(after.weights.read(consumer.site.weight), old)
+    touched = {name for p in region.producers for name in (p.weight, p.bias)}
+    touched |= {consumer.site.weight for consumer in region.consumers}
+    for name in set(before.weight_names()) - touched:
+        assert after.weights.version(name) is not None
+        assert torch.equal(after.weights.read(name), before.weights.read(name))
+
+
+def check_alike(found: Tensor, expected: Tensor, what: str) -> None:
+    assert float((found - expected).abs().max()) <= tolerance(expected), what
+
+
+@every_family
+def test_a_folded_scale_keeps_the_function(family: str) -> None:
+    graph = canonical_graph(family)
+    expected = outputs(graph)
+    together = copy_graph(graph)
+    regions = find_regions(graph).found
+    for region in regions:
+        folded = copy_graph(graph)
+        scale = scale_of(region)
+        fold(folded, region, scale)
+        check_moved(graph, folded, region, scale)
+        for before, after in zip(expected, outputs(folded), strict=True):
+            check_alike(after, before, region.name)
+        fold(together, region, scale)
+    for before, after in zip(expected, outputs(together), strict=True):
+        check_alike(after, before, "all together")
+
+
+# --- channels ---------------------------------------------------------------------------------------------------------
+
+
+def region_from(family: str, producer: str) -> Region:
+    return next(r for r in find_regions(canonical_graph(family)).found if r.producers[0].name.endswith(producer))
+
+
+def test_query_heads_that_share_a_key_head_share_its_scale() -> None:
+    region = region_from("llama", "0.self_attn.v_proj")
+    assert region.producers[0].channels.tolist() == list(range(16))
+    assert region.consumers[0].channels.tolist() == [8 * (head // 2) + i for head in range(4) for i in range(8)]
+
+
+def test_heads_of_their_own() -> None:
+    region = region_from("opt", "0.self_attn.v_proj")
+    assert region.producers[0].channels.tolist() == region.consumers[0].channels.tolist() == list(range(32))
+
+
+@pytest.mark.parametrize(
+    ("family", "producer", "channels"),
+    [
+        ("phi3", "0.self_attn.qkv_proj", [-1] * 48 + list(range(16))),
+        ("phi3", "0.mlp.gate_up_proj", [-1] * 48 + list(range(48))),
+        ("gpt2", "0.attn.c_attn", [-1] * 64 + list(range(32))),
+        (
+            "gpt_neox",  # q, k and v of one head after the other
+            "0.attention.query_key_value",
+            [8 * head + i if i >= 0 else -1 for head in range(4) for i in (*[-1] * 16, *range(8))],
+        ),
+    ],
+)
+def test_rows_of_fused_matrices(family: str, producer: str, channels: list[int]) -> None:
+    assert region_from(family, producer).producers[0].channels.tolist() == channels
+
+
+# --- what commutes, and what does not ---------------------------------------------------------------------------------
+
+WEIGHTS: dict[str, tuple[int, ...]] = {"a": (8, 8), "b": (8, 8), "c": (8, 8), "n": (8,), "v": (8,)}
+Body = Callable[[Any, Tensor], Tensor]
+
+
+def captured(body: Body, *shape: int) -> Graph:
+    """The canonical graph of a function of its weights and one input, whose first axis varies."""
+    random = torch.Generator().manual_seed(11)
+    parameters = {name: torch.randn(sizes, generator=random) for name, sizes in WEIGHTS.items()}
+    return canonical_form(module(body, **parameters), torch.randn(shape, generator=random))
+
+
+def check_kept(graph: Graph, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    expected = run(graph, input_0=x)
+    for region in find_regions(graph).found:
+        folded = copy_graph(graph)
+        fold(folded, region, scale_of(region))
+        for name, value in run(folded, input_0=x).items():
+            check_alike(value, expected[name], region.name)
+
+
+def rms(m: Any, x: Tensor) -> Tensor:
+    return F.rms_norm(x, (8,), m.n, 1e-6)
+
+
+def roll(y: Tensor) -> Tensor:
+    return torch.cat([y[..., -4:], y[..., :-4]], -1)
+
+
+def attend(q: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[:, None], q[:, None], v[:, None])[:, 0]
+
+
+ROWS, TABLE, SQUARE = (5, 8), (5, 4, 8), (5, 8, 8)
+COMMUTING: dict[str, tuple[Body, tuple[int, ...], dict[str, int]]] = {
+    "relu": (lambda m, x: F.linear(F.relu(F.linear(x, m.a)), m.b), ROWS, {"a -> b": 8}),
+    "relu in place": (lambda m, x: F.linear(F.linear(x, m.a).relu_(), m.b), ROWS, {"a -> b": 8}),
+    "neg and wider": (lambda m, x: F.linear((-F.linear(x, m.a)).double().float(), m.b), ROWS, {"a -> b": 8}),
+    "biases": (lambda m, x: F.linear(F.linear(x, m.a, m.n), m.b, m.v), ROWS, {"a -> b": 8}),
+    "gates": (
+        lambda m, x: F.linear(F.relu(F.linear(x, m.a)) * F.linear(x, m.c), m.b),
+        ROWS,
+        {"a -> b": 8, "c -> b": 8},
+    ),
+    "mask": (lambda m, x: F.linear(F.linear(x, m.a) * (x > 0) / 3, m.b), ROWS, {"a -> b": 8}),
+    "two producers": (lambda m, x: F.linear(F.linear(x, m.a) + F.linear(x, m.c), m.b), ROWS, {"a, c -> b": 8}),
+    "norm and layer": (lambda m, x: F.linear(rms(m, x) + F.linear(x, m.c), m.b), ROWS, {"n, c -> b": 8}),
+    "twice the same": (lambda m, x: F.linear((lambda y: y + y)(F.linear(x, m.a)), m.b), ROWS, {"a -> b": 8}),
+    "one scale for all": (
+        lambda m, x: F.linear(F.linear(x, m.a) + F.linear(x, m.c).transpose(1, 2), m.b),
+        SQUARE,
+        {"c, a -> b": 1},
+    ),
+    "one channel": (lambda m, x: F.linear(F.linear(x, m.a)[:, :1].expand(-1, 8), m.b), ROWS, {"a -> b": 1}),
+    "rolled": (lambda m, x: F.linear(roll(F.linear(x, m.a)), m.b), ROWS, {"a -> b": 8}),
+    "every other": (
+        lambda m, x: F.linear(torch.cat([F.linear(x, m.a)[:, ::2]] * 2, -1), m.b),
+        ROWS,
+        {"a -> b": 4},
+    ),
+    "joined along rows": (
+        lambda m, x: F.linear(torch.cat([F.linear(x, m.a), F.linear(x, m.a) * x], 1)[:, 2:6], m.b),
+        TABLE,
+        {"a -> b": 8},
+    ),
+    "the second of two tables": (
+        lambda m, x: (lambda y: F.linear(torch.cat([y, roll(y)], 1)[:, 4:], m.b))(F.linear(x, m.a)),
+        TABLE,
+        {"a -> b": 8},
+    ),
+    "interleaved heads": (
+        lambda m, x: F.linear(F.linear(x, m.a).reshape(-1, 2, 4).transpose(1, 2).reshape(-1, 8), m.b),
+        ROWS,
+        {"a -> b": 8},
+    ),
+    "flattened": (lambda m, x: F.linear(F.linear(x, m.a).reshape(-1, 8).reshape(-1, 4, 8), m.b), TABLE, {"a -> b": 8}),
+    "merged and parted": (
+        lambda m, x: F.linear(F.linear(x, m.a).reshape(-1, 32).reshape(-1, 4, 8), m.b),
+        TABLE,
+        {"a -> b": 8},
+    ),
+    "an axis that is not squeezed": (
+        lambda m, x: F.linear(torch.ops.aten.squeeze.dim(F.linear(x, m.a), 1)[:, 2], m.b),
+        TABLE,
+        {"a -> b": 8},
+    ),
+    "a row": (lambda m, x: F.linear(F.linear(x, m.a)[:, 2], m.b), TABLE, {"a -> b": 8}),
+    "half of two": (
+        lambda m, x: (lambda p: F.linear(torch.cat([p[1] * p[0].sigmoid(), p[1]], -1), m.b))(
+            F.linear(x, m.a).split(4, -1)
+        ),
+        ROWS,
+        {"a -> b": 4},
+    ),
+    "values": (lambda m, x: F.linear(attend(x, F.linear(x, m.a)), m.b), TABLE, {"a -> b": 8}),
+    "values times mask": (lambda m, x: F.linear(attend(x, F.linear(x, m.a) * x), m.b), TABLE, {"a -> b": 8}),
+}
+
+
+@pytest.mark.parametrize("case", COMMUTING)
+def test_what_commutes(case: str) -> None:
+    body, shape, expected = COMMUTING[case]
+    graph = captured(body, *shape)
+    assert {region.name: region.size for region in find_regions(graph).found} == expected
+    check_kept(graph, shape)
+
+
+STOPPING: dict[str, tuple[Body, tuple[int, ...], str, str]] = {
+    "to integers": (
+        lambda m, x: F.linear(F.linear(x, m.a).to(torch.int32).float(), m.b),
+        ROWS,
+        "a",
+        "rounded to int32",
+    ),
+    "to truth": (lambda m, x: F.linear(F.linear(x, m.a).bool().float(), m.b), ROWS, "a", "rounded to bool"),
+    "to half": (lambda m, x: F.linear(F.linear(x, m.a).half().float(), m.b), ROWS, "a", "rounded to float16"),
+    "relu6": (lambda m, x: F.linear(F.relu6(F.linear(x, m.a)), m.b), ROWS, "a", "relu6 does not commute"),
+    "clamp in place": (lambda m, x: F.linear(F.linear(x, m.a).clamp_(max=1), m.b), ROWS, "a", "clamp does not commute"),
+    "alpha": (
+        lambda m, x: F.linear(torch.add(F.linear(x, m.a), F.linear(x, m.c), alpha=2), m.b),
+        ROWS,
+        "a",
+        "add.Tensor with alpha does not commute",
+    ),
+    "a number is added": (lambda m, x: F.linear(F.linear(x, m.a) + 1, m.b), ROWS, "a", "does not take the scale"),
+    "the input is added": (lambda m, x: F.linear(rms(m, x) + x, m.b), ROWS, "n", "does not take the scale at input_0"),
+    "divisor": (lambda m, x: F.linear(x / F.linear(x, m.a), m.b), ROWS, "a", "it is a divisor"),
+    "squared": (lambda m, x: F.linear((lambda y: y * y)(F.linear(x, m.a)), m.b), ROWS, "a", "both factors"),
+    "both factors": (lambda m, x: F.linear((lambda y: y * y.relu())(F.linear(x, m.a)), m.b), ROWS, "a", "both factors"),
+    "joined with others": (
+        lambda m, x: F.linear(torch.cat([F.linear(x, m.a)[:, :4], x[:, :4]], -1), m.b),
+        ROWS,
+        "a",
+        "joined with other values",
+    ),
+    "joined along an axis that varies": (
+        lambda m, x: (lambda y: F.linear(torch.cat([y, roll(y)])[1:2], m.b))(F.linear(x, m.a)),
+        ROWS,
+        "a",
+        "joined with other values",
+    ),
+    "along rows": (lambda m, x: F.linear(rms(m, x).transpose(1, 2), m.b), SQUARE, "n", "b reads it along another axis"),
+    "an outer product": (
+        lambda m, x: F.linear(F.linear(x, m.a)[:, :, None] * x[:, None, :], m.b),
+        ROWS,
+        "a",
+        "b reads it along another axis",
+    ),
+    "reshaped along an axis that varies": (
+        lambda m, x: F.linear(torch.reshape(F.linear(x, m.a), (8, -1)).transpose(0, 1), m.b),
+        ROWS,
+        "a",
+        "mixes channels with an axis that varies",
+    ),
+    "heads become rows": (
+        lambda m, x: F.linear(F.linear(x, m.a).reshape(-1, 4).reshape(-1, 8), m.b),
+        ROWS,
+        "a",
+        "mixes channels with an axis that varies",
+    ),
+    "channels become rows": (
+        lambda m, x: F.linear(F.linear(x, m.a).reshape(-1, 8, 4).transpose(1, 2), m.b),
+        TABLE,
+        "a",
+        "b reads it along another axis",
+    ),
+    "attention over channels": (
+        lambda m, x: F.linear(attend(x, F.linear(x, m.a).transpose(1, 2)), m.b),
+        SQUARE,
+        "a",
+        "attention sums over it",
+    ),
+    "values and keys": (
+        lambda m, x: (lambda v: F.linear(F.scaled_dot_product_attention(x[:, None], v, v)[:, 0], m.b))(
+            F.linear(x, m.a)[:, None]
+        ),
+        TABLE,
+        "a",
+        ATTENTION,
+    ),
+    "split along rows": (
+        lambda m, x: (lambda p: F.linear(p[1] * p[0], m.b))(F.linear(x, m.a).split(2, 1)),
+        TABLE,
+        "a",
+        "a split along an axis that varies",
+    ),
+    "used twice": (
+        lambda m, x: F.linear(F.linear(F.linear(x, m.a), m.a), m.b),
+        ROWS,
+        "a",
+        "a is shared with another use",
+    ),
+    "read by one used twice": (
+        lambda m, x: F.linear(F.linear(rms(m, x), m.a), m.a),
+        ROWS,
+        "n",
+        "the weight of a is shared with another use",
+    ),
+    "read elsewhere": (
+        lambda m, x: F.linear(F.linear(x, m.a, m.v), m.b) * m.v,
+        ROWS,
+        "a",
+        "v is shared with another use",
+    ),
+    "a bias of two": (
+        lambda m, x: F.linear(F.linear(x, m.a, m.v), m.b) + F.linear(x, m.c, m.v),
+        ROWS,
+        "a",
+        "v is shared with another use",
+    ),
+    "one bias for all": (
+        lambda m, x: F.linear(F.linear(x, m.a, m.v[:1]), m.b),
+        ROWS,
+        "a",
+        "v.slice does not have one element or row for each channel",
+    ),
+    "a norm without a weight": (
+        lambda m, x: F.linear(F.layer_norm(x, (8,)), m.b),
+        ROWS,
+        "layer_norm_default",
+        "the norm has no weight to fold a scale into",
+    ),
+    "nothing reads it": (lambda m, x: F.linear(x, m.a) + 0 * x, ROWS, "a", "does not take the scale"),
+}
+
+
+@pytest.mark.parametrize("case", STOPPING)
+def test_what_stops_a_scale(case: str) -> None:
+    body, shape, producer, reason = STOPPING[case]
+    graph = captured(body, *shape)
+    regions = find_regions(graph)
+    names = {item.name for region in regions.found for item in region.producers}
+    assert producer not in names
+    assert reason in next(refusal.reason for refusal in regions.refused if refusal.producer == producer)
+    check_kept(graph, shape)
+
+
+class TwoResults(nn.Module):
+    """A norm that a layer reads and that is returned beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.RMSNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        normed = self.norm(x)
+        return self.layer(normed), normed
+
+
+def test_what_is_returned_keeps_its_scale() -> None:
+    regions = find_regions(canonicalize(capture_module(TwoResults().eval(), (torch.randn(3, 8),))))
+    assert not regions.found
+    assert {refusal.producer: refusal.reason for refusal in regions.refused} == {"norm": RETURNED, "layer": RETURNED}
+
+
+def test_tied_names_count_as_one_tensor() -> None:
+    graph = captured(lambda m, x: F.linear(F.linear(x, m.a), m.b) * m.c[0], *ROWS)
+    assert [region.name for region in find_regions(graph).found] == ["a -> b"]
+    graph.weights.alias("b", "a")
+    (first, *_) = find_regions(graph).refused
+    assert first.reason == "a is shared with another use"
+
+
+def test_a_bias_that_is_the_scaled_value() -> None:
+    graph = captured(lambda m, x: F.linear(F.linear(x, m.a), m.b), *ROWS)
+    first, second = (site.nodes[0] for site in graph.sites())
+    with graph.fx.inserting_before(second):
+        row = graph.fx.call_function(torch.ops.aten.select.int, (first, 0, 0))
+    row.meta.update(dtype=torch.float32, shape=(8,))
+    second.args = (first, second.args[1], row)
+    (refusal, _) = find_regions(graph).refused
+    assert refusal.reason == "b reads it as a weight or a bias"
+
+
+# --- quantized layers, cuts, caches -----------------------------------------------------------------------------------
+
+
+def without(graph: Graph, producer: str) -> str:
+    """Checks that a producer is in no region any more, and tells why."""
+    regions = find_regions(graph)
+    assert not any(item.name == producer for region in regions.found for item in region.producers)
+    return next(refusal.reason for refusal in regions.refused if refusal.producer == producer)
+
+
+def test_layers_that_are_quantized_already() -> None:
+    graph = copy_graph(canonical_graph("llama"))
+    name = "model.layers.0.self_attn.v_proj"
+    graph.schemes = {name: Scheme.parse("w8a16")}
+    site = next(site for site in graph.sites() if site.name == name)
+    RTN().rewrite([site], {}, PassContext(graph, torch.device("cpu"), 0))
+    assert without(graph, name) == "its weight is quantized already, or computed"
+    assert without(graph, "model.layers.0.input_layernorm") == f"{name} is quantized already"
+
+
+def test_a_piece_of_a_graph() -> None:
+    graph = canonical_graph("llama")
+    whole = find_regions(graph)
+    consumer = whole.found[0].consumers[-1].site.nodes[0]
+    nodes = list(graph.fx.nodes)
+    inside = nodes[: nodes.index(consumer)]
+    piece = find_regions(graph, inside)
+    assert not piece.found
+    name = whole.found[0].producers[0].name
+    reasons = {refusal.producer: refusal.reason for refusal in piece.refused}
+    assert reasons[name] == "it is read beyond the cut between two segments"
+    assert [region.name for region in find_regions(graph, [*inside, consumer]).found] == [whole.found[0].name]
+
+
+def test_a_cache_that_another_layer_gets() -> None:
+    graph = copy_graph(canonical_graph("llama"))
+    returned = list(graph.outputs)
+    names = [port.name for port in graph.signature.outputs]
+    one, other = names.index("present.0.value"), names.index("present.1.value")
+    returned[one], returned[other] = returned[other], returned[one]
+    graph.fx.output_node().args = (tuple(returned),)
+    for layer in LAYERS:
+        assert (
+            without(graph, f"model.layers.{layer}.self_attn.v_proj")
+            == "a cache that does not come back as it was returned"
+        )
+
+
+def test_a_cache_that_is_returned_as_something_else_too() -> None:
+    graph = copy_graph(canonical_graph("llama"))
+    returned = list(graph.outputs)
+    names = [port.name for port in graph.signature.outputs]
+    returned[names.index("present.0.key")] = returned[names.index("present.0.value")]
+    graph.fx.output_node().args = (tuple(returned),)
+    assert "a cache that does not come back" in without(graph, "model.layers.0.self_attn.v_proj")
+
+
+def test_a_cache_that_something_else_reads() -> None:
+    graph = copy_graph(canonical_graph("llama"))
+    names = [port.name for port in graph.signature.inputs]
+    past = graph.inputs[names.index("past_key_values.0.value")]
+    with graph.fx.inserting_before(graph.fx.output_node()):
+        graph.fx.call_function(torch.ops.aten.neg.default, (past,))
+    assert "a cache that does not come back" in without(graph, "model.layers.0.self_attn.v_proj")

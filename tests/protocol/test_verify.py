@@ -1,0 +1,503 @@
+import pytest
+import torch
+
+from qcompiler.errors import VerificationError
+from qcompiler.ir.graph import Graph
+from qcompiler.ir.qtensor import Codebook, Csr
+from qcompiler.numerics.scheme import Scheme
+from qcompiler.numerics.spec import QuantSpec
+from qcompiler.passes import RTN
+from qcompiler.protocol.pass_base import (
+    Effect,
+    Pass,
+    PassContext,
+    PassResult,
+)
+from qcompiler.protocol.ranges import activation_qparams
+from qcompiler.protocol.verify import (
+    check_declared,
+    check_exact,
+    state_of,
+    verify_graph,
+)
+from tests.tiny_graphs import chain, language_model
+
+
+def quantized(scheme: str) -> Graph:
+    """Three sites of 8 × 8; only the last is left in float."""
+    graph = chain()
+    graph.schemes = {name: Scheme.parse(scheme) for name in ("0", "1")} | {"2": Scheme()}
+    RTN().rewrite(graph.sites()[:2], {}, PassContext(graph, torch.device("cpu"), 0))
+    return graph
+
+
+def problem(graph: Graph) -> str:
+    with pytest.raises(VerificationError) as caught:
+        verify_graph(graph)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("options", ["", "-asym"])
+@pytest.mark.parametrize("name", ["w4a16-g4", "w3a16-g5", "w8a16", "w2a16-tensor", "w4a16-channel"])
+def test_legal_graphs(name, options):
+    verify_graph(quantized(name + options))
+
+
+def test_a_float_graph_without_schemes():
+    verify_graph(language_model())
+
+
+def test_float_weight_where_the_scheme_says_quantized():
+    graph = quantized("w4a16-g4")
+    graph.schemes["2"] = Scheme.parse("w4a16-g4")
+    text = problem(graph)
+    assert "where: 2" in text
+    assert "got: a float weight" in text
+    assert "expected: int4 g4 symmetric" in text
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme()])
+def test_quantized_weight_without_a_scheme(scheme):
+    graph = quantized("w4a16-g4")
+    graph.schemes.pop("1")
+    if scheme is not None:
+        graph.schemes["1"] = scheme
+    assert "got: a quantized weight" in problem(graph)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "dtype", "found"),
+    [
+        ("weight_scale", torch.ones(8, 3), None, "scale has shape (8, 3), not (8, 2)"),
+        ("weight_scale", torch.ones(8), None, "scale has shape (8,), not (8, 2)"),
+        ("weight_scale", -torch.ones(8, 2), None, "not all positive"),
+        ("weight_scale", torch.zeros(8, 2), None, "not all positive"),
+        ("weight_scale", torch.full((8, 2), torch.inf), None, "not all positive and finite"),
+        ("weight_scale", torch.full((8, 2), torch.nan), None, "not all positive and finite"),
+        ("weight_codes", torch.zeros(8, 8, dtype=torch.uint8), "uint8", "codes are uint8, not uint4"),
+        ("weight_codes", torch.zeros(8, 8, dtype=torch.int8), "int4", "codes are int4, not uint4"),
+        ("weight_codes", torch.zeros(8, 6, dtype=torch.uint8), "uint4", "codes have shape (8, 6), not (8, 8)"),
+        ("weight_zero_point", torch.zeros(8, 2, dtype=torch.uint8), "uint8", "zero point is uint8 (8, 2)"),
+        ("weight_zero_point", torch.zeros(8, 1, dtype=torch.uint8), "uint4", "zero point is uint4 (8, 1)"),
+    ],
+)
+def test_planted_tensors(name, tensor, dtype, found):
+    graph = quantized("w4a16-g4-asym")
+    graph.weights.set(f"1.{name}", tensor, dtype)
+    text = problem(graph)
+    assert "where: 1" in text
+    assert found in text
+
+
+def test_a_scale_that_is_not_stored():
+    graph = quantized("w4a16-g4")
+    graph.weights.remove("0.weight_scale")
+    assert "where: 0.weight_scale" in problem(graph)
+
+
+def test_zero_point_against_the_scheme():
+    graph = quantized("w4a16-g4-asym")
+    graph.sites()[0].nodes[0].args[1].update_arg(2, None)
+    assert "none where it is not" in problem(graph)
+
+
+def test_scales_along_the_wrong_axis():
+    graph = quantized("w4a16-g4")
+    graph.sites()[0].nodes[0].args[1].update_arg(3, 0)
+    assert "scales run along (axis, block) (0, 4), not (1, 4)" in problem(graph)
+
+
+def test_every_problem_of_a_weight_is_listed():
+    graph = quantized("w4a16-g4")
+    graph.weights.set("0.weight_scale", torch.zeros(3))
+    text = problem(graph)
+    assert "shape" in text
+    assert "positive" in text
+
+
+def test_nodes_out_of_order():
+    graph = quantized("w4a16-g4")
+    first, last = graph.sites()[0].nodes[0], graph.sites()[2].nodes[0]
+    last.append(first)
+    assert "not well-formed" in problem(graph)
+
+
+def test_ports_against_the_signature():
+    graph = chain()
+    graph.fx.output_node().args = ((graph.outputs[0], graph.outputs[0]),)
+    assert "got: 1 inputs and 2 outputs" in problem(graph)
+
+
+# --- codebooks --------------------------------------------------------------------------------------------------------
+
+
+def squeezed(bits: int = 3, *, sparse: bool = True) -> Graph:
+    """A chain of sites of 8 × 8, the first two with tables and, in every other row, one value added."""
+    graph = chain()
+    spec = Scheme.parse(f"w{bits}a16-lut").weight
+    assert spec is not None
+    graph.schemes = {"0": Scheme(spec), "1": Scheme(spec), "2": Scheme()}
+    for site in graph.sites()[:2]:
+        offsets = torch.tensor([0, 1, 1, 2, 2, 3, 3, 4, 4], dtype=torch.int32)
+        added = Csr(torch.ones(4, dtype=torch.float16), torch.tensor([0, 3, 7, 7], dtype=torch.int32), offsets)
+        codes = torch.randint(1 << bits, (8, 8), dtype=torch.uint8)
+        table = torch.randn(8, 1 << bits).sort().values.half()
+        graph.set_weight(site, Codebook(codes, table, added if sparse else None, spec))
+    return graph
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_legal_codebooks(bits, sparse):
+    verify_graph(squeezed(bits, sparse=sparse))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "dtype", "found"),
+    [
+        ("codes", torch.zeros(8, 8, dtype=torch.uint8), "uint4", "codes are uint4 (8, 8), not uint3 (8, 8)"),
+        ("codes", torch.zeros(8, 7, dtype=torch.uint8), "uint3", "codes are uint3 (8, 7), not uint3 (8, 8)"),
+        ("table", torch.zeros(8, 4), None, "table has shape (8, 4), not (8, 8)"),
+        ("table", torch.full((8, 8), torch.nan), None, "table is not finite"),
+        ("sparse_values", torch.full((4,), torch.inf), None, "value of the sparse matrix is not finite"),
+        ("sparse_values", torch.ones(3), None, "do not belong together"),
+        ("sparse_row_offsets", torch.zeros(8, dtype=torch.int32), None, "do not belong together"),
+        ("sparse_row_offsets", torch.arange(9, dtype=torch.int32), None, "do not follow one another"),
+        ("sparse_row_offsets", torch.tensor([0, 2, 1, 2, 2, 3, 3, 4, 4], dtype=torch.int32), None, "do not follow"),
+        ("sparse_columns", torch.tensor([0, 8, 1, 1], dtype=torch.int32), None, "outside of the weight"),
+        ("sparse_columns", torch.tensor([0, -1, 1, 1], dtype=torch.int32), None, "outside of the weight"),
+    ],
+)
+def test_planted_codebooks(name, tensor, dtype, found):
+    graph = squeezed()
+    graph.weights.set(f"1.weight_{name}", tensor, dtype)
+    text = problem(graph)
+    assert "where: 1" in text
+    assert found in text
+
+
+@pytest.mark.parametrize(("made", "stated"), [("w3a16-lut", "w3a16-channel"), ("w4a16-channel", "w4a16-lut")])
+def test_a_codebook_where_the_scheme_has_a_grid_and_the_other_way_round(made, stated):
+    graph = squeezed() if made.endswith("lut") else quantized(made)
+    graph.schemes["1"] = Scheme.parse(stated)
+    assert "a codebook where the scheme has scales, or the other way round" in problem(graph)
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def rounded(scheme: str) -> Graph:
+    """As `quantized`, with the inputs of the two sites rounded; no calibration: ranges are made up."""
+    graph = quantized(scheme)
+    for name in ("0", "1"):
+        spec = graph.schemes[name].activation
+        assert spec is not None
+        (site,) = (site for site in graph.sites() if site.name == name)
+        scale = zero = None
+        if not spec.dynamic:
+            qparams = activation_qparams(-1.0, 2.0, spec)
+            scale = f"{name}.input_scale"
+            graph.weights.set(scale, qparams[0])
+            if qparams[1] is not None:
+                zero = f"{name}.input_zero_point"
+                graph.weights.set(zero, qparams[1])
+        graph.quantize_input(site.inputs[0], site.nodes, spec, scale, zero)
+    return graph
+
+
+ACTIVATIONS = ["w8a8", "w8a8-actsym", "w8a8-dynamic", "w8a8-dyntensor", "w4a8-g4", "fp8", "fp8-dynamic", "fp8-e5m2"]
+ACTIVATIONS += ["w4a4-g4", "w4a4-g4-clip90", "w4a4-g4-actasym"]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_legal_activations(name):
+    verify_graph(rounded(name))
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-tensor", "fp8-g4", "fp8-e5m2"])
+def test_legal_float_weights(name):
+    graph = rounded(name)
+    assert graph.weights.info("0.weight_codes").dtype.startswith("float8")
+    verify_graph(graph)
+
+
+def test_a_float_activation_where_the_scheme_says_rounded():
+    text = problem(quantized("w8a8"))
+    assert "got: a float activation" in text
+    assert "expected: int8 per_tensor asymmetric" in text
+    assert "InsertQDQ" in text
+
+
+def test_a_rounded_activation_without_a_scheme():
+    graph = rounded("w8a8")
+    graph.schemes["1"] = Scheme(graph.schemes["1"].weight)
+    text = problem(graph)
+    assert "where: 1" in text
+    assert "got: a quantized activation" in text
+
+
+@pytest.mark.parametrize(
+    ("actual", "stated", "found"),
+    [
+        ("fp8", "fp8-e5m2", "codes are torch.float8_e4m3fn, not torch.float8_e5m2"),
+        ("w4a8-g4-dynamic", "w4a4-g4", "codes are not of 4 bits"),
+        ("w4a4-g4", "w4a4-g4-clip90", "a range of something else"),
+        ("w8a8", "w8a8-actsym", "codes are torch.uint8, not torch.int8"),
+        ("w8a8", "w8a8-actsym", "a zero point where the scheme is symmetric"),
+        ("w8a8-actsym", "w8a8", "none where it is not"),
+        ("w8a8", "w8a8-dyntensor", "a range that is static where the scheme is dynamic"),
+        ("w8a8-dyntensor", "w8a8", "or the other way round"),
+        ("w8a8-dyntensor-actsym", "w8a8-dynamic", "scales run along (axis, block) (0, 0), not (-1, 8)"),
+        ("w8a8-dyntensor-actsym", "w8a8-dynamic", "a range of something else"),
+    ],
+)
+def test_other_activation_formats_than_the_scheme_s(actual, stated, found):
+    graph = rounded(actual)
+    graph.schemes["1"] = Scheme(graph.schemes["1"].weight, Scheme.parse(stated).activation)
+    text = problem(graph)
+    assert "where: 1" in text
+    assert found in text
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "found"),
+    [
+        ("input_scale", torch.tensor(0.0), "not all positive and finite"),
+        ("input_scale", torch.tensor(-1.0), "not all positive and finite"),
+        ("input_scale", torch.tensor(torch.inf), "not all positive and finite"),
+        ("input_scale", torch.ones(1), "1.input_scale is not one number"),
+        ("input_zero_point", torch.tensor(3, dtype=torch.int8), "zero point is not uint8"),
+    ],
+)
+def test_planted_ranges(name, tensor, found):
+    graph = rounded("w8a8")
+    graph.weights.set(f"1.{name}", tensor)
+    assert found in problem(graph)
+
+
+def test_dequantized_with_another_scale():
+    graph = rounded("w8a8")
+    first, second = (site.inputs[0] for site in graph.sites()[:2])
+    second.update_arg(1, first.args[1])
+    assert "not dequantized with the scale it was quantized with" in problem(graph)
+
+
+def test_a_range_of_another_value():
+    graph = rounded("w8a8-dynamic")
+    first, second = (site.inputs[0].args[0] for site in graph.sites()[:2])
+    second.args[1].args[0].update_arg(0, first.args[0])
+    assert "a range of something else" in problem(graph)
+
+
+# --- what passes declare ----------------------------------------------------------------------------------------------
+
+
+class Analysis(Pass):
+    effect = Effect.ANALYSIS
+
+
+class Exact(Pass):
+    effect = Effect.EXACT
+
+
+def test_the_state_of_a_graph():
+    graph = chain()
+    nodes = list(graph.fx.nodes)
+    before = state_of(graph, nodes)
+    assert state_of(graph, nodes) == before
+    weight = graph.weights.read("1.weight")
+    graph.weights.set("1.weight", weight)
+    after = state_of(graph, nodes)
+    assert [key for key in before if before[key] != after[key]] == ["1.weight"]
+    graph.sites()[2].nodes[0].update_arg(0, graph.inputs[0])
+    changed = state_of(graph, nodes)
+    assert [key for key in after if after[key] != changed[key]] == [graph.sites()[2].nodes[0].name]
+
+
+def test_the_state_of_some_nodes_is_that_of_the_tensors_they_read():
+    graph = chain()
+    first = graph.sites()[0].nodes
+    before = state_of(graph, first)
+    graph.weights.set("1.weight", torch.zeros(8, 8))
+    assert state_of(graph, first) == before
+    graph.weights.set("0.weight", torch.zeros(8, 8))
+    assert state_of(graph, first) != before
+
+
+@pytest.mark.parametrize(("says", "is_changed"), [(True, False), (False, True)])
+def test_a_pass_that_lies(says, is_changed):
+    after = {"weight": 2 if is_changed else 1}
+    with pytest.raises(VerificationError, match="does not say truly") as caught:
+        check_declared(Exact(), PassResult(modified=says), {"weight": 1}, after, "mine, segment 3")
+    assert "where: mine, segment 3" in str(caught.value)
+    assert f"modified={says}, changed: {'weight' if is_changed else 'nothing'}" in str(caught.value)
+
+
+@pytest.mark.parametrize("after", [{}, {"node": 1, "more": 1}, {"node": 2}])
+def test_what_counts_as_a_change(after):
+    check_declared(Exact(), PassResult(modified=True), {"node": 1}, after, "mine")
+    with pytest.raises(VerificationError, match="does not say truly"):
+        check_declared(Exact(), PassResult(modified=False), {"node": 1}, after, "mine")
+    with pytest.raises(VerificationError, match="declared an analysis changed the graph"):
+        check_declared(Analysis(), PassResult(modified=True), {"node": 1}, after, "mine")
+
+
+def test_an_analysis_that_changes_nothing():
+    check_declared(Analysis(), PassResult(modified=False), {"node": 1}, {"node": 1}, "mine")
+
+
+@pytest.mark.parametrize("width", [1, 100])
+def test_how_exact_is_exact(width):
+    limit = 64 * 2**-23 * width**0.5
+    before = torch.tensor([1.0, -4.0, 0.0])
+    for share, is_right in ((0.5, True), (2.0, False)):
+        after = before + torch.tensor([0.0, 0.0, 4 * share * limit])
+        if is_right:
+            check_exact([before], [after], width, "mine")
+        else:
+            with pytest.raises(
+                VerificationError, match=r"declared exact changed what the model computes\n  where: mine"
+            ):
+                check_exact([before], [after], width, "mine")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])),
+        (torch.tensor([float("nan")]), torch.tensor([float("nan")])),
+        (torch.ones(3), torch.tensor([1.0, float("inf"), 1.0])),
+        (torch.ones(3), torch.ones(1, 3)),
+        (torch.zeros(3), torch.full((3,), 1e-3)),
+        (torch.tensor([True, False]), torch.tensor([True, True])),
+        (torch.tensor([3, 4]), torch.tensor([3, 5])),
+    ],
+    ids=["nan", "nan before", "inf", "shape", "zero", "bool", "int"],
+)
+def test_what_is_not_exact(before, after):
+    with pytest.raises(VerificationError, match="changed what the model computes"):
+        check_exact([torch.ones(1), before], [torch.ones(1), after], 1, "mine")
+
+
+@pytest.mark.parametrize(
+    "value", [torch.zeros(3), torch.tensor([True, False]), torch.tensor([3, 4]), torch.empty(1)[:0]]
+)
+def test_what_is_exact(value):
+    check_exact([value], [value.clone()], 1, "mine")
+
+
+# --- 4-bit floats -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp4-ceil"])
+def test_legal_four_bit_floats(name):
+    verify_graph(rounded(name))
+    verify_graph(quantized(name.replace("fp4", "fp4a16")))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "tensor", "dtype", "found"),
+    [
+        ("nvfp4a16", "codes", torch.zeros(8, 8, dtype=torch.int8), "int4", "codes: int4 (8, 8), not uint4"),
+        ("nvfp4a16", "scale", torch.ones(8, 1), None, "scale: float32 (8, 1), not float8_e4m3fn"),
+        ("nvfp4a16", "scale", torch.zeros(8, 1).to(torch.float8_e4m3fn), None, "scales are not all positive"),
+        ("nvfp4a16", "scale", torch.ones(8, 2).to(torch.float8_e4m3fn), None, "not float8_e4m3fn (8, 1)"),
+        ("mxfp4a16", "scale", torch.full((8, 1), 255, dtype=torch.uint8), None, "scales are not all positive"),
+        ("nvfp4a16", "factor", torch.ones(1), None, "factor is float32 (1,), not one float32 number"),
+        ("nvfp4a16", "factor", torch.tensor(1.0).half(), None, "factor is float16 (), not one float32 number"),
+        ("nvfp4a16", "factor", torch.tensor(-1.0), None, "the factor is not positive and finite"),
+    ],
+)
+def test_planted_four_bit_floats(scheme, name, tensor, dtype, found):
+    graph = quantized(scheme)
+    graph.weights.set(f"1.weight_{name}", tensor, dtype=dtype)
+    text = problem(graph)
+    assert "where: 1" in text
+    assert found in text
+
+
+@pytest.mark.parametrize(
+    ("made", "stated", "found"),
+    [
+        ("nvfp4a16", "w4a16-g16", "4-bit floats where the scheme has other codes"),
+        ("w4a16-g16", "mxfp4a16", "or the other way round"),
+        ("mxfp4a16", "nvfp4a16", "no factor where scales are relative to one"),
+    ],
+)
+def test_other_weights_than_four_bit_floats_of_the_scheme(made, stated, found):
+    graph = quantized(made)
+    graph.schemes["1"] = Scheme.parse(stated)
+    assert found in problem(graph)
+
+
+def test_other_blocks_than_the_scheme_s():
+    graph = quantized("nvfp4a16")
+    graph.sites()[1].nodes[0].args[1].update_arg(3, 4)
+    assert "blocks of 4, not 8" in problem(graph)
+
+
+@pytest.mark.parametrize(
+    ("actual", "stated", "found"),
+    [
+        ("w8a8", "nvfp4", "4-bit floats where the scheme has other codes"),
+        ("nvfp4", "w8a8", "or the other way round"),
+        ("mxfp4", "mxfp4-ceil", "scales of something else"),
+        ("nvfp4", "mxfp4", "or one where they are not"),
+    ],
+)
+def test_other_rounded_activations_than_four_bit_floats_of_the_scheme(actual, stated, found):
+    graph = rounded(actual)
+    graph.schemes["1"] = Scheme(graph.schemes["1"].weight, Scheme.parse(stated).activation)
+    assert found in problem(graph)
+
+
+def test_four_bit_floats_with_the_scales_of_others():
+    graph = rounded("mxfp4")
+    first, second = (site.inputs[0] for site in graph.sites()[:2])
+    second.args[0].args[1].update_arg(0, first.args[0].args[0])
+    assert "scales of something else" in problem(graph)
+    graph = rounded("mxfp4")
+    first, second = (site.inputs[0] for site in graph.sites()[:2])
+    second.update_arg(1, first.args[1])
+    assert "not dequantized with the scale it was quantized with" in problem(graph)
+    graph = rounded("mxfp4")
+    (node,) = (site.inputs[0] for site in graph.sites()[1:2])
+    node.update_arg(3, 4)
+    node.args[0].update_arg(3, 4)
+    assert "blocks of 4, not 8" in problem(graph)
+
+
+def test_four_bit_floats_with_a_stored_scale():
+    graph = rounded("mxfp4")
+    node = graph.sites()[1].inputs[0]
+    stored = graph.sites()[1].nodes[0].args[1].args[1]
+    node.update_arg(1, stored)
+    node.args[0].update_arg(1, stored)
+    assert "scales of blocks that are not computed from the value" in problem(graph)
+
+
+def test_a_factor_of_activations_that_is_none():
+    graph = rounded("nvfp4")
+    graph.weights.set("1.input_scale", torch.tensor(0.0))
+    assert "the factor is not positive and finite" in problem(graph)
+
+
+def with_squares(side: int) -> Graph:
+    graph = chain()
+    spec = QuantSpec("float8_e4m3fn", "per_block", side)
+    graph.schemes = {name: Scheme(spec) for name in ("0", "1")} | {"2": Scheme()}
+    RTN().rewrite(graph.sites()[:2], {}, PassContext(graph, torch.device("cpu"), 0))
+    return graph
+
+
+@pytest.mark.parametrize("side", [3, 4, 8, 128])
+def test_legal_squares(side):
+    verify_graph(with_squares(side))
+
+
+def test_squares_of_another_size():
+    graph = with_squares(4)
+    graph.schemes["1"] = Scheme(QuantSpec("float8_e4m3fn", "per_block", 3))
+    text = problem(graph)
+    assert "scale has shape (2, 2), not (3, 3)" in text
+    assert "scales run along (axis, block) (1, 4), not (1, 3)" in text
