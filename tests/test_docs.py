@@ -1,5 +1,6 @@
 """The documentation: its examples run, and what it links to is there."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -87,3 +88,29 @@ def test_every_fact_and_method_on_the_page_is_there() -> None:
         assert name in {*Graph.__dataclass_fields__, *vars(Graph)}, name
     for name in re.findall(r"`(Gram|CrossGram|AbsMax|MinMax|Histogram)`", page):
         assert hasattr(extend, name)
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is that of a module, or of something in one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ImportError:
+            continue
+        for part in parts[count:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def test_every_name_that_is_referred_to_is_there() -> None:
+    rooms = [path for name in ("qcompiler", "passes", "lowering", "examples") for path in (ROOT / name).rglob("*.py")]
+    named: dict[str, Path] = {}
+    for path in (*PAGES, *rooms):
+        for name in re.findall(r"`(qcompiler(?:\.\w+)+)`", path.read_text(encoding="utf-8")):
+            named.setdefault(name, path)
+    assert len(named) > 30
+    assert [f"{path.relative_to(ROOT)}: {name}" for name, path in named.items() if not resolves(name)] == []

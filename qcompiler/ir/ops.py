@@ -14,7 +14,7 @@ it.
 | ``attention(q, k, v, mask?, scale, causal, window?, softcap?)`` | softmax attention, grouped heads; `_attention` |
 | ``take_expert(x, experts, index)`` | the rows of ``x[S, D]`` that go to one expert; `_take_expert` |
 | ``merge_experts(rows, experts)`` | the rows of all experts back in their places |
-| ``hadamard(x, block)`` | every ``block`` elements of the last axis times an orthogonal matrix; `qcompiler.hadamard` |
+| ``hadamard(x, block)`` | every ``block`` elements of the last axis times an orthogonal matrix |
 | ``quantize(x, scale, zero_point?, axis, block, dtype, bits)`` | ONNX QuantizeLinear |
 | ``dequantize(codes, scale, zero_point?, axis, block, out_dtype)`` | ONNX DequantizeLinear |
 | ``fp4_scale(x, factor?, block, floor)`` | the one-byte scales that blocks of ``x`` have; `fp4.block_scale` |

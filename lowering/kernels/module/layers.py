@@ -98,7 +98,7 @@ class Rotation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """float32 ``[..., n]`` to the same, n a multiple of the block."""
         result = x
-        for factor in self.factors:  # as `qcompiler.hadamard.multiply` has it
+        for factor in self.factors:  # as `qcompiler.numerics.multiply` has it
             blocks = (*x.shape[:-1], x.shape[-1] // self.block, factor, self.block // factor)
             result = result.reshape(blocks).transpose(-1, -2) @ self.get_buffer(f"matrix_{factor}")
         return result.reshape(x.shape)

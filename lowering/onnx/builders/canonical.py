@@ -264,7 +264,7 @@ def _choose_qparams(e: Emitter, node: fx.Node) -> tuple[ir.Value, ...]:
 
 
 def _hadamard(e: Emitter, node: fx.Node) -> ir.Value:
-    """One product with a small matrix for each Kronecker factor, as `qcompiler.hadamard.multiply` has it."""
+    """One product with a small matrix for each Kronecker factor, as `qcompiler.numerics.multiply` has it."""
     x_node, block = node.args
     assert isinstance(x_node, fx.Node)
     assert isinstance(block, int)
