@@ -104,6 +104,6 @@ def _refuse_artifact(directory: Path) -> None:
             where=directory,
             got=mark,
             expected="the directory of an original model",
-            remedy="compile the original again with the new recipe; to lower what is compiled, use qcompiler.lower; "
-            "to run it, qcompiler evaluate or generate",
+            remedy="compile the original again with the new recipe; `qcompiler convert` lowers what is compiled, "
+            "`qcompiler evaluate` and `generate` run it",
         )
