@@ -1,10 +1,11 @@
 # Every target sets itself up: a bare checkout and Python 3.11 or newer with pip are enough.
 #   make demo    compile the shipped model and generate text with it      make check   ruff and mypy
 #   make test    the tests that run on any machine                        make bench   the benchmark tables
+#   make docs    the documentation as a site, in build/site
 #   make gpu     kernels on a GPU: checks and times, in under eight minutes; sets nothing up
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-slow test-gpu demo check format bench gpu matrix clean
+.PHONY: help setup test test-slow test-gpu demo check format bench gpu matrix docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 help:
-	@sed -n '2,4s/^# *//p' Makefile
+	@sed -n '2,5s/^# *//p' Makefile
 
 setup: $(STAMP)
 
@@ -66,6 +67,11 @@ gpu:
 # The table of recipes and targets in README.md; a test fails when it is stale.
 matrix: setup
 	$(BIN)/python -m docs.update_matrix
+
+# Fails at a link that leads nowhere.
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file .ci/mkdocs.yml
 
 clean:
 	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
