@@ -16,7 +16,7 @@ from qcompiler.errors import RecipeError, did_you_mean
 from qcompiler.passes._import_passes import import_object, import_passes
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.recipes import recipe as named_recipe
-from qcompiler.protocol import Pass, Pipeline
+from qcompiler.protocol import Pass, Pipeline, describe_hint
 from qcompiler.storage import read_named
 
 __all__ = ["load_recipe", "override_schemes", "read_recipe"]
@@ -221,7 +221,7 @@ def _read_table(table: object, path: Path, index: int) -> tuple[type[Pass], dict
                     "an option of the wrong type",
                     where=f"{where}.{name}",
                     got=repr(misfit.value),
-                    expected=_describe(misfit.hint),
+                    expected=describe_hint(misfit.hint, none='"none"'),  # as TOML says it
                 ) from None
     return cls, options, where
 
@@ -310,13 +310,3 @@ def _convert(value: Any, hint: Any) -> Any:
             items = [_convert(item, wanted) for item, wanted in zip(value, arguments, strict=True)]
             return tuple(items) if origin is tuple else items
     raise _Misfit(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    if hint is NoneType:
-        return '"none"'
-    if get_origin(hint) is None and isinstance(hint, type):
-        return hint.__name__
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_describe(item) for item in get_args(hint))
-    return str(hint).replace("typing.", "").replace("collections.abc.", "")

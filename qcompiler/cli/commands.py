@@ -85,7 +85,9 @@ def compile(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     seed: Annotated[int, typer.Option(help="The only source of randomness.")] = 0,
-    strict: Annotated[bool, typer.Option(help="A site left alone unasked is an error.")] = False,
+    strict: Annotated[
+        bool, typer.Option(help="A site left alone unasked, or a part of the source that is lost, is an error.")
+    ] = False,
     work_dir: Annotated[Path | None, typer.Option(help="Where temporary files go.")] = None,
     threads: Threads = None,
     trust_remote_code: Trust = False,

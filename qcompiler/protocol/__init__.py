@@ -7,7 +7,7 @@ what they declare (`verify`).
 from qcompiler.protocol.artifact import Artifact
 from qcompiler.protocol.histograms import Histogram, MinMax
 from qcompiler.protocol.observers import AbsMax, CrossGram, Gram, HeadRange, Rescalable, RowSample, Statistic
-from qcompiler.protocol.options import Within
+from qcompiler.protocol.options import Within, describe_hint
 from qcompiler.protocol.pass_base import (
     ACTIVATIONS_QUANTIZED,
     CACHE_QUANTIZED,
@@ -94,6 +94,7 @@ __all__ = [
     "check_method",
     "check_schemes",
     "choose_range",
+    "describe_hint",
     "range_sqnr_db",
     "state_of",
     "verify_graph",

@@ -110,16 +110,16 @@ def _bounds(hint: Any) -> list[Within]:
     return own + [found for argument in get_args(hint) if get_origin(argument) for found in _bounds(argument)]
 
 
-def describe_hint(hint: Any) -> str:
-    """An annotation in words, as far as they are shorter."""
+def describe_hint(hint: Any, none: str = "none") -> str:
+    """An annotation in words, as far as they are shorter; ``none`` is what None is called."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         bounds = ", ".join(map(str, _bounds(hint)))
-        return describe_hint(arguments[0]) + (f" {bounds}" if bounds else "")
+        return describe_hint(arguments[0], none) + (f" {bounds}" if bounds else "")
     if hint in (None, NoneType):
-        return "none"
+        return none
     if origin in (Union, UnionType):
-        return " or ".join(describe_hint(argument) for argument in arguments)
+        return " or ".join(describe_hint(argument, none) for argument in arguments)
     if origin is Literal:
         return " or ".join(map(str, arguments))
     if isinstance(origin, type) and issubclass(origin, (Mapping, Sequence)):

@@ -1,5 +1,6 @@
 """`compile_graph`: carries a pipeline through a graph. It knows no concrete pass and no target."""
 
+import logging
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
@@ -43,6 +44,8 @@ __all__ = ["CalibrationInput", "check_work_dir", "choose_device", "compile_graph
 
 CalibrationInput = Calibration | Iterable[tuple[Tensor, ...]] | None
 """Tokens for a language model; for another graph, its own inputs."""
+_log = logging.getLogger(__name__)
+
 _MEASURED = "measured"  # of the work directory: what passes measure on the whole graph, for others to read
 
 
@@ -193,6 +196,7 @@ def compile_graph(
 
 def _phase(report: CompileReport, name: str, progress: Progress | None) -> AbstractContextManager[None]:
     """A phase that is timed, and announced; nobody knows how long it takes."""
+    _log.info("%s", name)
     if progress is not None:
         progress(0, 0, name)
     return report.timed(name)

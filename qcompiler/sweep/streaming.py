@@ -11,6 +11,7 @@ calls itself exact is held to it: a probe runs through the segment before and af
 """
 
 import itertools
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,8 @@ from qcompiler.sweep.position import (
 from qcompiler.sweep.values import Parked, ValuePark
 
 __all__ = ["Batch", "Progress", "SweepReport", "default_value_budget", "sweep"]
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 """Called with segments done, segments in all, and a description."""
@@ -117,8 +120,9 @@ def sweep(
         probes = [] if not exact else [probe if probe is not None else batches[0]]
         runner = _Runner(graph, cut, passes, batches, probes, context, park)
         for segment in cut.segments:
+            names = ", ".join(site.name for site in segment.sites)
+            _log.info("segment %d of %d: %s", segment.index + 1, len(cut.segments), names or "no layers")
             if progress is not None:
-                names = ", ".join(site.name for site in segment.sites)
                 progress(segment.index, len(cut.segments), names)
             if runner.process(segment):
                 graph.weights.spill(directory, f"segment-{segment.index:05d}")

@@ -272,3 +272,10 @@ def test_generation_is_that_of_the_graph(journey: Journey) -> None:
     for expected in found.tokens:
         assert int(artifact.forward(ids)[0, -1].argmax()) == expected
         ids = torch.cat([ids, torch.tensor([[expected]])], dim=1)
+
+
+def test_verbose_tells_phases_and_segments(journey: Journey, tmp_path: Path) -> None:
+    told = command("compile", journey.model, "-r", "w8a16", "-o", tmp_path / "out", "-v")
+    assert told.status == 0
+    assert "INFO: segment 1 of " in told.errors
+    assert "segment" not in command("compile", journey.model, "-r", "w8a16", "-o", tmp_path / "other").errors
