@@ -13,10 +13,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import qcompiler.passes as shipped
 from qcompiler.errors import RecipeError, did_you_mean
-from qcompiler.passes._import_passes import import_object, import_passes
+from qcompiler.passes._import_passes import import_passes, is_pass_like
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.recipes import recipe as named_recipe
-from qcompiler.protocol import Pass, Pipeline, describe_hint
+from qcompiler.protocol import Pass, Pipeline, describe_hint, import_object
 from qcompiler.storage import read_named
 
 __all__ = ["load_recipe", "override_schemes", "read_recipe"]
@@ -241,7 +241,7 @@ def _pass_class(name: str, path: Path, where: str) -> type[Pass]:
             )
         return known[name]
     try:
-        found = import_object(name, path.parent)
+        found = import_object(name, path.parent, offers=is_pass_like)
     except RecipeError as error:
         error.where = f"{where}.use" if error.where is None else f"{where}.use: {error.where}"
         raise

@@ -27,49 +27,51 @@ from qcompiler.artifacts import generate as generate_text
 from qcompiler.errors import InputError, TargetError
 from qcompiler.frontend import canonicalize, capture_directory, capture_module, open_checkpoint
 from qcompiler.ir import Graph
+from qcompiler.lowering import targets as known_targets
 from qcompiler.numerics import Scheme
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.recipe_file import load_recipe, override_schemes
 from qcompiler.passes.recipes import RECIPES
 from qcompiler.passes.recipes import recipe as named_recipe
-from qcompiler.protocol import Artifact, Pass, Pipeline, TargetSpec
+from qcompiler.protocol import Artifact, Pass, Pipeline, Target, choose_device
 from qcompiler.reporting import CompileReport
 from qcompiler.storage import no_directory
 from qcompiler.sweep import (
     CalibrationInput,
     Progress,
     check_work_dir,
-    choose_device,
     compile_graph,
     contention,
 )
 from qcompiler.to_target import (
-    WRITTEN_TARGETS,
     check_target,
+    describe_targets,
     lower,
-    lower_to_kernels,
+    make_target,
+    open_with_engine,
     record_target,
-    target_spec,
     write_target,
+    written_target,
 )
 
 __all__ = [
-    "WRITTEN_TARGETS",
     "CompileResult",
     "capture",
     "check_arguments",
     "check_target",
     "compile",
     "describe_recipe",
+    "describe_targets",
     "evaluate",
     "generate",
     "load",
     "lower",
+    "make_target",
     "open_artifact",
     "recipe_matrix",
     "record_target",
-    "target_spec",
     "write_target",
+    "written_target",
 ]
 
 Recipe = str | Path | Sequence[Pass]
@@ -108,7 +110,7 @@ def compile(
     recipe: Recipe,
     calibration: CalibrationInput = None,
     *,
-    targets: str | Sequence[str | TargetSpec] = (),
+    targets: str | Target | Sequence[str | Target] = (),
     overrides: Mapping[str, str | None] | None = None,
     memory_budget: int | None = None,
     device: str = "auto",
@@ -126,7 +128,7 @@ def compile(
             (``package.module:NAME`` or ``file.py:NAME``, which is imported and so runs), or passes in order.
         calibration: text, tokens or self-generated; for a plain module, an iterable of input tuples. Without it, a
             recipe that needs calibration lets the model generate its own tokens, and says so.
-        targets: where the result is meant to go, by name or as `target_spec` gives them; operators and schemes they
+        targets: where the result is meant to go, as `make_target` takes and gives them; operators and schemes they
             refuse are errors before anything is computed.
         overrides: glob pattern of sites → scheme or None, put behind those of the recipe's `Assign`: the last match
             wins.
@@ -145,7 +147,7 @@ def compile(
         QCompilerError: see `qcompiler.errors`; nothing is left behind. Arguments are checked before any work, and what
             a target cannot take is found on the graph, before calibration.
     """
-    targets = (targets,) if isinstance(targets, str) else targets
+    targets = (targets,) if isinstance(targets, (str, Target)) else targets
     passes = check_arguments(
         model,
         recipe,
@@ -155,7 +157,7 @@ def compile(
         seed=seed,
         work_dir=work_dir,
     )
-    specs = [target_spec(target) if isinstance(target, str) else target for target in targets]
+    made_targets = [make_target(target) for target in targets]
     report = CompileReport()
     with report.timed("total"):
         if progress is not None:
@@ -167,7 +169,7 @@ def compile(
             Pipeline(passes),
             calibration,
             report=report,
-            targets=specs,
+            targets=made_targets,
             memory_budget=memory_budget,
             device=choose_device(device),
             seed=seed,
@@ -261,11 +263,8 @@ def _changed_options(item: Pass) -> dict[str, Any]:
     }
 
 
-def _matrix_targets() -> dict[str, TargetSpec]:
-    from qcompiler.lowering.kernels.target import KernelsTarget
-
-    kernels = {"kernels (CUDA)": KernelsTarget("cuda"), "kernels (CPU)": KernelsTarget("cpu")}
-    return {"onnx": target_spec("onnx"), **kernels}
+def _matrix_targets() -> dict[str, Target]:
+    return {name: target for cls in known_targets() for name, target in cls.variants().items()}
 
 
 def recipe_matrix() -> dict[str, dict[str, str]]:
@@ -293,7 +292,7 @@ def open_artifact(
 
     Args:
         path: the directory.
-        exact: for ONNX Runtime, compute with float activations; False allows its faster 8-bit ones.
+        exact: compute as written; False allows an engine's faster ways (ONNX Runtime's 8-bit activations).
         engine: ``kernels`` runs a native artifact by fused low-bit operators; by default, its reference arithmetic.
         device: ``cpu``, ``cuda`` or ``auto``; by default ``auto`` for kernels, and the CPU for everything else.
         trust_remote_code: for a Hugging Face directory, run the code it brings along.
@@ -303,23 +302,18 @@ def open_artifact(
         TargetError: for an unknown engine, or one that does not run what is there.
     """
     root = Path(path)
-    if engine not in (None, "kernels"):
-        raise TargetError("unknown engine", got=engine, expected="kernels")
     if not root.is_dir():
         raise no_directory(root)
     native = native_directory(root)
     if (native / MANIFEST).is_file():
-        if engine == "kernels":
-            return lower_to_kernels(load(native), verify=False, device=device or "auto")
+        if engine is not None:
+            return open_with_engine(load(native), engine, device or "auto")
         return load(native).artifact(choose_device(device or "cpu"))
     if engine is not None:
-        raise TargetError("kernels run native artifacts alone", where=root, remedy="give OUT or OUT/native")
-    if (root / "model.onnx").is_file():
-        from qcompiler.lowering.onnx import OnnxArtifact
-
-        if choose_device(device or "cpu").type != "cpu":
-            raise InputError("ONNX models run on the CPU", where=root, got=device, expected="cpu")
-        return OnnxArtifact(root, accuracy_level=1 if exact else 4)
+        raise TargetError(f"{engine} run native artifacts alone", where=root, remedy="give OUT or OUT/native")
+    for target in known_targets():
+        if target.main_file is not None and (root / target.main_file).is_file():
+            return target.open(root, exact=exact, device=device or "cpu")
     if (root / "config.json").is_file():
         return HFArtifact(root, trust_remote_code=trust_remote_code, device=choose_device(device or "cpu"))
     raise InputError(

@@ -1,10 +1,11 @@
 """A door for guests: what the author of a pass, a statistic, a rewrite of the graph or a target needs, in one place.
 
 A pass derives from `Pass` and says by `Effect` what it may change; a statistic has the methods of `Statistic`, and a
-`Tap` asks for it at a value; what a pass did is a `PassResult` of `SiteReport` and `Skip`. Weights become `Affine`
-or `Codebook` values under a `QuantSpec`; `numerics` holds the arithmetic. Numbers that an option may take
-are said by `Within`. A target answers as a `TargetSpec`, with `Support`; what runs is an `Artifact`. `check_pass` holds
-a pass to what it declares. Passes to stand beside, such as `Assign`, are in `qcompiler.passes`.
+`Tap` asks for it at a value; what a pass did is a `PassResult` of `SiteReport` and `Skip`. Weights become `Affine` or
+`Codebook` values under a `QuantSpec`; `numerics` holds the arithmetic. Numbers that an option may take are said by
+`Within`. A target derives from `Target`: it answers with `Support`, and gives a `Lowered` that a `Reader` is for;
+what runs is an `Artifact`. `check_pass` holds a pass to what it declares. Passes to stand beside, such as `Assign`,
+are in `qcompiler.passes`.
 """
 
 from qcompiler import numerics
@@ -26,17 +27,19 @@ from qcompiler.protocol import (
     Effect,
     Gram,
     Histogram,
+    Lowered,
     MinMax,
     Pass,
     PassContext,
     PassResult,
+    Reader,
     Rescale,
     SiteReport,
     Skip,
     Statistic,
     Support,
     Tap,
-    TargetSpec,
+    Target,
     Wave,
     Within,
 )
@@ -63,12 +66,14 @@ __all__ = [
     "Graph",
     "Histogram",
     "InputError",
+    "Lowered",
     "MinMax",
     "Pass",
     "PassContext",
     "PassResult",
     "QCompilerError",
     "QuantSpec",
+    "Reader",
     "RecipeError",
     "Rescale",
     "Scheme",
@@ -79,8 +84,8 @@ __all__ = [
     "Statistic",
     "Support",
     "Tap",
+    "Target",
     "TargetError",
-    "TargetSpec",
     "Wave",
     "Within",
     "check_pass",

@@ -1,63 +1,156 @@
 """`lower`: carries a compiled model to a target, compares what came out, and puts it into the report.
 
-With `qcompiler.api` and `qcompiler.cli`, a module that sees the targets.
+With `qcompiler.api` and `qcompiler.cli`, a module that sees the targets; which there are, `qcompiler.lowering` says.
 """
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from qcompiler.artifacts import CompileResult, NativeArtifact, add_target, check_parity, load
+from qcompiler.artifacts import CompileResult, NativeArtifact, add_target, check_parity, load, with_noise
 from qcompiler.errors import QCompilerError, TargetError, did_you_mean
 from qcompiler.ir import Graph
-from qcompiler.protocol import TargetSpec, check_schemes
+from qcompiler.lowering import targets
+from qcompiler.protocol import (
+    Artifact,
+    Lowered,
+    Target,
+    check_schemes,
+    foreign,
+    import_object,
+    list_options,
+    read_options,
+)
 from qcompiler.storage import filled_directory
-from qcompiler.sweep import choose_device
 
 if TYPE_CHECKING:
-    from qcompiler.lowering.kernels.module.model import KernelModel
+    from qcompiler.lowering.kernels import KernelModel
 
 __all__ = [
-    "WRITTEN_TARGETS",
     "check_target",
+    "describe_targets",
     "lower",
-    "lower_to_kernels",
+    "make_target",
+    "open_with_engine",
     "record_target",
-    "target_spec",
     "write_target",
+    "written_target",
 ]
 
-WRITTEN_TARGETS = ("onnx",)
-_TARGETS = (*WRITTEN_TARGETS, "kernels")
 _NOISE_SAMPLES = 3
-_FLOAT16_TOKENS = 16  # evaluated operator by operator, which is slow
 
 
-def target_spec(
-    name: str, *, opset: int | None = None, float_dtype: Literal["float32", "float16"] = "float32"
-) -> TargetSpec:
-    """The target of a name such as ``onnx``.
+def make_target(target: str | Target, /, **options: Any) -> Target:
+    """A target by its name, such as ``onnx``, or somebody else's by the place it lies at.
 
     Args:
-        name: the target.
-        opset: for ``onnx``, the operator set; by default the one that `lower` takes.
-        float_dtype: for ``onnx``, of weights and activations.
+        target: a name; ``package.module:NAME`` or ``path/to/file.py:NAME`` of a `Target` class or instance, which is
+            imported and so runs; or a target, which is given back. Behind a colon, options may follow as text:
+            ``onnx:opset=23,float_dtype=float16``; a name may be cut short, as in ``float=float16``.
+        options: by name, as values.
 
     Raises:
-        TargetError: for an unknown one, or an operator set that cannot be written.
+        TargetError: for an unknown target or option, or a value that an option does not take.
     """
-    if name == "onnx":
-        from qcompiler.lowering.onnx import OnnxTarget
+    if isinstance(target, Target):
+        return _with_options(target, options, target.name)
+    name, texts = _in_parts(target)
+    found = _by_name(name)
+    cls = found if isinstance(found, type) else type(found)
+    return _with_options(found, {**read_options(cls, texts, TargetError), **options}, name)
 
-        return OnnxTarget(float_dtype=float_dtype) if opset is None else OnnxTarget(opset, float_dtype)
-    if name == "kernels":
-        from qcompiler.lowering.kernels.target import KernelsTarget
 
-        return KernelsTarget("cuda" if torch.cuda.is_available() else "cpu")
-    raise TargetError("unknown target", got=name, expected=", ".join(_TARGETS), remedy=did_you_mean(name, _TARGETS))
+def _in_parts(text: str) -> tuple[str, dict[str, str]]:
+    """The name or place, and the options."""
+    name, _, rest = text.partition(":")
+    if name.endswith(".py") or "." in name:
+        attribute, _, rest = rest.partition(":")
+        name = f"{name}:{attribute}"
+    items = [item.partition("=") for item in rest.split(",") if item]
+    repeated = {key for key, *_ in items if [key for key, *_ in items].count(key) > 1}
+    if repeated or not all(equals for _, equals, _ in items):
+        raise TargetError(
+            "an option of a target is NAME=VALUE, each at most once", got=text, expected="such as onnx:opset=23"
+        )
+    return name, {key: value for key, _, value in items}
+
+
+def _by_name(name: str) -> type[Target] | Target:
+    known = {target.name: target for target in targets()}
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise TargetError(
+            "unknown target",
+            got=name,
+            expected=f"{', '.join(known)}, or file.py:NAME",
+            remedy=did_you_mean(name, tuple(known)),
+        )
+    found = import_object(name, kind="target", offers=_is_target, error=TargetError)
+    if not _is_target(found):
+        raise TargetError("this is no target", where=name, got=repr(found), expected="a Target class or an instance")
+    if not (isinstance(getattr(found, "name", None), str) and found.name.isidentifier()) or found.name == "native":
+        raise TargetError(
+            "a target needs a name, which its directory gets",
+            where=name,
+            got=repr(getattr(found, "name", None)),
+            expected="a word of letters, digits and underscores other than native",
+        )
+    checked: type[Target] | Target = found
+    return checked
+
+
+def _is_target(value: object) -> bool:
+    return isinstance(value, Target) or (isinstance(value, type) and issubclass(value, Target) and value is not Target)
+
+
+def _with_options(target: type[Target] | Target, options: Mapping[str, Any], where: str) -> Target:
+    fields = list_options(target if isinstance(target, type) else type(target))
+    for name in options:
+        if name not in [field.name for field in fields]:
+            raise TargetError(
+                "unknown option of a target",
+                where=where,
+                got=name,
+                expected=", ".join(f"{field.name} ({field.values})" for field in fields) or "no options",
+                remedy=did_you_mean(name, [field.name for field in fields]),
+            )
+    with foreign("this target cannot be made", where, error=TargetError):
+        return target(**options) if isinstance(target, type) else dataclasses.replace(target, **options)
+
+
+def written_target(text: str) -> Target:
+    """`make_target`, for one that makes files.
+
+    Raises:
+        TargetError: besides, for one that makes a model in memory.
+    """
+    target = make_target(text)
+    if target.main_file is None:
+        raise TargetError(
+            f"{target.name} are not written anywhere",
+            got=text,
+            expected=", ".join(cls.name for cls in targets() if cls.main_file is not None),
+            remedy=f"run the native artifact with --engine {target.name}",
+        )
+    return target
+
+
+def describe_targets() -> list[dict[str, Any]]:
+    """The targets that come along: name, summary, what they write, options, and packages that are missing here."""
+    return [
+        {
+            "name": cls.name,
+            "summary": (cls.__doc__ or "").partition("\n")[0],
+            "writes": cls.main_file,
+            "options": [dataclasses.asdict(option) for option in list_options(cls)],
+            "missing": cls.missing_packages(),
+        }
+        for cls in targets()
+    ]
 
 
 @overload
@@ -75,13 +168,24 @@ def lower(
 
 @overload
 def lower(
-    result: CompileResult | str | Path, target: str, directory: str | Path, *, verify: bool = True, **options: Any
+    result: CompileResult | str | Path,
+    target: str | Target,
+    directory: str | Path,
+    *,
+    verify: bool = True,
+    **options: Any,
 ) -> dict[str, Any]: ...
+
+
+@overload
+def lower(
+    result: CompileResult | str | Path, target: Target, directory: None = None, *, verify: bool = True
+) -> Artifact: ...
 
 
 def lower(
     result: CompileResult | str | Path,
-    target: str,
+    target: str | Target,
     directory: str | Path | None = None,
     *,
     verify: bool = True,
@@ -91,8 +195,8 @@ def lower(
 
     Args:
         result: a compiled model, or the directory of a native artifact.
-        target: ``onnx``, which is written and loaded again; or ``kernels``, which is a module in memory.
-        directory: for ``onnx``, a new or empty one, a link to such a one, or a mount point.
+        target: as `make_target` takes it; ``onnx`` is written, ``kernels`` is a module in memory.
+        directory: for a target that is written, a new or empty one, a link to such a one, or a mount point.
         verify: run both on a few tokens, and put the difference in the report.
         options: of the target: for ``onnx``, ``opset`` and ``float_dtype``; for ``kernels``, ``device`` (``cpu``,
             ``cuda`` or ``auto``), ``dtype`` (of activations) and ``tune`` (search for launch configurations).
@@ -101,147 +205,114 @@ def lower(
     to or read from.
 
     Returns:
-        For ``onnx``, the target's report, with ``parity`` where it was verified. For ``kernels``, the model
-        (`qcompiler.lowering.kernels.KernelModel`), which has such a report.
+        For a target that is written, its report, with ``parity`` where it was verified. For another, the model (of
+        ``kernels``, a `qcompiler.lowering.kernels.KernelModel`), which has such a report.
 
     Raises:
         TargetError: for an unknown target or option, something the target does not take, or a directory that is
             missing or one too many.
         VerificationError: if what came out computes something else.
     """
-    target_spec(target)
-    if (directory is None) is (target != "kernels"):
+    made = make_target(target, **options)
+    if (directory is None) is (made.main_file is not None):
         raise TargetError(
             "this target is written to a directory" if directory is None else "this target is not written anywhere",
-            where=target,
+            where=made.name,
             got="no directory" if directory is None else directory,
             expected="a new or empty directory" if directory is None else "no directory: a model in memory comes back",
         )
     if not isinstance(result, CompileResult):
         result = load(result)
     if directory is None:
-        with _unknown_options(target):
-            model = lower_to_kernels(result, verify=verify, **options)
-        record_target(result, target, model.report)
-        return model
-    written = write_target(result, target, directory, verify=verify, **options)
-    record_target(result, target, written)
+        lowered = _lower(result, made, None, verify=verify)
+        record_target(result, made.name, lowered.report)
+        return lowered.model
+    written = write_target(result, made, directory, verify=verify)
+    record_target(result, made.name, written)
     return written
 
 
-def check_target(result: CompileResult, target: str, **options: Any) -> None:
+def check_target(result: CompileResult, target: Target) -> None:
     """Refuses, ahead of all work, what a target does not take of a compiled model.
 
     Raises:
         TargetError: that says what and why.
         MissingDependencyError: without a package that it needs.
     """
-    spec = target_spec(target, **options)
-    check_schemes(result.graph.schemes, {site.name: site.in_features for site in result.graph.sites()}, [spec])
-    spec.check_graph(result.graph)
+    check_schemes(result.graph.schemes, {site.name: site.in_features for site in result.graph.sites()}, [target])
+    target.check_graph(result.graph)
 
 
 def write_target(
-    result: CompileResult, target: str, directory: str | Path, *, verify: bool = True, **options: Any
+    result: CompileResult, target: Target, directory: str | Path, *, verify: bool = True
 ) -> dict[str, Any]:
     """`lower` to a target with files, without an entry in any report yet: for who moves the directory afterwards."""
-    with _unknown_options(target):
-        return _lower_to_onnx(result, directory, verify=verify, **options)
+    assert target.main_file is not None
+    # compared in a place that is not final yet: what was not verified must not look as if it had been
+    with filled_directory(directory, last=target.main_file) as place:
+        lowered = _lower(result, target, place, verify=verify)
+    return {**lowered.report, "path": str(directory)}
 
 
-def record_target(result: CompileResult, target: str, written: dict[str, Any]) -> None:
+def record_target(result: CompileResult, name: str, written: dict[str, Any]) -> None:
     """Adds what `write_target` gave to the report, and to the saved one where the result was saved or read from.
 
     Where that cannot be written, a note in ``written`` says so: what was lowered is whole all the same.
     """
-    result.report.targets[target] = written
+    result.report.targets[name] = written
     if result.saved_in is not None:
         try:
-            add_target(result.saved_in, result.graph, result.manifest, target, written)
+            add_target(result.saved_in, result.graph, result.manifest, name, written)
         except QCompilerError as error:
             written["notes"].append(f"not in the report of {result.saved_in}: {error.what}: {error.got}")
 
 
-@contextmanager
-def _unknown_options(target: str) -> Iterator[None]:
-    try:
-        yield
-    except TypeError as error:
-        if "keyword argument" not in str(error):
-            raise
-        raise TargetError("unknown option of a target", where=target, got=error) from error
+def open_with_engine(result: CompileResult, engine: str, device: str) -> Artifact:
+    """A compiled model run by what a target without files makes of it.
 
-
-def _lower_to_onnx(result: CompileResult, directory: str | Path, *, verify: bool, **options: Any) -> dict[str, Any]:
-    from qcompiler.lowering import onnx
-
-    with filled_directory(directory, last="model.onnx") as place:
-        written = onnx.lower(result.graph, place, companions=result.graph.provenance.get("companions"), **options)
-        if verify and result.graph.signature.index_of_output("logits") is not None:
-            # of a file that is not in its place yet: what was not verified must not look as if it had been
-            is_half = options.get("float_dtype") == "float16"
-            tolerance, unrounded = 2e-2 if is_half else 1e-3, _unrounded(result)
-            written["parity"] = check_parity(
-                result.artifact(),
-                onnx.OnnxArtifact(place, accuracy_level=1),
-                tolerance=tolerance,
-                unrounded=unrounded,
-                noisy=()
-                if unrounded is None
-                else _noisy(result.graph, None, torch.float16 if is_half else torch.float32),
-            )
-            if is_half:
-                written["float16_parity"] = _check_float16(result, place, tolerance)
-    return {**written, "path": str(directory)}
-
-
-def _check_float16(result: CompileResult, directory: Path, tolerance: float) -> dict[str, Any]:
-    """The same comparison in true float16, which ONNX Runtime does not compute in on a CPU; a few tokens."""
-    from qcompiler.lowering.onnx.reference import Float16Artifact
-
-    evaluated = Float16Artifact(directory)
-    if result.held_out is not None:
-        evaluated.forward(result.held_out[:1, :_FLOAT16_TOKENS])  # refuses what overflows on real text
-    unrounded = _unrounded(result)
-    return check_parity(
-        result.artifact(),
-        evaluated,
-        tolerance=tolerance,
-        unrounded=unrounded,
-        noisy=() if unrounded is None else _noisy(result.graph, None, torch.float16),
-        rows=1,
-        length=_FLOAT16_TOKENS,
-    )
-
-
-def lower_to_kernels(
-    result: CompileResult, *, verify: bool, device: str = "auto", dtype: str | None = None, tune: bool = False
-) -> "KernelModel":
-    """`lower` to kernels, without an entry in any report."""
-    from qcompiler.lowering.kernels.module.model import lower as lower_graph
-
-    place = choose_device(device)
-    model = lower_graph(result.graph, device=place, dtype=dtype, tune=tune)
-    if verify:
-        noisy = _noisy(result.graph, model.rounded, model.dtype, place)
-        model.report["parity"] = check_parity(
-            result.artifact(place), model, tolerance=0.0, unrounded=_unrounded(result, place), noisy=noisy
-        )
+    Raises:
+        TargetError: if there is no such target.
+    """
+    engines = [cls.name for cls in targets() if cls.main_file is None]
+    if engine not in engines:
+        raise TargetError("unknown engine", got=engine, expected=", ".join(engines))
+    model = make_target(engine, device=device).lower(result.graph, None).model
+    assert model is not None
     return model
 
 
-def _noisy(
-    graph: Graph, rounded: Collection[str] | None, dtype: torch.dtype, device: str | torch.device = "cpu"
-) -> Iterator[NativeArtifact]:
-    """Samples of a graph with the errors of a dtype, behind the nodes named or all; one in memory at a time."""
-    from qcompiler.lowering.kernels.module.noise import with_noise
+def _lower(result: CompileResult, target: Target, place: Path | None, *, verify: bool) -> Lowered:
+    """Lowers, and lets every reader run what came out beside the native artifact."""
+    lowered = target.lower(result.graph, place)
+    if not verify or result.graph.signature.index_of_output("logits") is None:
+        return lowered
+    for reader in lowered.readers:
+        found = reader.open()
+        if reader.held_out_tokens and result.held_out is not None:
+            found.forward(result.held_out[:1, : reader.held_out_tokens])
+        rows, length = reader.tokens
+        unrounded = _unrounded(result, lowered.device)
+        admits_noise = reader.rounded is not None or unrounded is not None
+        lowered.report[reader.entry] = check_parity(
+            result.artifact(lowered.device),
+            found,
+            tolerance=reader.tolerance,
+            unrounded=unrounded,
+            noisy=_noisy(result.graph, reader.rounded, reader.dtype, lowered.device) if admits_noise else (),
+            rows=rows,
+            length=length,
+        )
+    return lowered
 
+
+def _noisy(graph: Graph, rounded: Collection[str] | None, dtype: torch.dtype, device: str) -> Iterator[NativeArtifact]:
+    """Samples of a graph with the errors of a dtype, behind the nodes named or all; one in memory at a time."""
     names = [node.name for node in graph.fx.nodes if node.op == "call_function"] if rounded is None else rounded
     for sample in range(_NOISE_SAMPLES):
         yield NativeArtifact(with_noise(graph, names, dtype, sample=sample), device=device)
 
 
-def _unrounded(result: CompileResult, device: str | torch.device = "cpu") -> NativeArtifact | None:
+def _unrounded(result: CompileResult, device: str) -> NativeArtifact | None:
     """The model with activations and caches in float, where it rounds them."""
     rounds = any(scheme.activation is not None for scheme in result.graph.schemes.values())
     rounds |= result.graph.signature.has_quantized_cache

@@ -44,6 +44,6 @@ def lower(
         VerificationError: if the checker refuses the result.
         MissingDependencyError: without onnx and onnx_ir.
     """
-    write = import_writer().write
-    written: dict[str, Any] = write(graph, directory, opset=opset, float_dtype=float_dtype, companions=companions)
+    target = OnnxTarget(opset, float_dtype)
+    written: dict[str, Any] = import_writer().write(graph, directory, target, companions=companions)
     return written

@@ -2,14 +2,20 @@
 
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
-from qcompiler.errors import MissingDependencyError, TargetError
+import torch
+from typing_extensions import Doc
+
+from qcompiler.errors import InputError, MissingDependencyError, TargetError
 from qcompiler.ir import CacheFormat, Graph
+from qcompiler.lowering.onnx.reader import OnnxArtifact
 from qcompiler.numerics import QuantSpec, Scheme
-from qcompiler.protocol import Support
+from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target, choose_device
 
 __all__ = ["OPSETS", "OnnxTarget", "import_writer"]
 
@@ -17,10 +23,11 @@ OPSETS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 """Operator sets that can be written, and the IR version each goes with."""
 
 _SMALLEST_FUSED_BLOCK = 16
+_FLOAT16_TOKENS = 16  # evaluated operator by operator, which is slow
 
 
 @dataclass(frozen=True)
-class OnnxTarget:
+class OnnxTarget(Target):
     """ONNX with standard QuantizeLinear and DequantizeLinear, run by ONNX Runtime.
 
     Runtime facts are those of ONNX Runtime 1.32 on a CPU, seen in the graphs it makes:
@@ -32,29 +39,32 @@ class OnnxTarget:
       float32, for inputs of more than two dimensions (others with a bias become a float Gemm);
     * everything else that rounds activations: computed in float from dequantized values, exactly.
 
-    Attributes:
-        opset: the ONNX operator set, 21 to 25.
-        float_dtype: of weights and activations.
-
     Raises:
-        TargetError: for another operator set.
+        TargetError: for an operator set that cannot be written.
     """
 
-    opset: int = 21
-    float_dtype: Literal["float32", "float16"] = "float32"
+    opset: Annotated[int, Doc("The ONNX operator set, 21 to 25; from 25 on, 2-bit codes take 2 bits.")] = 21
+    float_dtype: Annotated[
+        Literal["float32", "float16"], Doc("Of weights and activations; logits are float32 in either.")
+    ] = "float32"
+
+    name: ClassVar[str] = "onnx"
+    main_file: ClassVar[str | None] = "model.onnx"
+    packages: ClassVar[Mapping[str, str]] = {
+        "ml_dtypes": "ml_dtypes",
+        "onnx": "onnx",
+        "onnx_ir": "onnx-ir",
+        "onnxruntime": "onnxruntime",
+    }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.opset not in OPSETS:
             raise TargetError(
                 "this operator set cannot be written",
                 got=self.opset,
                 expected=f"{min(OPSETS)} (the first with blocked int4 weights) to {max(OPSETS)} (the last of TensorRT)",
             )
-
-    @property
-    def name(self) -> str:
-        """``onnx``."""
-        return "onnx"
 
     @property
     def ir_version(self) -> int:
@@ -97,6 +107,42 @@ class OnnxTarget:
                 remedy="pip install onnxruntime",
             )
         check(graph, self)
+
+    def lower(self, graph: Graph, directory: Path | None) -> Lowered:
+        """Writes an ONNX folder, see `qcompiler.lowering.onnx.lower`."""
+        assert directory is not None
+        report = import_writer().write(graph, directory, self)
+        is_half = self.float_dtype == "float16"
+        tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
+        readers = [Reader(lambda: OnnxArtifact(directory), tolerance=tolerance, dtype=dtype)]
+        if is_half:  # ONNX Runtime does not compute in it on a CPU
+            readers.append(
+                Reader(
+                    lambda: _in_float16(directory),
+                    "float16_parity",
+                    tolerance=tolerance,
+                    dtype=dtype,
+                    tokens=(1, _FLOAT16_TOKENS),
+                    held_out_tokens=_FLOAT16_TOKENS,
+                )
+            )
+        return Lowered(report, readers=readers)
+
+    @classmethod
+    def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
+        """ONNX Runtime on a CPU; not ``exact``: it rounds activations to int8 where that is faster."""
+        if choose_device(device).type != "cpu":
+            raise InputError("ONNX models run on the CPU", where=directory, got=device, expected="cpu")
+        return OnnxArtifact(directory, accuracy_level=1 if exact else 4)
+
+    @classmethod
+    def wrote(cls, directory: Path) -> bool:
+        """By the producer, which comes first in the file."""
+        try:
+            with open(directory / "model.onnx", "rb") as file:
+                return b"qcompiler" in file.read(64)
+        except OSError:
+            return False
 
     def _supports_weight(self, spec: QuantSpec, width: int) -> Support:
         if spec.group_size == 1 < width:
@@ -157,6 +203,12 @@ class OnnxTarget:
         if spec.bits == 3 or (spec.bits == 2 and self.opset < 25):
             return f"{spec.bits}-bit codes are stored in 4 bits: exact, but larger than they need be"
         return ""
+
+
+def _in_float16(directory: Path) -> Artifact:
+    from qcompiler.lowering.onnx.reference import Float16Artifact
+
+    return Float16Artifact(directory)
 
 
 def import_writer() -> ModuleType:

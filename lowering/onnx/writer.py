@@ -50,12 +50,9 @@ _WORKING = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 
 def write(
-    graph: Graph, directory: str | Path, *, opset: int, float_dtype: str, companions: str | Path | None
+    graph: Graph, directory: str | Path, target: OnnxTarget, *, companions: str | Path | None = None
 ) -> dict[str, Any]:
     """See `qcompiler.lowering.onnx.lower`."""
-    if float_dtype not in _WORKING:
-        raise TargetError("unknown float dtype", where="float_dtype", got=float_dtype, expected=" or ".join(_WORKING))
-    target = OnnxTarget(opset, float_dtype)  # type: ignore[arg-type]
     emitter, outputs, files, missing = _prepare(graph, target, companions)
     model = _model(graph, emitter, outputs, target)
     with filled_directory(directory, last=MODEL_FILE) as place:
@@ -68,7 +65,7 @@ def write(
                 with staged.file(name) as append:
                     append(content)
         _check(place / MODEL_FILE)
-    return _report(graph, emitter, target, Path(directory), float_dtype=float_dtype, missing=missing)
+    return _report(graph, emitter, target, Path(directory), missing)
 
 
 def check(graph: Graph, target: OnnxTarget) -> None:
@@ -206,9 +203,7 @@ def _model(graph: Graph, emitter: Emitter, outputs: list[ir.Value], target: Onnx
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def _report(
-    graph: Graph, emitter: Emitter, target: OnnxTarget, path: Path, *, float_dtype: str, missing: list[str]
-) -> dict[str, Any]:
+def _report(graph: Graph, emitter: Emitter, target: OnnxTarget, path: Path, missing: list[str]) -> dict[str, Any]:
     sites: dict[str, dict[str, Any]] = {}
     for node in graph.fx.nodes:
         is_codebook = is_op(node, torch.ops.qcompiler.codebook_dequantize.default)
@@ -236,7 +231,7 @@ def _report(
         "path": str(path),
         "opset": target.opset,
         "ir_version": target.ir_version,
-        "float_dtype": float_dtype,
+        "float_dtype": target.float_dtype,
         "nodes": len(emitter.nodes),
         "bytes": sum((path / name).stat().st_size for name in files),
         "weight_bytes": emitter.weight_bytes,

@@ -26,6 +26,7 @@ from qcompiler.artifacts.native import (
     add_target,
     load_held_out,
 )
+from qcompiler.artifacts.noise import with_noise
 from qcompiler.artifacts.parity import check_parity
 from qcompiler.artifacts.result import CompileResult, load, native_directory
 from qcompiler.artifacts.tokenizing import TokenStream
@@ -53,4 +54,5 @@ __all__ = [
     "native_directory",
     "read_corpus",
     "read_limits",
+    "with_noise",
 ]

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,13 +32,13 @@ from qcompiler.cli.printing import (
     print_compiled,
     print_converted,
     print_recipe,
+    print_targets,
 )
+from qcompiler.protocol import Target
 from qcompiler.reporting import peak_rss_bytes, print_rows, print_table, show_progress
 from qcompiler.sweep import use_threads
 
 __all__ = ["app"]
-
-_NAMES = ("native", *api.WRITTEN_TARGETS)  # what lies in an output directory
 
 app = typer.Typer(no_args_is_help=True, help="Compiles language models to low-bit ones, and measures them.")
 
@@ -107,17 +108,20 @@ def compile(
         model, recipe, overrides=overrides, memory_budget=budget, device=device, seed=seed, work_dir=work_dir
     )
     kept: Kept = context.obj
-    kept.wanted, kept.output = {name: text for text, (name, _) in zip(to or [], targets, strict=True)}, str(output)
+    kept.wanted, kept.output = {target.name: text for text, target in targets.items()}, str(output)
+    names = _names(targets)
     inputs = (calib, work_dir, Path(recipe.partition(":")[0]))
     with (
-        opened_output(output, _NAMES, kept, overwrite=overwrite, model=model, inputs=inputs) as out,
+        opened_output(
+            output, names, kept, overwrite=overwrite, targets=list(targets.values()), model=model, inputs=inputs
+        ) as out,
         show_progress(as_json and not verbose) as progress,
     ):
         result = api.compile(
             model,
             passes,
             calibration,
-            targets=[api.target_spec(name, **options) for name, options in targets],
+            targets=list(targets.values()),
             memory_budget=budget,
             device=device,
             seed=seed,
@@ -126,11 +130,11 @@ def compile(
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
-        with out.part("native", outdated=_NAMES) as place:
+        with out.part("native", outdated=names) as place:
             result.save(place)
         result.saved_in = out.root / "native"
-        for name, options in targets:
-            _add_target(result, name, options, out)
+        for target in targets.values():
+            _add_target(result, target, out)
         result.report.peak_rss_bytes = peak_rss_bytes()
     fields = result.report.to_dict()
     sizes = {name: directory_bytes(Path(path)) for name, path in kept.artifacts.items()}
@@ -162,13 +166,16 @@ def convert(
     started = time.perf_counter()
     targets = parse_targets(to or [])
     result = api.load(artifact)
-    for name, options in targets:
-        api.check_target(result, name, **options)
+    for target in targets.values():
+        api.check_target(result, target)
     kept: Kept = context.obj
-    kept.wanted, kept.output = {name: text for text, (name, _) in zip(to or [], targets, strict=True)}, str(output)
+    kept.wanted, kept.output = {target.name: text for text, target in targets.items()}, str(output)
     kept.source = str(artifact)
-    with opened_output(output, list(kept.wanted), kept, overwrite=overwrite, inputs=(result.saved_in,)) as out:
-        written = {name: _add_target(result, name, options, out) for name, options in targets}
+    made = list(targets.values())
+    with opened_output(
+        output, list(kept.wanted), kept, overwrite=overwrite, targets=made, inputs=(result.saved_in,)
+    ) as out:
+        written = {target.name: _add_target(result, target, out) for target in made}
     found = {
         "artifacts": kept.artifacts,
         "seconds": time.perf_counter() - started,
@@ -182,11 +189,17 @@ def convert(
     return found
 
 
-def _add_target(result: api.CompileResult, name: str, options: dict[str, Any], out: Output) -> dict[str, Any]:
+def _names(targets: Mapping[str, Target]) -> list[str]:
+    """What may lie in an output directory."""
+    written = [target["name"] for target in api.describe_targets() if target["writes"] is not None]
+    return list(dict.fromkeys(["native", *written, *(target.name for target in targets.values())]))
+
+
+def _add_target(result: api.CompileResult, target: Target, out: Output) -> dict[str, Any]:
     """Writes a target into the output; it is in the report as soon as it stands."""
-    with out.part(name) as place:
-        written = {**api.write_target(result, name, place, **options), "path": str(out.given / name)}
-    api.record_target(result, name, written)
+    with out.part(target.name) as place:
+        written = {**api.write_target(result, target, place), "path": str(out.given / target.name)}
+    api.record_target(result, target.name, written)
     return written
 
 
@@ -324,3 +337,12 @@ def recipes(
         targets = list(next(iter(matrix.values())))
         print_rows(("recipe", *targets), [[name, *cells.values()] for name, cells in matrix.items()])
     return {"recipes": matrix}
+
+
+@app.command()
+def targets(verbose: Verbose = False, as_json: Json = False) -> dict[str, Any]:
+    """List the targets, their options, and what would have to be installed here for them."""
+    found = api.describe_targets()
+    if not as_json:
+        print_targets(found)
+    return {"targets": found}

@@ -1,12 +1,13 @@
 """The options that several commands share, and what their texts mean."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qcompiler import api
-from qcompiler.errors import InputError, RecipeError, TargetError, did_you_mean
+from qcompiler.errors import InputError, RecipeError, TargetError
+from qcompiler.protocol import Target
 
 __all__ = [
     "Engine",
@@ -33,7 +34,12 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="To compute with; by default one for each core that is allowed and free.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell on stderr what is done, with times.")]
-To = Annotated[list[str] | None, typer.Option(help="A target, such as onnx or onnx:opset=23,float=float16.")]
+To = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A target, such as onnx or onnx:opset=23 (see `qcompiler targets`), or FILE.py:NAME, which is run."
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace artifacts that the output holds, with all that is in them.")
 ]
@@ -61,48 +67,17 @@ def _override(text: str) -> tuple[str, str | None]:
     return pattern, None if scheme.lower() in ("none", "float", "") else scheme
 
 
-def parse_targets(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Names of targets with the options `qcompiler.api.lower` takes for each, of texts such as ``onnx:opset=23``."""
-    found = [_target(text) for text in texts]
-    names = [name for name, _ in found]
+def parse_targets(texts: Sequence[str]) -> dict[str, Target]:
+    """The targets of texts such as ``onnx:opset=23``, by text.
+
+    Raises:
+        TargetError: for one that is unknown, not written, or named twice.
+    """
+    found = [api.written_target(text) for text in texts]
+    names = [target.name for target in found]
     if len(set(names)) < len(names):
         raise TargetError("a target is named twice", got=", ".join(names), expected="each at most once")
-    return found
-
-
-def _target(text: str) -> tuple[str, dict[str, Any]]:
-    name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, _, value = item.partition("=")
-        if key == "opset" and value.isdecimal():
-            options["opset"] = int(value)
-        elif key == "float" and value in ("float32", "float16"):
-            options["float_dtype"] = value
-        else:
-            raise TargetError(
-                "unknown option of a target",
-                where=name,
-                got=item,
-                expected="opset=<number>, float=float32 or float16",
-                remedy=did_you_mean(item, ("opset=21", "float=float16", "float=float32")),
-            )
-    if name not in ("kernels", *api.WRITTEN_TARGETS):
-        raise TargetError(
-            "unknown target",
-            got=name,
-            expected=", ".join(api.WRITTEN_TARGETS),
-            remedy=did_you_mean(name, api.WRITTEN_TARGETS),
-        )
-    api.target_spec(name, opset=options.get("opset"))
-    if name == "kernels":
-        raise TargetError(
-            "kernels are not written anywhere",
-            got=text,
-            expected=", ".join(api.WRITTEN_TARGETS),
-            remedy="run the native artifact with --engine kernels",
-        )
-    return name, options
+    return dict(zip(texts, found, strict=True))
 
 
 def parse_bytes(text: str) -> int:

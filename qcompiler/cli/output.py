@@ -11,6 +11,8 @@ from pathlib import Path
 
 from qcompiler.artifacts import MANIFEST
 from qcompiler.errors import InputError
+from qcompiler.lowering import targets as known_targets
+from qcompiler.protocol import Target
 from qcompiler.storage import (
     made_directory,
     output_path,
@@ -20,6 +22,8 @@ from qcompiler.storage import (
 )
 
 __all__ = ["Kept", "Output", "directory_bytes", "opened_output"]
+
+Writers = Sequence[Target | type[Target]]
 
 
 def directory_bytes(path: Path) -> int:
@@ -146,6 +150,7 @@ def opened_output(
     kept: Kept,
     *,
     overwrite: bool,
+    targets: Sequence[Target] = (),
     model: Path | None = None,
     inputs: Sequence[Path | None] = (),
 ) -> Iterator[Output]:
@@ -159,6 +164,7 @@ def opened_output(
         names: of the artifacts that must not be there already, or are to be replaced.
         kept: filled by what gets finished.
         overwrite: artifacts of these names, if we wrote them, are replaced.
+        targets: that the parts are for, beside those that come along: to know what they wrote.
         model: what is compiled; the output may not lie in its directory.
         inputs: what else the work reads, which must not be replaced either.
 
@@ -170,16 +176,17 @@ def opened_output(
     if model is not None and root.is_relative_to(model.resolve()):
         raise InputError("the output lies in the model's directory", where=path, remedy="choose another directory")
     with made_directory(root), _locked(root, path):
-        if _is_ours(root):
+        writers: Writers = [*known_targets(), *targets]
+        if _is_ours(root, writers):
             raise InputError("the output is an artifact itself", where=path, remedy="choose the directory around it")
         found = [name for name in names if os.path.lexists(root / name)]
         for name in found:
-            _check_replaceable(root / name, overwrite, (model, *inputs))
+            _check_replaceable(root / name, overwrite, (model, *inputs), writers)
         _try_renaming(root)
         yield Output(path, root, kept, {name: _identity(root / name) for name in found})
 
 
-def _check_replaceable(path: Path, overwrite: bool, inputs: Sequence[Path | None]) -> None:
+def _check_replaceable(path: Path, overwrite: bool, inputs: Sequence[Path | None], writers: Writers) -> None:
     if any(item is not None and item.resolve().is_relative_to(path.resolve()) for item in inputs):
         raise InputError("the output would replace what is read", where=path, remedy="choose another directory")
     if not overwrite:
@@ -189,7 +196,7 @@ def _check_replaceable(path: Path, overwrite: bool, inputs: Sequence[Path | None
     if path.is_symlink() or path.is_mount():
         what = "a link" if path.is_symlink() else "a mount point"
         raise InputError("this cannot be replaced", where=path, got=what, remedy="choose another directory")
-    if not _is_ours(path):
+    if not _is_ours(path, writers):
         raise InputError(
             "this was not written by qcompiler, and is not replaced",
             where=path,
@@ -197,16 +204,15 @@ def _check_replaceable(path: Path, overwrite: bool, inputs: Sequence[Path | None
         )
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: Path, writers: Writers) -> bool:
     """Whether a directory is an artifact that we wrote."""
     try:
         if (path / MANIFEST).is_file():
             manifest = json.loads((path / MANIFEST).read_bytes())
             return isinstance(manifest, dict) and manifest.keys() >= {"schema", "provenance"}
-        with open(path / "model.onnx", "rb") as file:
-            return b"qcompiler" in file.read(64)  # the producer comes first in the file
     except (OSError, ValueError):
         return False
+    return any(writer.wrote(path) for writer in writers)
 
 
 def _identity(path: Path) -> tuple[int, int]:

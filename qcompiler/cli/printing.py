@@ -1,11 +1,20 @@
 """What a command prints for people."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcompiler.reporting import print_table
 
-__all__ = ["Streamed", "describe_engine", "engine_in_short", "print_compiled", "print_converted", "print_recipe"]
+__all__ = [
+    "Streamed",
+    "describe_engine",
+    "engine_in_short",
+    "print_compiled",
+    "print_converted",
+    "print_recipe",
+    "print_targets",
+]
 
 _MOST_SKIPS = 8  # lines on the terminal
 
@@ -78,6 +87,16 @@ def print_recipe(recipe: dict[str, Any]) -> None:
         print(f"cache: {format_}")
     for target, support in recipe["targets"].items():
         print(f"{target}: {support['status']}" + (f" ({support['reason']})" if support["reason"] else ""))
+
+
+def print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
+    """Prints what `qcompiler.api.describe_targets` found."""
+    for target in targets:
+        print(f"{target['name']}: {target['summary']}")
+        for option in target["options"]:
+            print(f"  {option['name']}={option['default']}  ({option['values']}) {option['help']}")
+        missing = ", ".join(target["missing"])
+        print(f"  missing here: pip install {' '.join(target['missing'])}" if missing else "  nothing is missing here")
 
 
 def _held_out_row(found: dict[str, Any] | None) -> dict[str, str]:

@@ -5,9 +5,11 @@ what they declare (`verify`).
 """
 
 from qcompiler.protocol.artifact import Artifact
+from qcompiler.protocol.devices import choose_device
 from qcompiler.protocol.histograms import Histogram, MinMax
+from qcompiler.protocol.importing import foreign, import_object
 from qcompiler.protocol.observers import AbsMax, CrossGram, Gram, HeadRange, Rescalable, RowSample, Statistic
-from qcompiler.protocol.options import Within, describe_hint
+from qcompiler.protocol.options import Within, describe_hint, list_options, read_options
 from qcompiler.protocol.pass_base import (
     ACTIVATIONS_QUANTIZED,
     CACHE_QUANTIZED,
@@ -39,8 +41,10 @@ from qcompiler.protocol.ranges import (
     range_sqnr_db,
 )
 from qcompiler.protocol.target import (
+    Lowered,
+    Reader,
     Support,
-    TargetSpec,
+    Target,
     check_caches,
     check_schemes,
 )
@@ -70,12 +74,14 @@ __all__ = [
     "Gram",
     "HeadRange",
     "Histogram",
+    "Lowered",
     "Method",
     "MinMax",
     "Pass",
     "PassContext",
     "PassResult",
     "Pipeline",
+    "Reader",
     "Rescalable",
     "Rescale",
     "RowSample",
@@ -84,7 +90,7 @@ __all__ = [
     "Statistic",
     "Support",
     "Tap",
-    "TargetSpec",
+    "Target",
     "Wave",
     "Within",
     "activation_qparams",
@@ -93,9 +99,14 @@ __all__ = [
     "check_exact",
     "check_method",
     "check_schemes",
+    "choose_device",
     "choose_range",
     "describe_hint",
+    "foreign",
+    "import_object",
+    "list_options",
     "range_sqnr_db",
+    "read_options",
     "state_of",
     "verify_graph",
 ]

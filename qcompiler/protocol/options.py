@@ -1,9 +1,10 @@
-"""What the options of a pass may be, said in their annotations and checked when the pass is made.
+"""What the options of a pass or a target may be, said in their annotations and checked when it is made.
 
 ``damping: Annotated[float, Within(0, 1)] = 0.05`` is a number from 0 to 1. Types are checked as far as an annotation is
 made of plain types, literals, unions and None; what else it says is left to the pass.
 """
 
+import contextlib
 import dataclasses
 import math
 import numbers
@@ -11,9 +12,14 @@ from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from qcompiler.errors import RecipeError, did_you_mean
+from typing_extensions import Doc
 
-__all__ = ["Within", "check_options", "describe_hint"]
+from qcompiler.errors import QCompilerError, RecipeError, did_you_mean
+
+__all__ = ["Option", "Within", "check_options", "describe_hint", "list_options", "read_options"]
+
+
+_WORDS = {"true": True, "false": False, "none": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +54,15 @@ class Within:
         return "a finite number" if not parts else ", ".join(parts)
 
 
-def check_options(instance: Any) -> None:
+def check_options(instance: Any, error: type[QCompilerError] = RecipeError) -> None:
     """Checks every field of a dataclass against its annotation.
 
+    Args:
+        instance: of the dataclass.
+        error: what to raise.
+
     Raises:
-        RecipeError: naming class and option, for a value of another type or out of its bounds.
+        RecipeError: or ``error``, naming class and option, for a value of another type or out of its bounds.
     """
     cls = type(instance)
     try:
@@ -64,7 +74,7 @@ def check_options(instance: Any) -> None:
         where = f"{cls.__name__}.{item.name}"
         if not _fits(value, hint):
             literals = [str(word) for word in _literals(hint)]
-            raise RecipeError(
+            raise error(
                 "an option of the wrong kind",
                 where=where,
                 got=repr(value),
@@ -73,7 +83,74 @@ def check_options(instance: Any) -> None:
             )
         for bounds in _bounds(hint):
             if isinstance(value, numbers.Real) and not bounds.holds(float(value)):
-                raise RecipeError("an option out of range", where=where, got=value, expected=bounds)
+                raise error("an option out of range", where=where, got=value, expected=bounds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An option that a pass or target has.
+
+    Attributes:
+        name: of the field.
+        values: what it takes, in words.
+        default: as text.
+        help: what it is for; empty where its annotation has no ``Doc``.
+    """
+
+    name: str
+    values: str
+    default: str
+    help: str
+
+
+def list_options(cls: type[Any]) -> list[Option]:
+    """The options of a class, in order."""
+    hints = get_type_hints(cls, include_extras=True)
+    found = []
+    for item in dataclasses.fields(cls):
+        extras = getattr(hints[item.name], "__metadata__", ())
+        documented = [extra.documentation for extra in extras if isinstance(extra, Doc)]
+        default = "" if item.default is dataclasses.MISSING else str(item.default).lower()
+        found.append(Option(item.name, describe_hint(hints[item.name]), default, " ".join(documented)))
+    return found
+
+
+def read_options(cls: type[Any], texts: Mapping[str, str], error: type[QCompilerError] = RecipeError) -> dict[str, Any]:
+    """Values of options written as text, as on a command line: numbers, words, ``true``, ``false`` and ``none``.
+
+    Args:
+        cls: a dataclass of options.
+        texts: by name, or by the beginning of a name that no other has.
+        error: what to raise.
+
+    Returns:
+        By name. A text that no type of its option can be read from stays text, which `check_options` refuses.
+
+    Raises:
+        RecipeError: or ``error``, for an option that the class has not.
+    """
+    hints, found = get_type_hints(cls, include_extras=True), {}
+    names = [item.name for item in dataclasses.fields(cls)]
+    for given, text in texts.items():
+        matching = [given] if given in names else [name for name in names if name.startswith(given)]
+        if len(matching) != 1 or matching[0] in found:
+            raise error(
+                "unknown option" if not matching else "which option is meant is not clear",
+                where=cls.__name__,
+                got=given,
+                expected=", ".join(f"{option.name} ({option.values})" for option in list_options(cls)) or "no options",
+                remedy=did_you_mean(given, names),
+            )
+        found[matching[0]] = _read(text, hints[matching[0]])
+    return found
+
+
+def _read(text: str, hint: Any) -> Any:
+    values: list[Any] = [_WORDS[text.lower()]] if text.lower() in _WORDS else []
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            values.append(kind(text))
+    return next((value for value in values if _fits(value, hint)), text)
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -1,14 +1,21 @@
-"""What a target makes of a graph and its quantization schemes, asked ahead of calibration, not found out behind."""
+"""What a target is: what it takes is asked ahead of calibration, not found out behind; then it lowers."""
 
-from collections.abc import Mapping, Sequence
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
 
 from qcompiler.errors import TargetError
 from qcompiler.ir import CacheFormat, Graph
 from qcompiler.numerics import Scheme
+from qcompiler.protocol.artifact import Artifact
+from qcompiler.protocol.options import check_options
 
-__all__ = ["Support", "SupportStatus", "TargetSpec", "check_caches", "check_schemes"]
+__all__ = ["Lowered", "Reader", "Support", "SupportStatus", "Target", "check_caches", "check_schemes"]
 
 SupportStatus = Literal["fused", "runs", "writes-only", "refused"]
 
@@ -33,34 +40,132 @@ class Support:
             raise ValueError("a refusal needs a reason")
 
 
-class TargetSpec(Protocol):
-    """A place quantized models are lowered to."""
+@dataclass(frozen=True)
+class Reader:
+    """Somebody's code that runs what was lowered, to hold it against the native artifact.
 
-    @property
-    def name(self) -> str:
-        """As on the command line."""
-        ...
+    Attributes:
+        open: what runs it.
+        entry: the name of the comparison in the target's report.
+        tolerance: the largest difference of logits that is allowed, relative to the largest logit, beside what the
+            errors of ``dtype`` make of them.
+        dtype: what the values of the graph are rounded to.
+        rounded: names of the graph's nodes that are; None: all.
+        tokens: to compare on, ``(sequences, length)``.
+        held_out_tokens: that are run ahead of the comparison, where there are any: a reader may refuse what only real
+            text shows.
+    """
 
+    open: Callable[[], Artifact]
+    entry: str = "parity"
+    tolerance: float = 1e-3
+    dtype: torch.dtype = torch.float32
+    rounded: Collection[str] | None = None
+    tokens: tuple[int, int] = (2, 32)
+    held_out_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a target made of a graph.
+
+    Attributes:
+        report: what it came to, as plain JSON values: ``notes`` and, where files were written, ``bytes``, at least.
+        model: where nothing is written, what runs.
+        readers: who reads it, to compare.
+        device: where the native artifact is run beside them, such as ``cpu`` or ``cuda:0``.
+    """
+
+    report: dict[str, Any]
+    model: Artifact | None = None
+    readers: Sequence[Reader] = ()
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """Base of all targets, which compiled models are lowered to; an instance is a frozen dataclass of its options.
+
+    Options are checked against their annotations when an instance is made; ``Annotated[..., Doc("...")]`` says what
+    one is for. A ``__post_init__`` of one's own calls ``super().__post_init__()`` first.
+
+    Class attributes:
+        name: on the command line, in reports, and of the directory it is given in an output.
+        main_file: the file of such a directory that appears last, and by which it is recognised; None: nothing is
+            written, a model in memory comes out.
+        packages: the modules it needs, by the names ``pip`` installs them under.
+
+    Raises:
+        TargetError: for an option it does not take.
+    """
+
+    name: ClassVar[str]
+    main_file: ClassVar[str | None] = None
+    packages: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        check_options(self, TargetError)
+
+    @abstractmethod
     def supports(self, scheme: Scheme, width: int) -> Support:
         """What becomes of a linear layer with ``width`` input channels under ``scheme``."""
-        ...
 
     def supports_cache(self, spec: CacheFormat) -> Support:
-        """What becomes of a key-value cache of this format."""
-        ...
+        """What becomes of a key-value cache of this format; by default it is refused."""
+        return Support("refused", "float caches alone", "leave the cache in float")
 
-    def check_graph(self, graph: Graph) -> None:
+    def check_graph(self, graph: Graph) -> None:  # noqa: B027 - not every target has something to refuse
         """Refuses, ahead of everything long, what it will not take of a graph that no pass has rewritten yet.
 
         Raises:
             TargetError: that names operator and node.
             MissingDependencyError: without a package that lowering needs.
         """
-        ...
+
+    @abstractmethod
+    def lower(self, graph: Graph, directory: Path | None) -> Lowered:
+        """Makes files, or a model, of a quantized graph, which is not changed.
+
+        Args:
+            graph: one that `check_graph` and `supports` have let pass.
+            directory: an empty one, whose files become visible together afterwards; None where nothing is written.
+
+        Raises:
+            TargetError: for what it does not take.
+        """
+
+    @classmethod
+    def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
+        """What runs a directory that this target wrote.
+
+        Args:
+            directory: with the main file.
+            exact: compute as written, not faster and a little off.
+            device: ``cpu``, ``cuda`` or ``auto``.
+
+        Raises:
+            TargetError: if nothing here runs it.
+        """
+        raise TargetError("nothing here runs what this target writes", where=directory, got=cls.name)
+
+    @classmethod
+    def wrote(cls, directory: Path) -> bool:
+        """Whether it wrote a directory, for sure: no other is ever replaced."""
+        return False
+
+    @classmethod
+    def variants(cls) -> Mapping[str, "Target"]:
+        """What tables of support tell apart: by heading; by default the target with its default options."""
+        return {cls.name: cls()}
+
+    @classmethod
+    def missing_packages(cls) -> list[str]:
+        """What ``pip`` would have to install for it."""
+        return [name for module, name in cls.packages.items() if importlib.util.find_spec(module) is None]
 
 
 def check_schemes(
-    schemes: Mapping[str, Scheme], widths: Mapping[str, int], targets: Sequence[TargetSpec]
+    schemes: Mapping[str, Scheme], widths: Mapping[str, int], targets: Sequence[Target]
 ) -> dict[str, dict[str, Support]]:
     """Asks every target about every site.
 
@@ -91,7 +196,7 @@ def check_schemes(
     return found
 
 
-def check_caches(formats: Sequence[CacheFormat], targets: Sequence[TargetSpec]) -> dict[str, dict[str, Support]]:
+def check_caches(formats: Sequence[CacheFormat], targets: Sequence[Target]) -> dict[str, dict[str, Support]]:
     """Asks every target about every format that caches are given.
 
     Returns:

@@ -8,7 +8,6 @@ report. `compiling` is the whole way; `streaming` goes through the segments and 
 from qcompiler.sweep.compiling import (
     CalibrationInput,
     check_work_dir,
-    choose_device,
     compile_graph,
 )
 from qcompiler.sweep.fisher import measure_fisher
@@ -19,7 +18,6 @@ __all__ = [
     "CalibrationInput",
     "Progress",
     "check_work_dir",
-    "choose_device",
     "compile_graph",
     "contention",
     "measure_fisher",

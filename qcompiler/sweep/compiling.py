@@ -20,7 +20,7 @@ from qcompiler.protocol import (
     Effect,
     PassContext,
     Pipeline,
-    TargetSpec,
+    Target,
     check_caches,
     check_declared,
     check_exact,
@@ -40,7 +40,7 @@ from qcompiler.sweep.streaming import (
     sweep,
 )
 
-__all__ = ["CalibrationInput", "check_work_dir", "choose_device", "compile_graph"]
+__all__ = ["CalibrationInput", "check_work_dir", "compile_graph"]
 
 CalibrationInput = Calibration | Iterable[tuple[Tensor, ...]] | None
 """Tokens for a language model; for another graph, its own inputs."""
@@ -55,7 +55,7 @@ def compile_graph(
     calibration: CalibrationInput = None,
     *,
     report: CompileReport,
-    targets: Sequence[TargetSpec] = (),
+    targets: Sequence[Target] = (),
     memory_budget: int | None = None,
     device: torch.device,
     seed: int = 0,
@@ -207,7 +207,7 @@ def _terms(graph: Graph) -> int:
     return sum(site.in_features for site in graph.sites()) or 1
 
 
-def _check_schemes(graph: Graph, targets: Sequence[TargetSpec]) -> None:
+def _check_schemes(graph: Graph, targets: Sequence[Target]) -> None:
     check_schemes(graph.schemes, {site.name: site.in_features for site in graph.sites()}, targets)
 
 
@@ -236,28 +236,6 @@ def _make_directory(work_dir: str | Path | None) -> str:
         raise InputError(
             "the work directory cannot be written", where=work_dir or tempfile.gettempdir(), got=error.strerror
         ) from error
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name such as ``cpu``, ``cuda:1`` or ``auto``.
-
-    Raises:
-        InputError: for an unknown one, or one that is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError("unknown device", got=name, expected="cpu, cuda, cuda:1, ... or auto") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError("nothing here runs on such a device", got=name, expected="cpu, cuda, cuda:1, ... or auto")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device is available", got=name, expected="cpu or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        most = torch.cuda.device_count() - 1
-        raise InputError("no such CUDA device", got=name, expected=f"cuda:0 to cuda:{most}" if most else "cuda:0")
-    return device
 
 
 def _probe(graph: Graph, device: torch.device) -> Batch:

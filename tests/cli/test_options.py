@@ -2,6 +2,7 @@ import pytest
 
 from qcompiler.cli.options import _override, parse_bytes, parse_overrides, parse_targets
 from qcompiler.errors import InputError, RecipeError, TargetError
+from qcompiler.lowering.onnx import OnnxTarget
 
 
 @pytest.mark.parametrize(
@@ -36,8 +37,11 @@ def test_several_overrides() -> None:
 
 
 def test_targets() -> None:
-    assert parse_targets(["onnx:opset=23,float=float16"]) == [("onnx", {"opset": 23, "float_dtype": "float16"})]
-    assert parse_targets([]) == []
+    assert parse_targets(["onnx:opset=23,float=float16"]) == {"onnx:opset=23,float=float16": OnnxTarget(23, "float16")}
+    assert parse_targets([]) == {}
     with pytest.raises(TargetError, match="not written") as caught:
         parse_targets(["kernels"])
     assert "--engine kernels" in str(caught.value)
+    with pytest.raises(TargetError, match="named twice") as caught:
+        parse_targets(["onnx", "onnx:opset=23"])
+    assert caught.value.got == "onnx, onnx"

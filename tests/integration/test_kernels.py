@@ -11,11 +11,11 @@ from torch import Tensor
 import qcompiler as qc
 from qcompiler.artifacts.hf import load_tokenizer
 from qcompiler.artifacts.native import NativeArtifact, load_native, save_native
+from qcompiler.artifacts.noise import with_noise
 from qcompiler.artifacts.tokenizing import encode
 from qcompiler.errors import VerificationError
 from qcompiler.ir.graph import Graph
 from qcompiler.lowering.kernels.module.model import KernelModel
-from qcompiler.lowering.kernels.module.noise import with_noise
 from qcompiler.lowering.kernels.weight_only.operator import WeightOnlyLinear
 from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ, QuantizeKVCache, SqueezeLLM
 from qcompiler.protocol.pass_base import Pass

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import qcompiler as qc
 from qcompiler.artifacts.native import NativeArtifact
+from qcompiler.artifacts.noise import with_noise
 from qcompiler.artifacts.parity import check_parity
 from qcompiler.errors import VerificationError
 from qcompiler.ir.graph import Graph
 from qcompiler.lowering.kernels.module.model import KernelModel
-from qcompiler.lowering.kernels.module.noise import with_noise
 from qcompiler.passes import RTN, Assign, InsertQDQ, QuantizeKVCache
 from qcompiler.protocol.pass_base import Pass
 from tests.families import COMMON, SPECS

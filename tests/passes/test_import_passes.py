@@ -6,7 +6,8 @@ import pytest
 
 from qcompiler.errors import RecipeError
 from qcompiler.passes import GPTQ, RTN, Assign
-from qcompiler.passes._import_passes import import_object, import_passes
+from qcompiler.passes._import_passes import import_passes
+from qcompiler.protocol.importing import import_object
 
 MODULE = """
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ from qcompiler.protocol.pass_base import (
 )
 from qcompiler.protocol.pipeline import Pipeline
 from qcompiler.reporting.report import CompileReport
-from qcompiler.sweep.compiling import choose_device, compile_graph
+from qcompiler.sweep.compiling import compile_graph
 from tests.tiny_graphs import language_model, residual_mlp
 
 CPU = torch.device("cpu")
@@ -171,14 +171,6 @@ def test_an_override_that_matches_nothing_stops_before_calibration(monkeypatch: 
     monkeypatch.setattr(Calibration, "bind", bind)
     with pytest.raises(RecipeError, match="matches no site"):
         run(language_model(), [Assign("w4a16", overrides={"nothing.*": "w8a16"}), GPTQ()])
-
-
-def test_devices() -> None:
-    assert choose_device("cpu") == CPU
-    assert choose_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(InputError) as caught:
-        choose_device("abacus")
-    assert caught.value.got == "abacus"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def make_holes(size):
     for _ in range(32):
         drop.append(torch.ones(size // 4))
         keep.append(torch.ones(size // 4))
-    return keep  # as large as what is dropped: none of them fits into an older, smaller hole, and each pins its neighbour
+    return keep  # as large as what is dropped: none fits into an older, smaller hole, and each pins its neighbour
 
 torch.ones(4 << 20)  # once freed, blocks up to this size come from the heap
 trimmer = Trimmer(slack=16 << 20)

@@ -56,7 +56,7 @@ class KernelModel(nn.Module):
         slots: the caches that it takes.
         report: ``device``, ``dtype``, ``sites`` (how each linear layer is computed, and why not better), ``caches``,
             ``fused_norms``, ``neighbours``, ``notes``, and ``tuned`` where configurations were searched for.
-        rounded: names of the graph's nodes whose values are rounded to ``dtype``; see `noise`.
+        rounded: names of the graph's nodes whose values are rounded to ``dtype``; see `qcompiler.artifacts.with_noise`.
 
     Raises:
         InputError: if the graph takes no token ids, or returns no logits.

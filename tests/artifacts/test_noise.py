@@ -7,14 +7,14 @@ import torch
 
 import qcompiler as qc
 from qcompiler.artifacts.native import NativeArtifact
-from qcompiler.ir.feeding import feed
-from qcompiler.ir.graph import is_op
-from qcompiler.lowering.kernels.module.noise import (
+from qcompiler.artifacts.noise import (
     _add_noise,
     _add_noise_of_attention,
     _add_noise_of_terms,
     with_noise,
 )
+from qcompiler.ir.feeding import feed
+from qcompiler.ir.graph import is_op
 from qcompiler.lowering.kernels.module.rewrite import rewrite
 from qcompiler.passes import RTN, Assign, InsertQDQ
 from tests.tiny_graphs import interpret, language_model
