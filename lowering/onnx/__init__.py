@@ -16,6 +16,7 @@ def lower(
     *,
     opset: int = 21,
     float_dtype: Literal["float32", "float16"] = "float32",
+    int8_weights: Literal["uint8", "int8"] = "uint8",
     companions: str | Path | None = None,
 ) -> dict[str, Any]:
     """Writes a graph as an ONNX folder.
@@ -31,6 +32,7 @@ def lower(
         opset: 21 to 25. From 25 on, 2-bit codes take 2 bits; below, like 3-bit codes, 4.
         float_dtype: of weights, scales, activations and caches; logits are float32 in either. Positions, masks and
             norms are computed in float32.
+        int8_weights: what 8-bit weights that meet 8-bit activations are stored as, see `OnnxTarget`.
         companions: the directory to copy tokenizer and configuration files from; by default where the model came from.
 
     Returns:
@@ -44,6 +46,6 @@ def lower(
         VerificationError: if the checker refuses the result.
         MissingDependencyError: without onnx and onnx_ir.
     """
-    target = OnnxTarget(opset, float_dtype)
+    target = OnnxTarget(opset, float_dtype, int8_weights)
     written: dict[str, Any] = import_writer().write(graph, directory, target, companions=companions)
     return written

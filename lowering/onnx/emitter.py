@@ -34,11 +34,13 @@ class Emitter:
         graph: what is lowered.
         opset: the ONNX operator set.
         working: the dtype of weights and activations.
+        unsigned_products: store int8 weights as uint8 where an integer product is made of them.
     """
 
-    def __init__(self, graph: Graph, *, opset: int, working: ir.DataType) -> None:
+    def __init__(self, graph: Graph, *, opset: int, working: ir.DataType, unsigned_products: bool = True) -> None:
         self.graph = graph
         self.opset = opset
+        self.unsigned_products = unsigned_products and working == ir.DataType.FLOAT
         self.working = working
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}

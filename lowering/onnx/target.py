@@ -48,6 +48,14 @@ class OnnxTarget(Target):
         Literal["float32", "float16"], Doc("Of weights and activations; logits are float32 in either.")
     ] = "float32"
 
+    int8_weights: Annotated[
+        Literal["uint8", "int8"],
+        Doc(
+            "What 8-bit weights that meet 8-bit activations are stored as: the same numbers, but integer products of "
+            "int8 are wrong on x86 processors without VNNI, where they saturate. Elsewhere int8 may be faster."
+        ),
+    ] = "uint8"
+
     name: ClassVar[str] = "onnx"
     main_file: ClassVar[str | None] = "model.onnx"
     packages: ClassVar[Mapping[str, str]] = {

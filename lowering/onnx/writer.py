@@ -20,7 +20,12 @@ from qcompiler.ir import (
 )
 from qcompiler.lowering.onnx import folder
 from qcompiler.lowering.onnx.builders.caches import CACHE_BUILDERS
-from qcompiler.lowering.onnx.builders.canonical import CANONICAL_BUILDERS, code_dtype, is_linear_weight
+from qcompiler.lowering.onnx.builders.canonical import (
+    CANONICAL_BUILDERS,
+    code_dtype,
+    is_linear_weight,
+    weight_code_dtype,
+)
 from qcompiler.lowering.onnx.builders.codebooks import CODEBOOK_BUILDERS
 from qcompiler.lowering.onnx.builders.elementwise import ELEMENTWISE_BUILDERS
 from qcompiler.lowering.onnx.builders.experts import EXPERT_BUILDERS
@@ -83,7 +88,7 @@ def _prepare(
     settings, missing = folder.generation_config(graph, files)
     if settings is not None:
         files["genai_config.json"] = json.dumps(settings, indent=2).encode() + b"\n"
-    emitter, outputs = _emit(graph, target.opset, _WORKING[target.float_dtype])
+    emitter, outputs = _emit(graph, target)
     return emitter, outputs, files, missing
 
 
@@ -99,8 +104,9 @@ def _check(path: Path) -> None:
 # --- the graph -------------------------------------------------------------------------------------------------------
 
 
-def _emit(graph: Graph, opset: int, working: ir.DataType) -> tuple[Emitter, list[ir.Value]]:
-    emitter = Emitter(graph, opset=opset, working=working)
+def _emit(graph: Graph, target: OnnxTarget) -> tuple[Emitter, list[ir.Value]]:
+    unsigned = target.int8_weights == "uint8"
+    emitter = Emitter(graph, opset=target.opset, working=_WORKING[target.float_dtype], unsigned_products=unsigned)
     live = ancestors(graph.outputs)
     for node, port in zip(graph.inputs, graph.signature.inputs, strict=True):
         emitter.input(node, port)
@@ -215,9 +221,13 @@ def _report(graph: Graph, emitter: Emitter, target: OnnxTarget, path: Path, miss
         support = (
             target.supports(scheme, info.shape[1]) if scheme is not None else Support("runs", "its scheme is not known")
         )
+        if is_codebook:
+            stored = code_dtype(info.dtype, target.opset)
+        else:
+            stored = weight_code_dtype(node, graph, target.opset, unsigned=emitter.unsigned_products)
         sites[site_name(name.removesuffix("_codes"))] = {
             "codes": info.dtype,
-            "stored": code_dtype(info.dtype, target.opset).name.lower(),
+            "stored": stored.name.lower(),
             "block": None if is_codebook else node.args[4] or None,
             "status": support.status,
             "reason": support.reason,

@@ -1,5 +1,6 @@
 """Canonical operators (`qcompiler.ir.ops`) as standard ONNX operators of opset 21."""
 
+import math
 import operator
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import fx
 
 from qcompiler.errors import TargetError
 from qcompiler.ir import (
+    Graph,
     is_op,
     is_quantized_weight,
     quantized_value,
@@ -27,7 +29,7 @@ from qcompiler.lowering.onnx.dtypes import dtype_of, onnx_dtype
 from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument, tensor_arguments
 from qcompiler.numerics import factors_of, hadamard_matrix
 
-__all__ = ["CANONICAL_BUILDERS", "code_dtype", "is_linear_weight", "layer_norm", "matmul_weight"]
+__all__ = ["CANONICAL_BUILDERS", "code_dtype", "is_linear_weight", "layer_norm", "matmul_weight", "weight_code_dtype"]
 
 _canonical = torch.ops.qcompiler
 _FLOAT = ir.DataType.FLOAT
@@ -64,6 +66,32 @@ def code_dtype(stored: str, opset: int) -> ir.DataType:
     return found
 
 
+def weight_code_dtype(node: fx.Node, graph: Graph, opset: int, *, unsigned: bool) -> ir.DataType:
+    """The ONNX dtype that holds the codes of a linear layer's weight, by its ``dequantize`` node.
+
+    Where ONNX Runtime makes an integer product of int8 codes and codes of activations, ``unsigned`` turns the weight's
+    into uint8 with zero point 128, which is the same: its product of signed weights adds pairs in 16 bits on x86
+    processors without VNNI, and saturates (seen in 1.32 on AVX2: off by 3 % of the largest result).
+    """
+    codes = node.args[0]
+    assert isinstance(codes, fx.Node)
+    stored = code_dtype(graph.weights.info(str(codes.target)).dtype, opset)
+    is_exact = not unsigned or stored != ir.DataType.INT8 or node.args[4] != 0
+    return stored if is_exact or not any(map(_reads_codes, node.users)) else ir.DataType.UINT8
+
+
+def _reads_codes(linear: fx.Node) -> bool:
+    """Whether the input of a linear layer is rounded to 8-bit integers with one scale for the whole tensor."""
+    rounded = linear.args[0]
+    if quantized_value(rounded) is None:
+        return False
+    assert isinstance(rounded, fx.Node)
+    codes, scale = rounded.args[:2]
+    assert isinstance(codes, fx.Node)
+    assert isinstance(scale, fx.Node)
+    return codes.meta.get("dtype") in (torch.int8, torch.uint8) and not scale.meta.get("shape")
+
+
 def is_linear_weight(node: fx.Node) -> bool:
     """Whether a ``dequantize`` node of stored codes feeds linear layers only, as their weight."""
     codes = node.args[0] if node.args else None
@@ -92,7 +120,8 @@ def matmul_weight(e: Emitter, node: fx.Node, dtype: ir.DataType) -> ir.Value:
     if block >= width:  # one block per row: the same as one scale per channel
         axis, block = 0, 0
     places = {"axis": axis, "block": block, "side": side}
-    return _stored_dequantize(e, codes, scale, zero_point, **places, dtype=dtype, transpose=True)
+    stored = weight_code_dtype(node, e.graph, e.opset, unsigned=e.unsigned_products)
+    return _stored_dequantize(e, codes, scale, zero_point, **places, stored=stored, dtype=dtype, transpose=True)
 
 
 def _dequantize_arguments(node: fx.Node) -> tuple[fx.Node, Any, Any, int, int]:
@@ -112,10 +141,10 @@ def _stored_dequantize(
     axis: int,
     block: int,
     side: int,
+    stored: ir.DataType,
     dtype: ir.DataType,
     transpose: bool,
 ) -> ir.Value:
-    stored = code_dtype(e.graph.weights.info(str(codes.target)).dtype, e.opset)
     scale_shape = e.graph.weights.info(str(scale.target)).shape
     scale_rank = len(scale_shape)
     is_flat = scale_rank == 2 and not block  # [out, 1] → [out]
@@ -130,6 +159,12 @@ def _stored_dequantize(
     if zero_point is not None:
         inputs.append(
             e.codes(zero_point, stored, transpose=transpose and scale_rank == 2 and not is_flat, flat=is_flat)
+        )
+    elif stored == ir.DataType.UINT8 and e.graph.weights.info(str(codes.target)).dtype == "int8":
+        shape = (math.prod(scale_shape),) if is_flat else scale_shape
+        middle = torch.full(shape, 128, dtype=torch.uint8)
+        inputs.append(
+            e.computed(f"{codes.target}/zero_point", stored, tuple(shape), lambda: iter([middle.reshape(-1)]))
         )
     return e.op(
         "DequantizeLinear",
@@ -195,7 +230,10 @@ def _dequantize(e: Emitter, node: fx.Node) -> ir.Value:
     codes, scale, zero_point, axis, block = _dequantize_arguments(node)
     if codes.op == "get_attr" and isinstance(scale, fx.Node) and scale.op == "get_attr":
         places = {"axis": axis, "block": block, "side": block}
-        return _stored_dequantize(e, codes, scale, zero_point, **places, dtype=e.working, transpose=False)
+        stored = code_dtype(e.graph.weights.info(str(codes.target)).dtype, e.opset)
+        return _stored_dequantize(
+            e, codes, scale, zero_point, **places, stored=stored, dtype=e.working, transpose=False
+        )
     value = e.value(codes)
     if is_shared(scale):
         return dequantize_shared(e, value, scale, zero_point)

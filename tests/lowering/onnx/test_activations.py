@@ -67,6 +67,22 @@ def quantized_linear(
     return graph
 
 
+def weights_alone(maker: GraphMaker, scheme: Scheme) -> Graph:
+    """A layer whose input is not rounded."""
+    x, weight = maker.input(torch.randn(SYMBOLIC)), maker.weight("site.weight", torch.randn(48, 64) / 8)
+    node = maker.call(canonical.linear.default, x, weight)
+    node.meta["weight_shape"] = (48, 64)
+    graph = maker.graph(node)
+    (site,) = graph.sites()
+    graph.schemes["site"] = scheme
+    assert scheme.weight is not None
+    value = graph.weights.read("site.weight")
+    scale, zero = numerics.min_max_qparams(value, scheme.weight, torch.float32)
+    codes = numerics.quantize(value, scale, zero, scheme.weight)
+    graph.set_weight(site, Affine(codes, scale, zero, scheme.weight, torch.float32))
+    return graph
+
+
 def reference(graph: Graph, x: Tensor) -> Tensor:
     values = {}
     for node in graph.fx.nodes:
@@ -101,6 +117,27 @@ def test_linear_layers_are_exact_and_fused_as_promised(name, shape, bias, maker,
     if shape is not MATRIX or not bias:  # a matrix with a bias becomes a float Gemm
         assert sum(kinds[kind] for kind in FUSED) == (support.status == "fused")
         assert not kinds["DequantizeLinear"] or support.status == "runs"
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8"])
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [("w8a8", "uint8"), ("w8a8-actsym", "uint8"), ("w8a8-tensor", "uint8"), ("w8a8-dynamic", "int8"), ("w8", "int8")],
+)
+def test_weights_of_integer_products_are_unsigned(name, default, kind, maker, tmp_path):
+    """What is stored stands for the same numbers; int8 is only compared as written, as processors differ in it."""
+    scheme = Scheme.parse("w8a16" if name == "w8" else name)
+    graph = quantized_linear(maker, scheme) if name != "w8" else weights_alone(maker, scheme)
+    report = lower(graph, tmp_path / "out", int8_weights=kind)
+    stored = default if kind == "uint8" else "int8"
+    assert report["sites"]["site"]["stored"] == stored
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    (node,) = (n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0].startswith("site.weight"))
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor).astype(int) for tensor in model.graph.initializer}
+    middle = found[node.input[2]] if len(node.input) > 2 else 0
+    codes = graph.weights.read("site.weight_codes").T.numpy().astype(int)
+    assert (found[node.input[0]] - middle == codes).all()
+    assert (found[node.input[0]].min() >= 0) == (stored == "uint8")
 
 
 @pytest.mark.parametrize(
