@@ -1,8 +1,7 @@
-"""README.md is up to date."""
+"""README.md is up to date; what it and the tutorial tell a reader to paste works."""
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from packaging.version import Version
 
 from docs.update_matrix import BEGIN, END, README, table, updated
 from qcompiler.passes.recipes import RECIPES
+from tests.pasted import blocks, run_here
 from tests.tiny_checkpoint import command, save_checkpoint
 
 
@@ -49,15 +49,15 @@ def test_what_stands_around_the_table_stays() -> None:
 ROOT = README.parent
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of the Quick start section in this language, as they stand."""
-    section = README.read_text(encoding="utf-8").split("\n## Quick start\n")[1].split("\n## ")[0]
-    return re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+def program(page: str) -> list[tuple[str, str]]:
+    """What a reader pastes, in order."""
+    if page == "tutorial":
+        return blocks((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"), "python", "bash")
+    return blocks(quick_start(), "python", "bash")
 
 
-def lines(block: str) -> list[list[str]]:
-    """The words of each command of a shell block."""
-    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+def quick_start() -> str:
+    return README.read_text(encoding="utf-8").split("\n## Quick start\n")[1].split("\n## ")[0]
 
 
 @pytest.fixture
@@ -70,48 +70,42 @@ def beside_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_quick_start_works_word_for_word_on_a_tiny_model(
-    beside_examples: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("page", "commands"),
+    [
+        ("Quick start", {"compile", "evaluate", "generate", "inspect", "recipes"}),
+        ("tutorial", {"compile", "convert", "evaluate", "generate", "inspect", "recipes", "targets"}),
+    ],
+)
+def test_pages_work_word_for_word_on_a_tiny_model(page: str, commands: set[str], beside_examples: Path) -> None:
     shipped = beside_examples / "examples" / "booklm"
     shipped.unlink()
     model = save_checkpoint(shipped, layers=1)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
-    (python,), (shell,) = blocks("python"), blocks("bash")
-
-    exec(compile(python, "README.md", "exec"), {})
-    assert "perplexity" in capsys.readouterr().out
-    commands = set()
-    for program, *arguments in lines(shell):
-        if program == "python":
-            run = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
-            assert run.stdout.startswith(arguments[-1])
-            continue
-        assert program == "qcompiler"
-        outcome = command(*arguments)
-        assert outcome.status == 0, outcome.errors
-        assert outcome.output.strip()
-        commands.add(arguments[0])
-    assert commands == {"compile", "evaluate", "generate", "inspect", "recipes"}
+    names: dict[str, object] = {}
+    ran = [name for block in program(page) for name in run_here(*block, names)]
+    assert set(ran) == commands
     assert sorted(path.name for path in beside_examples.iterdir()) == ["examples", "out"]
 
 
 @pytest.mark.slow
-def test_quick_start_works_as_it_is_pasted(beside_examples: Path) -> None:
-    (python,), (shell,) = blocks("python"), blocks("bash")
+@pytest.mark.parametrize("page", ["Quick start", "tutorial"])
+def test_pages_work_as_they_are_pasted(page: str, beside_examples: Path) -> None:
     paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", python], check=True, env={**os.environ, **paths})
     programs = f'python() {{ "{sys.executable}" "$@"; }}; qcompiler() {{ python -m qcompiler "$@"; }}; set -e\n'
-    subprocess.run(["bash", "-c", programs + shell], check=True, env={**os.environ, **paths})
+    for language, content in program(page):
+        pasted = [sys.executable, "-c", content] if language == "python" else ["bash", "-c", programs + content]
+        subprocess.run(pasted, check=True, env={**os.environ, **paths})
     assert sorted(path.name for path in beside_examples.iterdir()) == ["examples", "out"]
-    divergence = command("evaluate", "out/python", "--against", "examples/booklm", "--json").result["kl_divergence"]
-    assert 0 < divergence < 0.01
+    out = {"Quick start": "out/python", "tutorial": "out/hand-on"}[page]
+    divergence = command("evaluate", out, "--against", "examples/booklm", "--json").result["kl_divergence"]
+    assert 0 < divergence < 0.02
 
 
 def test_quick_start_installs_what_it_uses() -> None:
-    (install,) = (block for block in blocks("") if "pip" in block)
-    assert lines(install)[-1] == ["pip", "install", "-e", ".[onnx]"]
+    (install,) = (content for _, content in blocks(quick_start(), "") if "pip" in content)
+    assert shlex.split(install.splitlines()[-1]) == ["pip", "install", "-e", ".[onnx]"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extra = {Requirement(line).name for line in project["optional-dependencies"]["onnx"]}
     assert {"onnx", "onnxruntime"} <= extra
