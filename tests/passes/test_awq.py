@@ -22,7 +22,6 @@ from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import AWQ, GPTQ, RTN, Assign
 from qcompiler.passes.solvers.scale_regions import Observed
 from qcompiler.proofs.regions import find_regions
-from qcompiler.protocol.observers import Gram
 from qcompiler.protocol.pass_base import (
     Pass,
     PassContext,
@@ -30,6 +29,7 @@ from qcompiler.protocol.pass_base import (
     Tap,
     Wave,
 )
+from qcompiler.protocol.statistics import Gram
 from qcompiler.sweep.streaming import sweep
 from qcompiler.testing import check_pass
 from tests.families import VOCABULARY

@@ -16,8 +16,8 @@ from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import RTN, Assign, InsertQDQ, SmoothQuant
 from qcompiler.passes.solvers.scale_regions import Choice, Observed
 from qcompiler.proofs.regions import find_regions
-from qcompiler.protocol.observers import AbsMax, RowSample
 from qcompiler.protocol.pass_base import Pass, PassContext
+from qcompiler.protocol.statistics import AbsMax, RowSample
 from qcompiler.testing import check_pass
 from tests.families import VOCABULARY
 from tests.models import canonical_form, canonical_graph, copy_graph, language_inputs, module, run

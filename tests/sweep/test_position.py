@@ -5,8 +5,8 @@ import torch
 
 from qcompiler.ir.segments import segment_graph
 from qcompiler.ir.walks import descendants
-from qcompiler.protocol.observers import AbsMax
 from qcompiler.protocol.pass_base import Tap
+from qcompiler.protocol.statistics import AbsMax
 from qcompiler.sweep.position import Position, Run, original_name
 from qcompiler.sweep.values import ValuePark
 from tests.tiny_graphs import input_batches, interpret, residual_mlp

@@ -19,7 +19,6 @@ from qcompiler.ir.graph import Graph, is_op
 from qcompiler.ir.segments import Segment, segment_graph
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import GPTQ, Assign
-from qcompiler.protocol.observers import CrossGram, Gram
 from qcompiler.protocol.pass_base import (
     WEIGHTS_QUANTIZED,
     Effect,
@@ -29,6 +28,7 @@ from qcompiler.protocol.pass_base import (
     Tap,
     Wave,
 )
+from qcompiler.protocol.statistics import CrossGram, Gram
 from qcompiler.sweep import streaming as sweep_module
 from qcompiler.sweep.streaming import Batch, sweep
 from qcompiler.sweep.values import ValuePark
