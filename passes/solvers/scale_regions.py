@@ -15,7 +15,7 @@ from qcompiler.proofs import (
     Region,
     Regions,
     find_regions,
-    fold,
+    fold_scale,
     input_factors,
 )
 from qcompiler.protocol import (
@@ -141,7 +141,7 @@ class ScaleRegions(Pass):
                 continue
             choice = self.choose(region, readers, observed, context)
             if choice.scale is not None:
-                fold(context.graph, region, choice.scale)
+                fold_scale(context.graph, region, choice.scale)
                 for value, factor in input_factors(region, choice.scale).items():
                     factors[value] = factors.get(value, torch.ones(())) * factor
             entries[region.name] |= {
