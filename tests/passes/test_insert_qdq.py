@@ -34,7 +34,8 @@ from qcompiler.protocol.pipeline import Pipeline
 from qcompiler.protocol.ranges import activation_qparams, choose_range
 from qcompiler.protocol.statistics import CrossGram, RowSample
 from qcompiler.protocol.verify import verify_graph
-from qcompiler.sweep.streaming import Batch, sweep
+from qcompiler.sweep.position import Batch
+from qcompiler.sweep.streaming import sweep
 from tests.tiny_checkpoint import file_bytes
 from tests.tiny_graphs import Maker, input_batches, interpret, language_model, other, residual_mlp, token_batches
 

@@ -22,7 +22,8 @@ from qcompiler.protocol.pass_base import (
     Wave,
 )
 from qcompiler.protocol.statistics import Gram, Statistic
-from qcompiler.sweep.streaming import Batch, SweepReport, sweep
+from qcompiler.sweep.position import Batch
+from qcompiler.sweep.streaming import SweepReport, sweep
 
 CPU = torch.device("cpu")
 
