@@ -88,7 +88,6 @@ def compile_graph(
         is_original = True  # nothing approximate has changed the model yet
         is_given = isinstance(calibration, Calibration) and calibration.source != "self-generated"
         is_calibrated = any(item.is_calibrated for item in pipeline.passes)
-        probe: Batch | None
 
         def gather() -> list[Batch]:
             nonlocal batches, held_out, check
@@ -110,7 +109,7 @@ def compile_graph(
                 if is_given and item.effect is Effect.APPROXIMATE:
                     gather()  # the original is measured before anything changes it
                 before = state_of(graph, graph.fx.nodes)
-                probe = None
+                probe: Batch | None = None
                 if item.effect is Effect.EXACT:
                     if graph.signature.input("ids") is not None:
                         probe = _random_probe(graph, device)
