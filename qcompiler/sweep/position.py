@@ -4,10 +4,9 @@ A segment is never run as a whole. The batches stand at a *frontier*: some of it
 values alive there, which nodes ahead read, wait in a `ValueStore`: in memory up to a budget, spilled to files beyond.
 Values inside a segment are forgotten once nothing ahead reads them; between two segments only those at the cut wait.
 
-    inputs of the segment      a wave          another wave         outputs
-    start  ──── gather ────▶  frontier  ──── gather ────▶  frontier  ──── finish ────▶
-      ▲                           │ rewritten behind it: rewind
-      └───────────────────────────┘
+    cut ──── gather ───▶ frontier ──── gather ───▶ frontier ──── finish ───▶ cut
+     ▲                   (a wave)                  (the next)
+     └──── rewind, where something behind has been rewritten ────┘
 
 There are two *lanes*. The working lane is the model as passes have rewritten it so far. The reference lane is the same
 model without anything approximate: float weights in the place of quantized ones, activations and caches not rounded.
@@ -149,7 +148,10 @@ def original_name(site: Site) -> str:
 
 
 class Position:
-    """Runs the batches through one segment, as far as is asked, and takes them back to its inputs when need be.
+    """Runs the batches through one segment, as far as is asked, and takes them back when need be.
+
+    They can be taken back to one earlier frontier: the inputs at first, and a later one as soon as nothing behind it
+    can be rewritten any more.
 
     Args:
         context: what is the same for all segments.
@@ -164,7 +166,7 @@ class Position:
         self.keep_start = False
         self.segment = segment
         self._context, self._store = context, context.store
-        self._start = self._current = inputs
+        self._rewind_point = self._current = inputs
 
     def gather(self, taps: Sequence[Tap], later: Sequence[Tap], pending: Sequence[Wave]) -> dict[Tap, Statistic]:
         """Runs the batches up to the taps and returns the statistics gathered there.
@@ -190,15 +192,15 @@ class Position:
     def probe_outputs(self) -> list[Tensor]:
         """What the segment gives, as it stands now, for the first batch: a probe."""
         context = self._context
-        nodes = [node for node in self.segment.nodes() if node not in self._start.executed]
+        nodes = [node for node in self.segment.nodes() if node not in self._rewind_point.executed]
         stretch = Stretch(nodes, self.segment.outputs)
         loaded = stretch.load(context.graph.weights.read, context.device)
-        held = self._store.get(self._start.working[0])
+        held = self._store.get(self._rewind_point.working[0])
         values = stretch.run({**context.outside(context.batches[0]), **held}, loaded, context.device)
         return [values[node] for node in self.segment.outputs]
 
     def rewind_if_executed(self, wave: Wave, *, upstream: bool) -> None:
-        """Takes the batches back to the start if something that was rewritten has been executed already.
+        """Takes the batches back if something that was rewritten has been executed already.
 
         Args:
             wave: that was rewritten.
@@ -211,21 +213,21 @@ class Position:
         """Runs to the end of the segment and returns the frontier at the cut there."""
         self.keep_start = False
         self._advance(self.segment.outputs, None, (), set())
-        if self._start is not self._current:
-            self._start.drop(self._store)
+        if self._rewind_point is not self._current:
+            self._rewind_point.drop(self._store)
         return replace(self._current, executed=frozenset())
 
     def abandon(self) -> Frontier:
         """Frees what is held, where nothing further need be computed, and returns a frontier without batches."""
-        self._start.drop(self._store)
-        if self._current is not self._start:
+        self._rewind_point.drop(self._store)
+        if self._current is not self._rewind_point:
             self._current.drop(self._store)
         return Frontier([], [])
 
     def _rewind(self) -> None:
-        if self._current is not self._start:
+        if self._current is not self._rewind_point:
             self._current.drop(self._store)
-        self._current = self._start
+        self._current = self._rewind_point
 
     def _advance(
         self,
@@ -244,15 +246,15 @@ class Position:
                 batches may have to start again.
         """
         leg = _Leg(self._context, self.segment, self._current, targets, wanted_later)
-        is_start = self._current is self._start
-        is_start_held = is_start and (self.keep_start or bool(may_be_rewritten & leg.executed))
+        is_rewind_point = self._current is self._rewind_point
+        is_held = is_rewind_point and (self.keep_start or bool(may_be_rewritten & leg.executed))
         working: list[ValueHandle] = []
         reference: list[ValueHandle] = [] if leg.is_forked else working
         for index in range(len(self._context.batches)):
-            self._advance_batch(index, leg, take, working, reference, is_dropped=not is_start_held)
+            self._advance_batch(index, leg, take, working, reference, is_dropped=not is_held)
         frontier = Frontier(working, reference, leg.executed)
-        if is_start and not is_start_held:
-            self._start = frontier
+        if is_rewind_point and not is_held:
+            self._rewind_point = frontier
         self._current = frontier
 
     def _advance_batch(
@@ -321,15 +323,15 @@ class _Leg:
         self.is_forked = context.has_reference and (is_approximate or start.is_forked)
 
     def run(self, index: int) -> tuple[_Values, _Values]:
-        """Executes it for one batch: the values in the working lane, and in the reference lane (the same if one)."""
+        """Executes it for one batch: the values in the working lane, and in the reference lane (the same where not forked)."""
         context = self._context
         outside = context.outside(context.batches[index])
-        given = {**outside, **context.store.get(self._start.working[index])}
-        values = self._stretch.run(given, self._weights, context.device)
+        held = self._start.working[index], self._start.reference[index]
+        values = self._stretch.run({**outside, **context.store.get(held[0])}, self._weights, context.device)
         if not self.is_forked:
             return values, values
         alike = {node: values[node] for node in self._routing}
-        given = {**outside, **context.store.get(self._start.reference[index]), **alike}
+        given = {**outside, **context.store.get(held[1]), **alike}
         return values, self._stretch.run(given, self._originals, context.device, self._rounding, alike)
 
 
