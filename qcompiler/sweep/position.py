@@ -323,7 +323,7 @@ class _Leg:
         self.is_forked = context.has_reference and (is_approximate or start.is_forked)
 
     def run(self, index: int) -> tuple[_Values, _Values]:
-        """Executes it for one batch: the values in the working lane, and in the reference lane (the same where not forked)."""
+        """Executes it for one batch: its values in the working lane, and in the reference lane (the same if one)."""
         context = self._context
         outside = context.outside(context.batches[index])
         held = self._start.working[index], self._start.reference[index]
