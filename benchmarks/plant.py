@@ -17,7 +17,7 @@ from torch import Tensor
 
 import qcompiler as qc
 from qcompiler.ir import Graph
-from qcompiler.proofs import find_regions, fold
+from qcompiler.proofs import find_regions, fold_scale
 
 __all__ = ["plant", "plant_directory"]
 
@@ -30,7 +30,7 @@ def plant(graph: Graph, *, factor: float = 64.0, channels: int = 4, seed: int = 
         if all(producer.kind == "norm" for producer in region.producers):
             scale = torch.ones(region.size)
             scale[torch.randperm(region.size, generator=generator)[:channels]] = 1 / factor
-            fold(graph, region, scale)
+            fold_scale(graph, region, scale)
             changed += [producer.name for producer in region.producers]
     graph.round_rewritten()
     return changed

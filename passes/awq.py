@@ -12,7 +12,7 @@ from qcompiler.ir import Graph, Site
 from qcompiler.passes.rtn import refuse_codebooks
 from qcompiler.passes.solvers.scale_regions import (
     Choice,
-    Observed,
+    InputStatistics,
     ScaleRegions,
     clamped,
 )
@@ -66,11 +66,11 @@ class AWQ(ScaleRegions):
         refuse_codebooks(graph, self)
 
     def choose(
-        self, region: Region, readers: list[Consumer], observed: Mapping[str, Observed], context: PassContext
+        self, region: Region, readers: list[Consumer], statistics: Mapping[str, InputStatistics], context: PassContext
     ) -> Choice:
         """The candidate with the least error."""
         weights = [context.weight(reader.site) for reader in readers]
-        grams = [_gram(observed[reader.site.name]) for reader in readers]
+        grams = [_gram(statistics[reader.site.name]) for reader in readers]
         energy = [per_channel(region, r, gram.diagonal(), "mean") for r, gram in zip(readers, grams, strict=True)]
         sizes = [per_channel(region, r, w.abs().mean(0), "mean") for r, w in zip(readers, weights, strict=True)]
         activation = torch.stack(energy).amax(0).sqrt()
@@ -102,6 +102,6 @@ class AWQ(ScaleRegions):
         return Choice(best, "no candidate lowers the error" if best is None else "", details)
 
 
-def _gram(observed: Observed) -> Tensor:
-    assert observed.gram is not None
-    return observed.gram
+def _gram(statistics: InputStatistics) -> Tensor:
+    assert statistics.gram is not None
+    return statistics.gram

@@ -20,10 +20,10 @@ from qcompiler.protocol import (
     SCHEMES,
     Effect,
     Histogram,
-    Method,
     Pass,
     PassContext,
     PassResult,
+    RangeMethod,
     RowSample,
     SiteReport,
     Skip,
@@ -31,7 +31,7 @@ from qcompiler.protocol import (
     Wave,
     Within,
     activation_qparams,
-    check_method,
+    check_range_method,
     choose_range,
     range_sqnr_db,
 )
@@ -70,7 +70,7 @@ class InsertQDQ(Pass):
     Error: at most half a step of the codes for values inside the range, and the excess for those outside.
     """
 
-    observer: Method | None = "mse"
+    observer: RangeMethod | None = "mse"
     percentile: Annotated[float, Within(50, 100, above=True)] = 99.99
     least_sqnr_db: float | None = None
 
@@ -81,7 +81,7 @@ class InsertQDQ(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.observer is not None:
-            check_method(self.observer, self.percentile)
+            check_range_method(self.observer, self.percentile)
 
     @property
     def is_calibrated(self) -> bool:

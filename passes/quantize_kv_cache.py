@@ -67,7 +67,7 @@ class QuantizeKVCache(Pass):
     was seen. The static range of every channel is calibrated in either case and stored, because some targets have no
     other form; `static_caches` makes it, and the report says what it costs beside what the scales per token do.
 
-    With ``rotate``, queries and keys are turned by a Hadamard matrix (arXiv 2404.00456, section 4), which changes no
+    With ``rotate``, queries and keys are rotated by a Hadamard matrix (arXiv 2404.00456, section 4), which changes no
     product of theirs and spreads the few large channels that keys have over all. Values have none and stay as they are.
 
     Left alone: caches that are not recognized as such, each with its reason; an unrecognized reader of the keys leaves
@@ -253,10 +253,10 @@ class QuantizeKVCache(Pass):
 
 
 class TurnedHeadRange(HeadRange):
-    """The same of values whose heads are turned by a Hadamard matrix."""
+    """The same of values whose heads are rotated by a Hadamard matrix."""
 
     def update(self, batch: Tensor, reference: Tensor | None = None) -> None:
-        """Takes ``[B, H, S, D]`` as they are before they are turned."""
+        """Takes ``[B, H, S, D]`` as they are before they are rotated."""
         super().update(_canonical.hadamard(batch, batch.shape[-1]))
 
 

@@ -12,7 +12,7 @@ from qcompiler.ir import Graph, Site
 from qcompiler.numerics import QuantSpec
 from qcompiler.passes.solvers.scale_regions import (
     Choice,
-    Observed,
+    InputStatistics,
     ScaleRegions,
     clamped,
 )
@@ -67,11 +67,11 @@ class SmoothQuant(ScaleRegions):
         return scheme is not None and scheme.activation is not None and not scheme.activation.is_float
 
     def choose(
-        self, region: Region, readers: list[Consumer], observed: Mapping[str, Observed], context: PassContext
+        self, region: Region, readers: list[Consumer], statistics: Mapping[str, InputStatistics], context: PassContext
     ) -> Choice:
         """The scale for the given alpha, or for the one with the least expected error."""
         weights = [context.weight(reader.site) for reader in readers]
-        inputs = [observed[reader.site.name] for reader in readers]
+        inputs = [statistics[reader.site.name] for reader in readers]
         activation = torch.stack(
             [per_channel(region, r, _largest(i), "amax") for r, i in zip(readers, inputs, strict=True)]
         ).amax(0)
@@ -87,7 +87,7 @@ class SmoothQuant(ScaleRegions):
 
         def error(scale: Tensor) -> float:
             given = zip(readers, weights, inputs, strict=True)
-            return sum(_tried(region, reader, scale, w, observed, context) for reader, w, observed in given)
+            return sum(_tried(region, reader, scale, w, of_input, context) for reader, w, of_input in given)
 
         plain = least = error(torch.ones(region.size))
         best: Tensor | None = None
@@ -100,25 +100,25 @@ class SmoothQuant(ScaleRegions):
         return Choice(best, "no migration lowers the expected error" if best is None else "", details)
 
 
-def _largest(observed: Observed) -> Tensor:
-    assert observed.largest is not None
-    return observed.largest
+def _largest(statistics: InputStatistics) -> Tensor:
+    assert statistics.largest is not None
+    return statistics.largest
 
 
 def _tried(
-    region: Region, reader: Consumer, scale: Tensor, weight: Tensor, observed: Observed, context: PassContext
+    region: Region, reader: Consumer, scale: Tensor, weight: Tensor, statistics: InputStatistics, context: PassContext
 ) -> float:
     """The relative squared error of a layer's output, summed over sampled rows, with weight and input rounded."""
     scheme = context.graph.schemes[reader.site.name]
     assert scheme.activation is not None
-    assert observed.sample is not None
+    assert statistics.sample is not None
     columns = consumer_scale(region, reader, scale).to(weight.device)
     scaled = weight * columns
     if scheme.weight is not None:
         qparams = numerics.min_max_qparams(scaled, scheme.weight, context.scale_dtype(reader.site))
         scaled = numerics.fake_quantize(scaled, *qparams, scheme.weight)
-    rounded = _rounded(observed.sample / columns, (_largest(observed) / columns).max(), scheme.activation)
-    exact = torch.mm(observed.sample, weight.T)
+    rounded = _rounded(statistics.sample / columns, (_largest(statistics) / columns).max(), scheme.activation)
+    exact = torch.mm(statistics.sample, weight.T)
     energy = exact.square().sum(-1)
     wrong = torch.mm(rounded, scaled.T).sub_(exact).square_().sum(-1)
     return float((wrong / (energy + energy.mean()).clamp(min=torch.finfo(torch.float32).tiny)).sum(dtype=torch.float64))

@@ -15,7 +15,7 @@ from qcompiler.proofs import (
     Region,
     Regions,
     find_regions,
-    fold,
+    fold_scale,
     input_factors,
 )
 from qcompiler.protocol import (
@@ -36,7 +36,7 @@ from qcompiler.protocol import (
     Wave,
 )
 
-__all__ = ["Choice", "Observed", "ScaleRegions", "clamped"]
+__all__ = ["Choice", "InputStatistics", "ScaleRegions", "clamped"]
 
 _KINDS = (Gram, AbsMax, RowSample)
 _LARGEST_RATIO = 2.0**20
@@ -44,8 +44,8 @@ _LARGEST_RATIO = 2.0**20
 
 
 @dataclass(frozen=True)
-class Observed:
-    """What is known of the input of a layer, folds already made included.
+class InputStatistics:
+    """The statistics of the input of a site, folds already made included.
 
     Attributes:
         rows: how many were seen.
@@ -98,14 +98,14 @@ class ScaleRegions(Pass):
         raise NotImplementedError
 
     def choose(
-        self, region: Region, readers: list[Consumer], observed: Mapping[str, Observed], context: PassContext
+        self, region: Region, readers: list[Consumer], statistics: Mapping[str, InputStatistics], context: PassContext
     ) -> Choice:
         """Chooses the scale of a region.
 
         Args:
             region: in float still.
             readers: its consumers that count, at least one.
-            observed: their inputs, by site.
+            statistics: of their inputs, by site.
             context: as in `Pass.rewrite`.
         """
         raise NotImplementedError
@@ -134,14 +134,14 @@ class ScaleRegions(Pass):
                 entries[region.name]["reason"] = "none of its layers is quantized in a way that a scale would help"
                 continue
             start = time.perf_counter()
-            observed = {reader.site.name: _observed(reader.site, statistics, factors) for reader in readers}
-            readers = [reader for reader in readers if observed[reader.site.name].rows]
+            inputs = {reader.site.name: _input_statistics(reader.site, statistics, factors) for reader in readers}
+            readers = [reader for reader in readers if inputs[reader.site.name].rows]
             if not readers:
                 entries[region.name]["reason"] = "calibration never reached its layers"
                 continue
-            choice = self.choose(region, readers, observed, context)
+            choice = self.choose(region, readers, inputs, context)
             if choice.scale is not None:
-                fold(context.graph, region, choice.scale)
+                fold_scale(context.graph, region, choice.scale)
                 for value, factor in input_factors(region, choice.scale).items():
                     factors[value] = factors.get(value, torch.ones(())) * factor
             entries[region.name] |= {
@@ -176,7 +176,7 @@ def _regions(graph: Graph, segment: Segment) -> Regions:
     return find_regions(graph, segment.nodes())
 
 
-def _observed(site: Site, statistics: Mapping[Tap, Any], factors: Mapping[fx.Node, Tensor]) -> Observed:
+def _input_statistics(site: Site, statistics: Mapping[Tap, Any], factors: Mapping[fx.Node, Tensor]) -> InputStatistics:
     found: dict[type[Statistic], Tensor] = {}
     rows = 0
     for kind in _KINDS:
@@ -199,7 +199,7 @@ def _observed(site: Site, statistics: Mapping[Tap, Any], factors: Mapping[fx.Nod
                 got=f"NaN or infinity in its {kind.__name__}",
                 remedy="look for NaN, infinity or overflow in the layers before",
             )
-    return Observed(rows, found.get(Gram), found.get(AbsMax), found.get(RowSample))
+    return InputStatistics(rows, found.get(Gram), found.get(AbsMax), found.get(RowSample))
 
 
 def _entries(regions: Regions) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How far a model may be from its graph because it rounds activations to a dtype: the graph itself, with such noise.
+"""For parity: how far a model may be from its graph because it rounds activations; the graph itself, with such noise.
 
 Behind every node whose value a lowered model rounds stands an error as large as that rounding: evenly distributed
 within half a step, ``eps / 2`` of the value. A product of matrices has one error for each of its terms, whatever

@@ -35,7 +35,7 @@ from qcompiler.frontend.simplify import (
     PRODUCTS,
     assemble_parts,
     fold_weight_expressions,
-    is_turned_weight,
+    is_transposed_weight,
     merge_equal_nodes,
     remove_noise,
     replace_by_derived,
@@ -160,10 +160,10 @@ def _product_with_weight(graph: Graph, node: fx.Node) -> None:
 
     Where nothing but such products reads the weight, it keeps its name.
     """
-    if not any(is_weight(source) or is_turned_weight(source) for source in node.all_input_nodes):
+    if not any(is_weight(source) or is_transposed_weight(source) for source in node.all_input_nodes):
         return  # a product of two activations
     _, weight, _ = _product_operands(node)
-    if is_turned_weight(weight):
+    if is_transposed_weight(weight):
         _put_linear(graph, node, weight.args[0])  # type: ignore[arg-type]
         return
     readers = list(weight.users)
@@ -175,10 +175,10 @@ def _product_with_weight(graph: Graph, node: fx.Node) -> None:
             _put_linear(graph, reader, weight)
         return
     with graph.fx.inserting_before(node):
-        turned = graph.fx.call_function(_aten.t.default, (weight,))
-    turned.meta.update(dtype=weight.meta["dtype"], shape=tuple(reversed(weight.meta["shape"])))
+        transposed = graph.fx.call_function(_aten.t.default, (weight,))
+    transposed.meta.update(dtype=weight.meta["dtype"], shape=tuple(reversed(weight.meta["shape"])))
     name = f"{str(weight.target).removesuffix('.weight')}.transposed.weight"
-    _put_linear(graph, node, replace_by_derived(graph, turned, (str(weight.target),), name, torch.t))
+    _put_linear(graph, node, replace_by_derived(graph, transposed, (str(weight.target),), name, torch.t))
 
 
 def _product_operands(node: fx.Node) -> tuple[Any, fx.Node, Any]:
@@ -192,7 +192,7 @@ def _product_operands(node: fx.Node) -> tuple[Any, fx.Node, Any]:
             raise Miss("the bias is not a stored vector")
     else:
         x, weight = node.args[:2]
-    if not ((is_weight(weight) and len(weight.meta["shape"]) == 2) or is_turned_weight(weight)):
+    if not ((is_weight(weight) and len(weight.meta["shape"]) == 2) or is_transposed_weight(weight)):
         raise Miss("the right factor is not a stored matrix")
     if is_weight(x):
         raise Miss("a product of two stored tensors")

@@ -150,15 +150,15 @@ def _capture_transformers(model: nn.Module, store: WeightStore) -> Graph:
     parameters = inspect.signature(model.forward).parameters
     with torch.no_grad(), quiet_transformers():
         _choose_implementations(model)
-        probe = _probe(model, parameters, name)
-    output = next((field for field in ("logits", "last_hidden_state") if hasattr(probe, field)), None)
+        example = _run_on_example(model, parameters, name)
+    output = next((field for field in ("logits", "last_hidden_state") if hasattr(example, field)), None)
     if output is None:
         raise UnsupportedModelError("the model returns neither logits nor hidden states", where=name)
-    past = _cache_ports(probe, name)
+    past = _cache_ports(example, name)
     has_types = bool(getattr(config, "type_vocab_size", 0))  # else what is asked for is read as tokens, and 0 is one
     inputs = _input_ports(parameters, has_cache=bool(past), has_types=has_types)
     sizes = {_EXAMPLE[BATCH]: BATCH, _EXAMPLE[SEQUENCE]: SEQUENCE}
-    *leading, width = getattr(probe, output).shape
+    *leading, width = getattr(example, output).shape
     shape = (*(sizes.get(size, size) for size in leading), width)
     result = Port(output, _role(model, output, shape), "float32", shape)
     present = tuple(
@@ -175,7 +175,7 @@ def _capture_transformers(model: nn.Module, store: WeightStore) -> Graph:
     return _graph(exported, Signature((*inputs, *past), (result, *present)), store, model, strip="model.")
 
 
-def _probe(model: nn.Module, parameters: Mapping[str, Any], name: str) -> Any:
+def _run_on_example(model: nn.Module, parameters: Mapping[str, Any], name: str) -> Any:
     """What the model returns for token ids alone, on tensors without values; nothing stays behind in the model.
 
     Raises:
@@ -241,9 +241,9 @@ def _input_ports(parameters: Any, *, has_cache: bool, has_types: bool) -> tuple[
     return tuple(ports)
 
 
-def _cache_ports(probe: Any, name: str) -> tuple[Port, ...]:
+def _cache_ports(example: Any, name: str) -> tuple[Port, ...]:
     """One port per layer and part of the cache the model returned; none if it has no cache."""
-    cache, state = getattr(probe, "past_key_values", None), getattr(probe, "cache_params", None)
+    cache, state = getattr(example, "past_key_values", None), getattr(example, "cache_params", None)
     if state is not None and state is not cache:  # from transformers 5.24 on, these are two names of one thing
         raise UnsupportedModelError("a recurrent state is not captured", where=name, expected="a key-value cache")
     if cache is None:

@@ -26,9 +26,9 @@ def chosen_product(made: Parts, graph: Graph, product: fx.Node) -> None:
     left, right = product.args[:2]
     vector: Any
     if (found := _chosen(left)) is not None:  # W[experts] [S, out, in] @ x [S, in, 1]
-        vector, axis, is_turned = right, 2, False
+        vector, axis, is_transposed = right, 2, False
     elif (found := _chosen(right)) is not None:  # x [S, 1, in] @ W[experts] [S, in, out]
-        vector, axis, is_turned = left, 1, True
+        vector, axis, is_transposed = left, 1, True
     else:
         return
     stack, experts = found
@@ -39,8 +39,8 @@ def chosen_product(made: Parts, graph: Graph, product: fx.Node) -> None:
     if not ends or not all(is_op(end, _aten.squeeze.dim) and end.args[1] % 3 == axis for end in ends):
         raise Miss("the result of an expert keeps an axis of size one")
     end, bias = _with_bias(ends, experts)
-    weights = _parts(made, graph, stack, is_turned=is_turned)
-    biases: list[Any] = [None] * len(weights) if bias is None else _parts(made, graph, bias, is_turned=False)
+    weights = _parts(made, graph, stack, is_transposed=is_transposed)
+    biases: list[Any] = [None] * len(weights) if bias is None else _parts(made, graph, bias, is_transposed=False)
     rows = []
     with graph.fx.inserting_before(product):
         for index, names in enumerate(zip(weights, biases, strict=True)):
@@ -60,7 +60,7 @@ def stacked_product(made: Parts, graph: Graph, product: fx.Node) -> None:
         return
     if len(stack.meta["shape"]) != 3 or len(x.meta["shape"]) != 3:
         return
-    weights = _parts(made, graph, stack, is_turned=True)
+    weights = _parts(made, graph, stack, is_transposed=True)
     rows: tuple[Dim, ...] = x.meta["shape"][1:]
     with graph.fx.inserting_before(product):
         results = []
@@ -95,21 +95,21 @@ def _with_bias(ends: list[fx.Node], experts: fx.Node) -> tuple[fx.Node, fx.Node 
     return end, None
 
 
-def _parts(made: Parts, graph: Graph, stack: fx.Node, *, is_turned: bool) -> list[str]:
-    """The names of the matrices (transposed where ``is_turned``) or vectors of a stored stack."""
+def _parts(made: Parts, graph: Graph, stack: fx.Node, *, is_transposed: bool) -> list[str]:
+    """The names of the matrices (transposed where ``is_transposed``) or vectors of a stored stack."""
     source, store = str(stack.target), graph.weights
-    if (source, is_turned) not in made:
+    if (source, is_transposed) not in made:
         count, *rest = stack.meta["shape"]
         names = [f"{site_name(source)}.{index}{'.weight' if len(rest) == 2 else ''}" for index in range(count)]
         if any(name in store for name in names):  # the stack is also read the other way round
             names = [f"{site_name(source)}.{index}.transposed.weight" for index in range(count)]
         for index, name in enumerate(names):
             store.slice(name, source, index)
-            if is_turned:
+            if is_transposed:
                 dtype = store.info(source).dtype
                 store.derive(name, (name,), torch.t, dtype=dtype, shape=rest[::-1], rearranges=True)
-        made[source, is_turned] = names
-    return made[source, is_turned]
+        made[source, is_transposed] = names
+    return made[source, is_transposed]
 
 
 def _linear(graph: Graph, x: fx.Node, weight: str, bias: str | None) -> fx.Node:

@@ -13,7 +13,7 @@ __all__ = [
     "PRODUCTS",
     "assemble_parts",
     "fold_weight_expressions",
-    "is_turned_weight",
+    "is_transposed_weight",
     "merge_equal_nodes",
     "remove_noise",
     "replace_by_derived",
@@ -205,7 +205,7 @@ def _hashable(value: Any) -> Any:
     return (type(value), value)
 
 
-def is_turned_weight(node: object) -> bool:
+def is_transposed_weight(node: object) -> bool:
     """Whether a node is the transpose of a stored matrix."""
     if not is_op(node, *_TURNS):
         return False
@@ -234,7 +234,7 @@ def fold_weight_expressions(graph: Graph) -> None:
         sources = node.all_input_nodes
         if not is_op(node, *_FOLDABLE) or not sources or not all(is_weight(source) for source in sources):
             continue
-        if is_turned_weight(node) and node.users and all(is_op(user, *PRODUCTS) for user in node.users):
+        if is_transposed_weight(node) and node.users and all(is_op(user, *PRODUCTS) for user in node.users):
             continue
         names = tuple(str(source.target) for source in sources)
         operator = node.target.overloadpacket.__name__

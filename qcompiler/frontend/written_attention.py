@@ -108,7 +108,7 @@ def find_logits(graph: Graph, softmax: fx.Node) -> Logits:
         inner, node = _factors(graph, node.args[0])
     scale = outer * inner
     if is_op(node, _aten.baddbmm.default):
-        bias, query, turned = node.args[:3]
+        bias, query, transposed = node.args[:3]
         beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
         if softcap is not None or scale != 1.0 or beta != 1:
             raise Miss("a bias is added to the logits and changed afterwards")
@@ -116,13 +116,13 @@ def find_logits(graph: Graph, softmax: fx.Node) -> Logits:
         maskings.append(("add", _bias_with_heads(graph, bias, heads)))
         scale = float(alpha)
     elif is_op(node, *_PRODUCTS):
-        query, turned = node.args[:2]
+        query, transposed = node.args[:2]
     else:
         raise Miss("attention written out with other logits than a scaled product of queries and keys")
     rank = len(node.meta["shape"])
-    if not _swaps_last(turned, rank):
+    if not _swaps_last(transposed, rank):
         raise Miss("the right factor of the logits is no transpose of the keys")
-    query, key = _heads_apart(query), _heads_apart(turned.args[0])
+    query, key = _heads_apart(query), _heads_apart(transposed.args[0])
     return Logits(query, key, scale, softcap, _one_mask(graph, maskings[::-1]))
 
 

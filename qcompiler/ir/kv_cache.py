@@ -247,9 +247,9 @@ def _rotate(graph: Graph, cache: Cache, shape: tuple[int | str, ...]) -> Node:
         query = attention.args[0]
         assert isinstance(query, Node)
         with graph.fx.inserting_before(attention):
-            turned = graph.fx.call_function(_canonical.hadamard.default, (query, width))
-        turned.meta.update({key: query.meta[key] for key in ("dtype", "shape") if key in query.meta})
-        attention.update_arg(0, turned)
+            rotated = graph.fx.call_function(_canonical.hadamard.default, (query, width))
+        rotated.meta.update({key: query.meta[key] for key in ("dtype", "shape") if key in query.meta})
+        attention.update_arg(0, rotated)
     with graph.fx.inserting_before(cache.append):
         return _call(graph, _canonical.hadamard.default, (cache.new, width), torch.float32, shape)
 

@@ -1,25 +1,30 @@
-"""Where channels may be scaled, and where a stream may be turned, proved on the graph.
+"""Where a scale or a rotation may go into weights without changing the function, proved on the graph.
 
-In: a graph. Out: regions (`find_regions`), rotations, and the rewriting of weights that folds one in; refusals carry
-their reason.
+| | found by | folded into weights by |
+|---|---|---|
+| a scale for each channel of a `Region` | `regions`, which follows channels (`channel_walk`) | `fold_scales` |
+| a rotation of a residual stream | `streams` | `fold_rotations` |
+| a rotation of every head of values | `heads`, which follows channels too | `fold_rotations` |
+
+What is found is only said; the graph changes when a scale is folded or a rotation put in. Refusals carry their reason.
 """
 
-from qcompiler.proofs.folding import (
+from qcompiler.proofs.fold_rotations import (
+    Rotation,
+    rotate_heads,
+    rotate_input,
+    rotate_stream,
+)
+from qcompiler.proofs.fold_scales import (
     consumer_scale,
-    fold,
+    fold_scale,
     input_factors,
     per_channel,
 )
 from qcompiler.proofs.heads import find_heads
 from qcompiler.proofs.region import Consumer, Region, Regions
 from qcompiler.proofs.regions import find_regions
-from qcompiler.proofs.rotating import (
-    Rotation,
-    rotate_heads,
-    rotate_input,
-    rotate_stream,
-)
-from qcompiler.proofs.rotation import Refused, find_streams, online_inputs
+from qcompiler.proofs.streams import Refused, find_streams, online_inputs
 
 __all__ = [
     "Consumer",
@@ -31,7 +36,7 @@ __all__ = [
     "find_heads",
     "find_regions",
     "find_streams",
-    "fold",
+    "fold_scale",
     "input_factors",
     "online_inputs",
     "per_channel",

@@ -1,4 +1,4 @@
-"""Heads of values that may be rotated, which the output projection makes good.
+"""Finds heads of values that may be rotated, which the output projection makes good.
 
 Attention is linear in its values, and mixes no channels.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from qcompiler.ir import Graph, Site, is_op
 from qcompiler.proofs.channel_labels import Channels, Labels, Stop
 from qcompiler.proofs.channel_walk import ChannelWalk
-from qcompiler.proofs.rotation import PRODUCTS, SUMS, Refused, aten, canonical, is_row_factor
+from qcompiler.proofs.streams import PRODUCTS, SUMS, Refused, aten, canonical, is_row_factor
 
 __all__ = ["Heads", "find_heads"]
 
@@ -30,9 +30,6 @@ class Heads:
     values: Site
     rows: Tensor
     outputs: tuple[Site, ...]
-
-
-# --- heads of values --------------------------------------------------------------------------------------------------
 
 
 class _HeadWalk(ChannelWalk):

@@ -1,4 +1,4 @@
-"""Regions: where a diagonal scale on channels may move from one weight to another without changing the function.
+"""Finds regions: where a diagonal scale on channels may move from one weight to another without changing the function.
 
 A region is proved by following *labels*. Every output channel of a producer (a norm's weight, the rows of a linear
 layer) is given a number; the numbers travel through the graph as small integer tensors of the value's own shape, with

@@ -1,14 +1,16 @@
 """What a pass, a pipeline, a statistic, a target and an artifact *are*; nothing concrete.
 
-In: a graph of `qcompiler.ir`. Out: the classes that passes and targets derive from, and the checks that hold them to
-what they declare (`verify`).
+In: a graph of `qcompiler.ir`. Out: the classes that passes and targets derive from (`pass_base`, `pipeline`, `target`,
+`artifact`), what may be gathered at a value of the graph (`statistics`, `histograms`) and the range that is chosen from
+it (`ranges`), and two kinds of checks: a pass does what it declares (`declarations`), the graph it leaves is legal
+(`verify`).
 """
 
 from qcompiler.protocol.artifact import Artifact
+from qcompiler.protocol.declarations import check_declared, check_exact, state_of
 from qcompiler.protocol.devices import choose_device
 from qcompiler.protocol.histograms import Histogram, MinMax
 from qcompiler.protocol.importing import foreign, import_object
-from qcompiler.protocol.observers import AbsMax, CrossGram, Gram, HeadRange, Rescalable, RowSample, Statistic
 from qcompiler.protocol.options import Within, describe_hint, list_options, read_options
 from qcompiler.protocol.pass_base import (
     ACTIVATIONS_QUANTIZED,
@@ -34,12 +36,13 @@ from qcompiler.protocol.pass_base import (
 )
 from qcompiler.protocol.pipeline import Pipeline
 from qcompiler.protocol.ranges import (
-    Method,
+    RangeMethod,
     activation_qparams,
-    check_method,
+    check_range_method,
     choose_range,
     range_sqnr_db,
 )
+from qcompiler.protocol.statistics import AbsMax, CrossGram, Gram, HeadRange, Rescalable, RowSample, Statistic
 from qcompiler.protocol.target import (
     Lowered,
     Reader,
@@ -48,12 +51,7 @@ from qcompiler.protocol.target import (
     check_caches,
     check_schemes,
 )
-from qcompiler.protocol.verify import (
-    check_declared,
-    check_exact,
-    state_of,
-    verify_graph,
-)
+from qcompiler.protocol.verify import verify_graph
 
 __all__ = [
     "ACTIVATIONS_QUANTIZED",
@@ -75,12 +73,12 @@ __all__ = [
     "HeadRange",
     "Histogram",
     "Lowered",
-    "Method",
     "MinMax",
     "Pass",
     "PassContext",
     "PassResult",
     "Pipeline",
+    "RangeMethod",
     "Reader",
     "Rescalable",
     "Rescale",
@@ -97,7 +95,7 @@ __all__ = [
     "check_caches",
     "check_declared",
     "check_exact",
-    "check_method",
+    "check_range_method",
     "check_schemes",
     "choose_device",
     "choose_range",

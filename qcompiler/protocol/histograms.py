@@ -1,4 +1,8 @@
-"""Ranges and histograms of activations, whose bins double as values grow."""
+"""The statistics that ranges are chosen from: of all values of a tensor, whatever its channels.
+
+`MinMax` keeps both ends; `Histogram` counts values in bins whose width doubles as values grow, and gives a
+`Distribution`. Statistics of channels and rows are in `statistics`.
+"""
 
 import math
 from dataclasses import dataclass

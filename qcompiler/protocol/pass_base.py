@@ -15,8 +15,8 @@ from torch import Tensor, fx
 
 from qcompiler.errors import PipelineError
 from qcompiler.ir import CacheFormat, Graph, Segment, Site
-from qcompiler.protocol.observers import Statistic
 from qcompiler.protocol.options import check_options
+from qcompiler.protocol.statistics import Statistic
 
 __all__ = [
     "ACTIVATIONS_QUANTIZED",

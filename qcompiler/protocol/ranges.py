@@ -1,4 +1,6 @@
-"""Which range of an activation its codes cover: chosen from what an observer has seen, by pure functions.
+"""Which range of an activation its codes cover: chosen from a statistic of its values, by pure functions.
+
+The method is what `InsertQDQ` calls its ``observer``, after other toolkits.
 
 | method | range |
 |---|---|
@@ -19,9 +21,10 @@ from qcompiler.errors import RecipeError
 from qcompiler.numerics import QuantSpec, fp4
 from qcompiler.protocol.histograms import Distribution, Histogram, MinMax
 
-__all__ = ["Method", "activation_qparams", "check_method", "choose_range", "range_sqnr_db", "squared_error"]
+__all__ = ["RangeMethod", "activation_qparams", "check_range_method", "choose_range", "range_sqnr_db", "squared_error"]
 
-Method = Literal["minmax", "percentile", "mse", "kl"]
+RangeMethod = Literal["minmax", "percentile", "mse", "kl"]
+"""How a range is chosen: see the table of this module."""
 
 _FRACTIONS = tuple(0.01 ** (step / 127) for step in range(128))
 _ROUNDS = 3
@@ -29,20 +32,20 @@ _KL_BINS = 2048
 _KL_CANDIDATES = 128
 
 
-def check_method(method: str, percentile: float) -> None:
+def check_range_method(method: str, percentile: float) -> None:
     """Refuses an unknown method, and a percentile that is none.
 
     Raises:
         RecipeError: if so.
     """
-    if method not in get_args(Method):
-        raise RecipeError("unknown way to choose a range", got=method, expected=", ".join(get_args(Method)))
+    if method not in get_args(RangeMethod):
+        raise RecipeError("unknown way to choose a range", got=method, expected=", ".join(get_args(RangeMethod)))
     if not 50 < percentile <= 100:
         raise RecipeError("a percentile lies between 50 and 100", got=percentile, expected="99.9, 99.99, ...")
 
 
 def choose_range(
-    statistic: Histogram | MinMax, spec: QuantSpec, method: Method = "mse", *, percentile: float = 99.99
+    statistic: Histogram | MinMax, spec: QuantSpec, method: RangeMethod = "mse", *, percentile: float = 99.99
 ) -> tuple[float, float]:
     """The range that codes should cover: ``(-a, a)`` where the format is symmetric, else one with zero inside.
 
@@ -56,7 +59,7 @@ def choose_range(
     Raises:
         RecipeError: for an unknown method, or ``kl`` with float codes.
     """
-    check_method(method, percentile)
+    check_range_method(method, percentile)
     if isinstance(statistic, MinMax):
         if method != "minmax":
             raise ValueError(f"{method} needs a Histogram")

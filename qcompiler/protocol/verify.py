@@ -1,10 +1,13 @@
-"""Checks on what passes made: quantized weights and activations are legal, and the graph holds together."""
+"""`verify_graph`: proves that a rewritten graph is legal, by what stands in it alone; nothing is run.
+
+Whether it still computes what it should is asked elsewhere: `declarations` holds a pass to what it says of itself, and
+`qcompiler.artifacts.parity` compares a lowered model with the graph.
+"""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qcompiler.errors import VerificationError
 from qcompiler.ir import (
@@ -16,9 +19,8 @@ from qcompiler.ir import (
     stored_names,
 )
 from qcompiler.numerics import QuantSpec, Scheme, fp4
-from qcompiler.protocol.pass_base import Effect, Pass, PassResult
 
-__all__ = ["check_declared", "check_exact", "state_of", "verify_graph"]
+__all__ = ["verify_graph"]
 
 _fp4_dequantize = torch.ops.qcompiler.fp4_dequantize.default
 _fp4_scale = torch.ops.qcompiler.fp4_scale.default
@@ -53,7 +55,7 @@ def verify_graph(graph: Graph) -> None:
                     remedy="add a weight quantizer to the recipe, such as GPTQ(), or SqueezeLLM() for codebooks",
                 )
             if spec is not None:
-                problems = _problems(graph, site, spec, weight)
+                problems = _weight_problems(graph, site, spec, weight)
                 if problems:
                     raise VerificationError("an illegal quantized weight", where=site.name, got="; ".join(problems))
 
@@ -167,7 +169,7 @@ def _verify_structure(graph: Graph) -> None:
             raise VerificationError("the graph names a tensor that is not stored", where=name)
 
 
-def _problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[str]:
+def _weight_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node) -> list[str]:
     """What is wrong with a quantized weight, against its scheme."""
     if is_op(node, _codebook_dequantize, _sparse_add) is not spec.codebook:
         return ["a codebook where the scheme has scales, or the other way round"]
@@ -255,75 +257,3 @@ def _codebook_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Node)
         elif bool(((places < 0) | (places >= columns)).any()):
             problems.append("a value of the sparse matrix lies outside of the weight")
     return problems
-
-
-# --- what passes declare ----------------------------------------------------------------------------------------------
-
-_EXACT_ROUNDINGS = 64
-"""Roundings of float32 that an exact rewrite may add up to, per square root of the width of what is summed."""
-
-
-def state_of(graph: Graph, nodes: Iterable[fx.Node]) -> dict[str, object]:
-    """What tells whether nodes, or the tensors they read, were changed: equal before and after if they were not."""
-    state: dict[str, object] = {}
-    for node in nodes:
-        state[node.name] = (str(node.target), str(node.args), str(node.kwargs))
-        for source in node.all_input_nodes:
-            if source.op == "get_attr":
-                state[str(source.target)] = graph.weights.version(str(source.target))
-    return state
-
-
-def check_declared(
-    item: Pass, result: PassResult, before: Mapping[str, object], after: Mapping[str, object], where: str
-) -> None:
-    """Holds a pass to what it says of itself: ``modified``, and that an analysis changes nothing.
-
-    Raises:
-        VerificationError: naming what was changed, or not.
-    """
-    changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
-    if bool(changed) is not result.modified:
-        raise VerificationError(
-            "a pass does not say truly whether it changed something",
-            where=where,
-            got=f"modified={result.modified}, changed: {', '.join(changed[:4]) or 'nothing'}",
-            expected=f"modified={bool(changed)}",
-            remedy="return PassResult(modified=...) as it is",
-        )
-    if changed and item.effect is Effect.ANALYSIS:
-        raise VerificationError(
-            "a pass that is declared an analysis changed the graph", where=where, got=", ".join(changed[:4])
-        )
-
-
-def check_exact(expected: Sequence[Tensor], actual: Sequence[Tensor], width: int, where: str) -> None:
-    """Compares what a piece of the graph computed before and after an exact rewrite.
-
-    The largest difference, relative to the largest value, may be ``64 eps sqrt(width)``: a factor moved from one
-    operand to another changes the rounding of every product, and sums of ``width`` products gather it like a random
-    walk.
-
-    Args:
-        expected: values before, float.
-        actual: the same values after.
-        width: the largest number of terms in a sum.
-        where: for the message.
-
-    Raises:
-        VerificationError: if they differ by more.
-    """
-    tolerance = _EXACT_ROUNDINGS * torch.finfo(torch.float32).eps * width**0.5
-    for before, after in zip(*([value.double() for value in values] for values in (expected, actual)), strict=True):
-        if before.shape == after.shape and not before.numel():
-            continue
-        largest = before.abs().max().item() or 1.0
-        difference = (before - after).abs().max().item() / largest if before.shape == after.shape else float("inf")
-        if not difference <= tolerance:  # a NaN is not
-            raise VerificationError(
-                "a pass that is declared exact changed what the model computes",
-                where=where,
-                got=f"a relative difference of {difference:.2e}",
-                expected=f"at most {tolerance:.1e}",
-                remedy="declare it APPROXIMATE, or mend it",
-            )

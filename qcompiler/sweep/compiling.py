@@ -30,15 +30,11 @@ from qcompiler.protocol import (
 )
 from qcompiler.reporting import CompileReport, peak_rss_bytes, quantized_bits_per_weight
 from qcompiler.storage import WeightStore, remove_tree, undisturbed
-from qcompiler.sweep.calibrating import calibration_batches, limits
+from qcompiler.sweep.calibration_batches import calibration_batches, token_limits
 from qcompiler.sweep.held_out import HeldOutCheck, precision_note
-from qcompiler.sweep.probe import run_by_segments
-from qcompiler.sweep.streaming import (
-    Batch,
-    Progress,
-    default_value_budget,
-    sweep,
-)
+from qcompiler.sweep.position import Batch
+from qcompiler.sweep.run_by_segments import run_by_segments
+from qcompiler.sweep.streaming import Progress, default_value_budget, sweep
 
 __all__ = ["CalibrationInput", "check_work_dir", "compile_graph"]
 
@@ -116,7 +112,7 @@ def compile_graph(
                 probe: Batch | None = None
                 if item.effect is Effect.EXACT:
                     if graph.signature.input("ids") is not None:
-                        probe = _probe(graph, device)
+                        probe = _random_probe(graph, device)
                     else:
                         if not gather():
                             raise CalibrationError(
@@ -149,13 +145,16 @@ def compile_graph(
             wants_inputs = stage.is_calibrated or (is_checked and not takes_tokens and calibration is not None)
             if wants_inputs or is_given:
                 gather()
+            probe = batches[0] if batches else None
+            if probe is None and is_checked and takes_tokens:
+                probe = _random_probe(graph, device)
             with report.timed("sweep"):
                 done = sweep(
                     graph,
                     stage.swept,
                     batches if batches is not None and stage.is_calibrated else (),
                     context,
-                    probe=batches[0] if batches else _probe(graph, device) if is_checked and takes_tokens else None,
+                    probe=probe,
                     work_dir=workspace,
                     value_budget=memory_budget,
                     progress=progress,
@@ -238,9 +237,9 @@ def _make_directory(work_dir: str | Path | None) -> str:
         ) from error
 
 
-def _probe(graph: Graph, device: torch.device) -> Batch:
+def _random_probe(graph: Graph, device: torch.device) -> Batch:
     """A few tokens that exact passes are checked on where nothing is calibrated."""
-    vocab_size, max_positions = limits(graph)
+    vocab_size, max_positions = token_limits(graph)
     if vocab_size is None:
         index = graph.signature.index_of_output("logits")
         vocab_size = 2 if index is None else int(graph.signature.outputs[index].shape[-1])

@@ -24,7 +24,7 @@ from qcompiler.errors import CalibrationError, ResourceError
 from qcompiler.ir import Graph, Segment, SegmentedGraph, Site, Stretch, feed, segment_graph
 from qcompiler.storage import WeightStore
 from qcompiler.sweep.memory import Trimmer
-from qcompiler.sweep.values import Parked, ValuePark
+from qcompiler.sweep.value_store import ValueHandle, ValueStore
 
 __all__ = ["measure_fisher"]
 
@@ -77,22 +77,22 @@ def measure_fisher(
     sequences = [row.to(device) for rows in ids for row in rows.split(1)]
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
-        park = ValuePark(value_budget, work_dir)
+        store = ValueStore(value_budget, work_dir)
     except OSError as error:
         raise ResourceError("the work directory cannot be written", where=work_dir, got=error) from error
     try:
-        sweep = _BackwardSweep(graph, sequences, device, park, graph.outputs[index])
+        sweep = _BackwardSweep(graph, sequences, device, store, graph.outputs[index])
         return sweep.run(wanted, work_dir, progress)
     finally:
-        park.close()
+        store.close()
 
 
 class _BackwardSweep:
     def __init__(
-        self, graph: Graph, sequences: Sequence[Tensor], device: torch.device, park: ValuePark, logits: fx.Node
+        self, graph: Graph, sequences: Sequence[Tensor], device: torch.device, store: ValueStore, logits: fx.Node
     ) -> None:
         self._graph, self._sequences, self._device = graph, sequences, device
-        self._park, self._logits, self._memory = park, logits, Trimmer()
+        self._store, self._logits, self._memory = store, logits, Trimmer()
         self._cut: SegmentedGraph = segment_graph(graph)
         self._outside: dict[int, dict[fx.Node, Any]] = {}
 
@@ -104,11 +104,11 @@ class _BackwardSweep:
             if progress is not None:
                 progress(done, steps, f"{direction} {', '.join(site.name for site in segment.sites)}")
 
-        cuts = [[self._park.put({}) for _ in self._sequences]]
+        cuts = [[self._store.put({}) for _ in self._sequences]]
         for segment in segments[:-1]:
             tell(segment.index, segment, "forward")
             cuts.append(self._forward(segment, cuts[-1]))
-        gradients: list[Parked] | None = None
+        gradients: list[ValueHandle] | None = None
         for segment in reversed(segments):
             tell(steps - 1 - segment.index, segment, "backward")
             sites = [site for site in segment.sites if wanted(site)]
@@ -117,23 +117,23 @@ class _BackwardSweep:
             self._memory.trim()
         return found
 
-    def _forward(self, segment: Segment, before: Sequence[Parked]) -> list[Parked]:
+    def _forward(self, segment: Segment, before: Sequence[ValueHandle]) -> list[ValueHandle]:
         stretch = Stretch(segment.nodes(), segment.outputs)
         loaded = stretch.load(self._graph.weights.read, self._device)
         after = []
-        for ids, parked in zip(self._sequences, before, strict=True):
-            values = {**self._outside_values(ids), **self._park.get(parked)}
-            after.append(self._park.put(stretch.run(values, loaded, self._device)))
+        for ids, handle in zip(self._sequences, before, strict=True):
+            values = {**self._outside_values(ids), **self._store.get(handle)}
+            after.append(self._store.put(stretch.run(values, loaded, self._device)))
         return after
 
     def _backward(
         self,
         segment: Segment,
-        before: Sequence[Parked],
-        gradients: Sequence[Parked] | None,
+        before: Sequence[ValueHandle],
+        gradients: Sequence[ValueHandle] | None,
         sites: Sequence[Site],
         found: WeightStore,
-    ) -> list[Parked]:
+    ) -> list[ValueHandle]:
         """Adds up squared gradients of a segment's weights; gives the gradients of the values at its start.
 
         Args:
@@ -149,9 +149,9 @@ class _BackwardSweep:
         for node in (node for nodes in leaves.values() for node in nodes):
             loaded[node] = loaded[node].detach().requires_grad_()
         sums = {site.name: torch.zeros(site.out_features, site.in_features, device=self._device) for site in sites}
-        handed_on: list[Parked] = []
+        handed_on: list[ValueHandle] = []
         for index, ids in enumerate(self._sequences):
-            held = self._park.get(before[index])
+            held = self._store.get(before[index])
             starts = {node: value.detach().requires_grad_() for node, value in held.items() if _is_float(value)}
             outside = self._outside_values(ids)
             ends = stretch.run({**outside, **held, **starts}, loaded, self._device, grad=True)
@@ -160,9 +160,9 @@ class _BackwardSweep:
                 outputs = [F.cross_entropy(logits[0, :-1].float(), ids[0, 1:])]
                 directions: list[Tensor | None] = [None]
             else:
-                given = self._park.get(gradients[index])
+                given = self._store.get(gradients[index])
                 outputs, directions = [ends[node] for node in given], [*given.values()]
-                self._park.drop(gradients[index])
+                self._store.drop(gradients[index])
             inputs = {node: loaded[node] for nodes in leaves.values() for node in nodes} | starts
             derived = _gradients(outputs, directions, inputs)
             del ends, outputs
@@ -171,8 +171,8 @@ class _BackwardSweep:
                 if parts:
                     whole = sum(parts[1:], parts[0])
                     sums[name].addcmul_(whole, whole)
-            handed_on.append(self._park.put({node: derived[node] for node in starts if node in derived}))
-            self._park.drop(before[index])
+            handed_on.append(self._store.put({node: derived[node] for node in starts if node in derived}))
+            self._store.drop(before[index])
         for name, total in sums.items():
             if not bool(total.isfinite().all()):
                 raise CalibrationError(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qcompiler.artifacts import Scores
 from qcompiler.ir import Graph, feed, static_caches
-from qcompiler.sweep.probe import run_by_segments
+from qcompiler.sweep.run_by_segments import run_by_segments
 
 __all__ = ["HeldOutCheck", "precision_note"]
 

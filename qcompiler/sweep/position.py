@@ -1,7 +1,23 @@
-"""Where the calibration batches stand inside a segment: run on, observed on the way, and taken back when need be."""
+"""How far the batches have run inside one segment: on to the next wave, and back where a rewrite makes it necessary.
+
+A segment is never run as a whole. The batches stand at a *frontier*: some of its nodes have been executed, and the
+values alive there, which nodes ahead read, wait in a `ValueStore`: in memory up to a budget, spilled to files beyond.
+Values inside a segment are forgotten once nothing ahead reads them; between two segments only those at the cut wait.
+
+    cut ──── gather ───▶ frontier ──── gather ───▶ frontier ──── finish ───▶ cut
+     ▲                   (a wave)                  (the next)
+     └──── rewind, where something behind has been rewritten ────┘
+
+There are two *lanes*. The working lane is the model as passes have rewritten it so far. The reference lane is the same
+model without anything approximate: float weights in the place of quantized ones, activations and caches not rounded.
+Only statistics that ask for it need the second one; until something approximate lies behind the batches, both lanes are
+the same values, and nothing is executed twice.
+
+The first batches may be probes: inputs that serve only to check that an exact pass keeps what the segment computes.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,20 +25,24 @@ from torch import Tensor, fx
 
 from qcompiler.ir import Graph, Segment, Site, Stretch, activation_rounding, cache_rounding, empty_cache
 from qcompiler.protocol import Statistic, Tap, Wave
-from qcompiler.sweep.values import Parked, ValuePark
+from qcompiler.sweep.value_store import ValueHandle, ValueStore
 
-__all__ = ["Batch", "Outside", "Position", "Run", "original_name"]
+__all__ = ["Batch", "Frontier", "OutsideValues", "Position", "SweepContext", "original_name"]
 
 Batch = Mapping[fx.Node, Tensor]
 """One value per placeholder of the graph."""
 
+_Values = Mapping[fx.Node, Any]
+_Take = Callable[[_Values, _Values], None]
+"""Given the values of one batch in both lanes."""
 
-class Outside:
-    """Of a batch: the inputs of the graph, and what does not depend on the tokens (masks, positions).
+
+class OutsideValues:
+    """Gives, for a batch, what segments read that no segment computes: inputs of the graph, masks, rotary tables.
 
     Args:
         graph: being rewritten.
-        prologue: the values that do not depend on the tokens.
+        prologue: the nodes that do not depend on the tokens themselves.
         device: where they are computed, once for every shape, mask and positions.
     """
 
@@ -37,7 +57,7 @@ class Outside:
         self._weights = self._stretch.load(graph.weights.read, device)
 
     def __call__(self, batch: Batch) -> dict[fx.Node, Any]:
-        """By node, what segments read that no segment computes."""
+        """The values, by node."""
         key: list[object] = []
         for node, value in batch.items():
             key.append(value.shape)
@@ -58,26 +78,68 @@ class Outside:
 
 
 @dataclass(frozen=True)
-class Run:
+class SweepContext:
     """What is the same for all segments of a sweep.
 
     Attributes:
         graph: being rewritten.
         device: where it runs.
-        park: holds the values between segments.
-        batches: one value per placeholder each.
-        probes: how many of them, from the first, are for checks alone: no statistic sees them.
-        has_reference: whether the model without approximations is run beside.
-        outside: of a batch, what segments read that no segment computes.
+        store: holds the values at the frontier.
+        batches: probes first, then the calibration inputs.
+        probe_count: how many of them are probes: no statistic sees them.
+        has_reference: whether there is a reference lane.
+        outside: of a batch, what segments read that no segment computes; see `OutsideValues`.
     """
 
     graph: Graph
     device: torch.device
-    park: ValuePark
+    store: ValueStore
     batches: Sequence[Batch]
-    probes: int
+    probe_count: int
     has_reference: bool
     outside: Callable[[Batch], dict[fx.Node, Any]]
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A place that all batches have reached, and the values alive there in both lanes.
+
+    Attributes:
+        working: by batch, the values in the model as it is rewritten.
+        reference: by batch, the values in the model without approximations; the very same list as long as nothing
+            approximate lies behind.
+        executed: the nodes of the segment that lie behind; none at a cut.
+    """
+
+    working: list[ValueHandle]
+    reference: list[ValueHandle]
+    executed: frozenset[fx.Node] = field(default=frozenset(), repr=False)
+
+    @classmethod
+    def of_inputs(cls, context: SweepContext) -> "Frontier":
+        """Where a sweep begins: nothing is alive but the inputs of the graph."""
+        values = [context.store.put({}) for _ in context.batches]
+        return cls(values, values)
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether the lanes hold different values."""
+        return self.reference is not self.working
+
+    def alive(self) -> set[fx.Node]:
+        """The nodes whose values are held."""
+        return set(self.working[0].entries) if self.working else set()
+
+    def drop(self, store: ValueStore) -> None:
+        """Frees all values."""
+        for index in range(len(self.working)):
+            self.drop_batch(store, index)
+
+    def drop_batch(self, store: ValueStore, index: int) -> None:
+        """Frees the values of one batch."""
+        store.drop(self.working[index])
+        if self.is_forked:
+            store.drop(self.reference[index])
 
 
 def original_name(site: Site) -> str:
@@ -86,24 +148,25 @@ def original_name(site: Site) -> str:
 
 
 class Position:
-    """How far the batches have run inside one segment, and where they can be taken back to.
+    """Runs the batches through one segment, as far as is asked, and takes them back when need be.
+
+    They can be taken back to one earlier frontier: the inputs at first, and a later one as soon as nothing behind it
+    can be rewritten any more.
 
     Args:
-        run: what is the same for all segments.
+        context: what is the same for all segments.
         segment: the one they are in.
-        frontier: by batch, the values at its inputs.
-        reference: the same in the model without approximations; the same list where there is none.
+        inputs: where they stand: at the cut ahead of it.
 
     Attributes:
         keep_start: hold on to the values at the inputs, because a rewrite may make it necessary to start again.
     """
 
-    def __init__(self, run: Run, segment: Segment, frontier: list[Parked], reference: list[Parked]) -> None:
+    def __init__(self, context: SweepContext, segment: Segment, inputs: Frontier) -> None:
         self.keep_start = False
-        self._all, self.segment, self._park = run, segment, run.park
-        self._start = self._values = _Lanes(frontier, reference)
-        self._start_run: set[fx.Node] = set()
-        self._run: set[fx.Node] = set()
+        self.segment = segment
+        self._context, self._store = context, context.store
+        self._rewind_point = self._current = inputs
 
     def gather(self, taps: Sequence[Tap], later: Sequence[Tap], pending: Sequence[Wave]) -> dict[Tap, Statistic]:
         """Runs the batches up to the taps and returns the statistics gathered there.
@@ -114,144 +177,177 @@ class Position:
             pending: the waves that are yet to be rewritten, this one included.
         """
         gathered = {tap: tap.kind() for tap in dict.fromkeys(taps)}
-        if any(tap.value in self._run and tap.value not in self._held() for tap in gathered):
+        alive = self._current.alive()
+        if any(tap.value in self._current.executed and tap.value not in alive for tap in gathered):
             self._rewind()
 
-        def observe(values: Mapping[fx.Node, Any], reference: Mapping[fx.Node, Any]) -> None:
+        def take(values: _Values, reference: _Values) -> None:
             for tap, statistic in gathered.items():
                 statistic.update(values[tap.value], reference[tap.value] if tap.kind.needs_reference else None)
 
         may_be_rewritten = {node for wave in pending for site in wave for node in site.nodes}
-        self._advance([tap.value for tap in gathered], observe, [tap.value for tap in later], may_be_rewritten)
+        self._advance([tap.value for tap in gathered], take, [tap.value for tap in later], may_be_rewritten)
         return gathered
 
-    def probe(self) -> list[Tensor]:
-        """What the segment gives, as it stands now, for the first batch."""
-        run = self._all
-        nodes = [node for node in self.segment.nodes() if node not in self._start_run]
+    def probe_outputs(self) -> list[Tensor]:
+        """What the segment gives, as it stands now, for the first batch: a probe."""
+        context = self._context
+        nodes = [node for node in self.segment.nodes() if node not in self._rewind_point.executed]
         stretch = Stretch(nodes, self.segment.outputs)
-        loaded = stretch.load(run.graph.weights.read, run.device)
-        held = self._park.get(self._start.values[0])
-        values = stretch.run({**run.outside(run.batches[0]), **held}, loaded, run.device)
+        loaded = stretch.load(context.graph.weights.read, context.device)
+        held = self._store.get(self._rewind_point.working[0])
+        values = stretch.run({**context.outside(context.batches[0]), **held}, loaded, context.device)
         return [values[node] for node in self.segment.outputs]
 
-    def rewind_behind(self, wave: Wave, *, upstream: bool) -> None:
-        """Takes the batches back if something rewritten has been run already."""
-        if upstream or any(node in self._run for site in wave for node in site.nodes):
+    def rewind_if_executed(self, wave: Wave, *, upstream: bool) -> None:
+        """Takes the batches back if something that was rewritten has been executed already.
+
+        Args:
+            wave: that was rewritten.
+            upstream: whether nodes ahead of its sites were rewritten too.
+        """
+        if upstream or any(node in self._current.executed for site in wave for node in site.nodes):
             self._rewind()
 
-    def finish(self) -> tuple[list[Parked], list[Parked]]:
-        """Runs to the end of the segment and returns what later ones read, and the reference for it."""
+    def finish(self) -> Frontier:
+        """Runs to the end of the segment and returns the frontier at the cut there."""
         self.keep_start = False
         self._advance(self.segment.outputs, None, (), set())
-        if self._start is not self._values:
-            self._drop(self._start)
-        return self._values.values, self._values.reference
+        if self._rewind_point is not self._current:
+            self._rewind_point.drop(self._store)
+        return replace(self._current, executed=frozenset())
 
-    def abandon(self) -> tuple[list[Parked], list[Parked]]:
-        """Frees what is held."""
-        self._drop(self._start)
-        if self._values is not self._start:
-            self._drop(self._values)
-        return [], []
+    def abandon(self) -> Frontier:
+        """Frees what is held, where nothing further need be computed, and returns a frontier without batches."""
+        self._rewind_point.drop(self._store)
+        if self._current is not self._rewind_point:
+            self._current.drop(self._store)
+        return Frontier([], [])
+
+    def _rewind(self) -> None:
+        if self._current is not self._rewind_point:
+            self._current.drop(self._store)
+        self._current = self._rewind_point
 
     def _advance(
         self,
         targets: Sequence[fx.Node],
-        observe: Callable[[Mapping[fx.Node, Any], Mapping[fx.Node, Any]], None] | None,
+        take: _Take | None,
         wanted_later: Sequence[fx.Node],
         may_be_rewritten: set[fx.Node],
     ) -> None:
-        run, held = self._all, self._held()
-        remaining = [node for node in self.segment.nodes() if node not in self._run]
-        done = self._run.union(Stretch(remaining, targets).nodes)
-        ahead = Stretch([node for node in remaining if node not in done], self.segment.outputs)
-        wanted = dict.fromkeys([*ahead.inputs, *self.segment.outputs, *wanted_later])
-        kept = [node for node in wanted if node in done or node in held]
-        stretch = Stretch(remaining, [*targets, *kept])
-        routing = _routing(stretch.nodes) if run.has_reference else []
-        if routing:
-            stretch = Stretch(remaining, [*targets, *kept, *routing])
-        loaded = stretch.load(run.graph.weights.read, run.device)
-        originals = self._originals(loaded) if run.has_reference else loaded
-        leaves_start = self._values is self._start and (self.keep_start or bool(may_be_rewritten & done))
-        rounding = activation_rounding(stretch.nodes) | cache_rounding(stretch.nodes) if run.has_reference else set()
-        is_forked = run.has_reference and (originals is not loaded or bool(rounding) or self._values.is_forked)
-        advanced: list[Parked] = []
-        reference: list[Parked] = [] if is_forked else advanced
-        for index, (batch, parked, parked_reference) in enumerate(zip(run.batches, *self._values.both, strict=True)):
-            outside = run.outside(batch)
-            values = stretch.run({**outside, **self._park.get(parked)}, loaded, run.device)
-            expected = values
-            if is_forked:
-                before = {**outside, **self._park.get(parked_reference)}
-                alike = {node: values[node] for node in routing}
-                expected = stretch.run({**before, **alike}, originals, run.device, rounding, alike)
-            if not leaves_start:
-                self._values.drop_one(self._park, parked, parked_reference)
-            if observe is not None and index >= run.probes:
-                observe(values, expected)
-            advanced.append(self._park.put({node: values[node] for node in kept}))
-            if is_forked:
-                reference.append(self._park.put({node: expected[node] for node in kept}))
-        ahead_now = _Lanes(advanced, reference)
-        if self._values is self._start and not leaves_start:
-            self._start, self._start_run = ahead_now, done
-        self._values, self._run = ahead_now, done
+        """Executes what the targets need, batch by batch, and moves the frontier behind it.
 
-    def _originals(self, loaded: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
-        """What the stretch computes with, float weights in the place of those quantized in this segment."""
-        store = self._all.graph.weights
-        replaced = {}
-        for site in self.segment.sites:
-            weight = site.nodes[0].args[1]
-            if (
-                isinstance(weight, fx.Node)
-                and weight.op != "get_attr"
-                and weight in loaded
-                and original_name(site) in store
-            ):
-                replaced[weight] = store.read(original_name(site)).to(self._all.device, torch.float32)
-        return {**loaded, **replaced} if replaced else loaded
+        Args:
+            targets: the nodes whose values are wanted.
+            take: is given the values of every batch but the probes.
+            wanted_later: nodes to hold the values of if they are executed on the way.
+            may_be_rewritten: nodes of weights that are still to be rewritten: once one of them has been executed, the
+                batches may have to start again.
+        """
+        leg = _Leg(self._context, self.segment, self._current, targets, wanted_later)
+        is_rewind_point = self._current is self._rewind_point
+        is_held = is_rewind_point and (self.keep_start or bool(may_be_rewritten & leg.executed))
+        working: list[ValueHandle] = []
+        reference: list[ValueHandle] = [] if leg.is_forked else working
+        for index in range(len(self._context.batches)):
+            self._advance_batch(index, leg, take, working, reference, is_dropped=not is_held)
+        frontier = Frontier(working, reference, leg.executed)
+        if is_rewind_point and not is_held:
+            self._rewind_point = frontier
+        self._current = frontier
 
-    def _rewind(self) -> None:
-        if self._values is not self._start:
-            self._drop(self._values)
-        self._values, self._run = self._start, self._start_run
+    def _advance_batch(
+        self,
+        index: int,
+        leg: "_Leg",
+        take: _Take | None,
+        working: list[ValueHandle],
+        reference: list[ValueHandle],
+        *,
+        is_dropped: bool,
+    ) -> None:
+        """Executes a leg for one batch and puts away the values at its end; those at its beginning may be freed."""
+        values, expected = leg.run(index)
+        if is_dropped:
+            self._current.drop_batch(self._store, index)
+        if take is not None and index >= self._context.probe_count:
+            take(values, expected)
+        working.append(self._store.put({node: values[node] for node in leg.alive}))
+        if leg.is_forked:
+            reference.append(self._store.put({node: expected[node] for node in leg.alive}))
 
-    def _held(self) -> set[fx.Node]:
-        return set(self._values.values[0].entries) if self._values.values else set()
 
-    def _drop(self, lanes: "_Lanes") -> None:
-        for parked, reference in zip(*lanes.both, strict=True):
-            lanes.drop_one(self._park, parked, reference)
+class _Leg:
+    """What is executed from one frontier to the next, with the weights it takes, in both lanes.
+
+    Args:
+        context: of the sweep.
+        segment: that it lies in.
+        start: the frontier that it begins at.
+        targets: the nodes whose values are wanted.
+        wanted_later: nodes to hold the values of if they are executed on the way, or held already.
+
+    Attributes:
+        executed: the nodes of the segment that lie behind its end.
+        alive: the nodes whose values are held at its end.
+        is_forked: whether the lanes hold different values there.
+    """
+
+    def __init__(
+        self,
+        context: SweepContext,
+        segment: Segment,
+        start: Frontier,
+        targets: Sequence[fx.Node],
+        wanted_later: Sequence[fx.Node],
+    ) -> None:
+        self._context, self._start = context, start
+        remaining = [node for node in segment.nodes() if node not in start.executed]
+        self.executed = start.executed.union(Stretch(remaining, targets).nodes)
+        ahead = Stretch([node for node in remaining if node not in self.executed], segment.outputs)
+        wanted = dict.fromkeys([*ahead.inputs, *segment.outputs, *wanted_later])
+        held = start.alive()
+        self.alive = [node for node in wanted if node in self.executed or node in held]
+        self._stretch = Stretch(remaining, [*targets, *self.alive])
+        self._routing = _routing(self._stretch.nodes) if context.has_reference else []
+        if self._routing:
+            self._stretch = Stretch(remaining, [*targets, *self.alive, *self._routing])
+        nodes = self._stretch.nodes
+        self._weights = self._stretch.load(context.graph.weights.read, context.device)
+        self._originals, self._rounding = self._weights, set[fx.Node]()
+        if context.has_reference:
+            self._originals = _with_originals(context, segment, self._weights)
+            self._rounding = activation_rounding(nodes) | cache_rounding(nodes)
+        is_approximate = self._originals is not self._weights or bool(self._rounding)
+        self.is_forked = context.has_reference and (is_approximate or start.is_forked)
+
+    def run(self, index: int) -> tuple[_Values, _Values]:
+        """Executes it for one batch: its values in the working lane, and in the reference lane (the same if one)."""
+        context = self._context
+        outside = context.outside(context.batches[index])
+        held = self._start.working[index], self._start.reference[index]
+        values = self._stretch.run({**outside, **context.store.get(held[0])}, self._weights, context.device)
+        if not self.is_forked:
+            return values, values
+        alike = {node: values[node] for node in self._routing}
+        given = {**outside, **context.store.get(held[1]), **alike}
+        return values, self._stretch.run(given, self._originals, context.device, self._rounding, alike)
+
+
+def _with_originals(context: SweepContext, segment: Segment, loaded: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """Loaded weights, with float ones in the place of those quantized in this segment; the same if there are none."""
+    weights, replaced = context.graph.weights, dict[fx.Node, Tensor]()
+    for site in segment.sites:
+        weight = site.nodes[0].args[1]
+        if not isinstance(weight, fx.Node) or weight.op == "get_attr" or weight not in loaded:
+            continue  # in float, or not executed here
+        if original_name(site) in weights:
+            replaced[weight] = weights.read(original_name(site)).to(context.device, torch.float32)
+    return {**loaded, **replaced} if replaced else loaded
 
 
 def _routing(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """The values that say which expert each row goes to: the reference sends rows the same way, or none would match."""
     take = torch.ops.qcompiler.take_expert.default
     return list(dict.fromkeys(node.args[1] for node in nodes if node.target is take))  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class _Lanes:
-    """Values of all batches at one place: as the rewritten model has them, and as the reference has them.
-
-    Both are the same list as long as nothing approximate lies behind them.
-    """
-
-    values: list[Parked]
-    reference: list[Parked]
-
-    @property
-    def is_forked(self) -> bool:
-        return self.reference is not self.values
-
-    @property
-    def both(self) -> tuple[list[Parked], list[Parked]]:
-        return self.values, self.reference
-
-    def drop_one(self, park: ValuePark, parked: Parked, reference: Parked) -> None:
-        park.drop(parked)
-        if reference is not parked:
-            park.drop(reference)

@@ -1,9 +1,9 @@
-"""One pass over the graph, segment by segment: gather statistics, rewrite, hand the outputs on.
+"""`sweep`: once through the graph, segment by segment: gather statistics, rewrite, hand the frontier on.
 
 Memory is one segment's weights, its statistics, and the calibration values at the current cut, whatever the depth.
-Inside a segment the batches advance only as far as the next wave's statistics need, and go on from there with rewritten
-weights, so every node runs once; only where a rewrite touches what has run already does the segment start again from
-its inputs.
+Inside a segment (`position`) the batches advance only as far as the next wave's statistics need, and go on from there
+with rewritten weights, so every node runs once; only where a rewrite touches what has run already does the segment
+start again from its inputs.
 
 Passes are applied to a segment one after the other. Statistics that a later pass wants too are kept, as far as what was
 rewritten in between has not touched them; where an exact pass has rescaled a value, so are its statistics. A pass that
@@ -41,16 +41,10 @@ from qcompiler.protocol import (
     state_of,
 )
 from qcompiler.sweep.memory import Trimmer
-from qcompiler.sweep.position import (
-    Batch,
-    Outside,
-    Position,
-    Run,
-    original_name,
-)
-from qcompiler.sweep.values import Parked, ValuePark
+from qcompiler.sweep.position import Batch, Frontier, OutsideValues, Position, SweepContext, original_name
+from qcompiler.sweep.value_store import ValueStore
 
-__all__ = ["Batch", "Progress", "SweepReport", "default_value_budget", "sweep"]
+__all__ = ["Progress", "SweepReport", "default_value_budget", "sweep"]
 
 _log = logging.getLogger(__name__)
 
@@ -115,24 +109,24 @@ def sweep(
     start = time.perf_counter()
     directory = _new_directory(work_dir)
     cut = segment_graph(graph)
-    park = ValuePark(value_budget if value_budget is not None else default_value_budget(), directory)
+    store = ValueStore(value_budget if value_budget is not None else default_value_budget(), directory)
     try:
         probes = [] if not exact else [probe if probe is not None else batches[0]]
-        runner = _Runner(graph, cut, passes, batches, probes, context, park)
+        running = _Sweep(graph, cut, passes, batches, probes, context, store)
         for segment in cut.segments:
             names = ", ".join(site.name for site in segment.sites)
             _log.info("segment %d of %d: %s", segment.index + 1, len(cut.segments), names or "no layers")
             if progress is not None:
                 progress(segment.index, len(cut.segments), names)
-            if runner.process(segment):
+            if running.rewrite_segment(segment):
                 graph.weights.spill(directory, f"segment-{segment.index:05d}")
         if progress is not None:
             progress(len(cut.segments), len(cut.segments), "")
     finally:
-        park.close()
-    report = runner.report
+        store.close()
+    report = running.report
     report.segments, report.seconds = len(cut.segments), time.perf_counter() - start
-    report.bytes_spilled = park.bytes_spilled
+    report.bytes_spilled = store.bytes_spilled
     return report
 
 
@@ -149,7 +143,9 @@ def _new_directory(work_dir: Path) -> Path:
     raise AssertionError("unreachable")
 
 
-class _Runner:
+class _Sweep:
+    """The passes of one sweep, and the frontier that the batches have reached so far."""
+
     def __init__(
         self,
         graph: Graph,
@@ -158,98 +154,110 @@ class _Runner:
         batches: Sequence[Batch],
         probes: Sequence[Batch],
         context: PassContext,
-        park: ValuePark,
+        store: ValueStore,
     ) -> None:
         self.report = SweepReport()
-        self.batches = [*probes, *batches]
-        self.probes = len(probes)
-        """How many of the batches, from the first, are for checks alone: no statistic sees them."""
-        self.graph, self.park, self.device = graph, park, context.device
-        self._passes, self._context, self._memory = passes, context, Trimmer()
-        calibrated = [s.index for s in cut.segments if any(self._taps(item, s) for item in passes)] if batches else []
-        self._last_run = len(cut.segments) - 1 if probes else max(calibrated, default=-1)
-        """Behind this segment nothing is calibrated or checked, so nothing need be computed."""
-        self.has_reference = (
-            any(tap.kind.needs_reference for s in cut.segments for item in passes for tap in self._taps(item, s))
-            if batches
-            else False
+        self._graph, self._passes, self._pass_context, self._memory = graph, passes, context, Trimmer()
+        taps = {s.index: [tap for item in passes for tap in self._taps(item, s)] for s in cut.segments if batches}
+        last_tapped = max((index for index, wanted in taps.items() if wanted), default=-1)
+        self._last_executed = len(cut.segments) - 1 if probes else last_tapped
+        """Behind this segment nothing is calibrated or checked, so nothing is computed."""
+        self._has_reference = any(tap.kind.needs_reference for wanted in taps.values() for tap in wanted)
+        outside = OutsideValues(graph, cut.prologue, context.device)
+        everything = [*probes, *batches]
+        self._context = SweepContext(
+            graph, context.device, store, everything, len(probes), self._has_reference, outside
         )
-        self.frontier: list[Parked] = [park.put({}) for _ in self.batches]
-        self.reference = self.frontier
-        """The same values in the model without approximations; the same list until there is one."""
-        outside = Outside(graph, cut.prologue, self.device)
-        self._run = Run(graph, self.device, park, self.batches, self.probes, self.has_reference, outside)
-        self._skip_outside(cut)
+        self._frontier = Frontier.of_inputs(self._context)
+        self._skip_sites_in_no_segment(cut)
 
     def _taps(self, item: Pass, segment: Segment) -> list[Tap]:
-        return [tap for wave in item.waves(segment, self.graph) for tap in item.statistics(wave, self.graph)]
+        return [tap for wave in item.waves(segment, self._graph) for tap in item.statistics(wave, self._graph)]
 
-    def _skip_outside(self, cut: SegmentedGraph) -> None:
-        """Leaves sites in float that lie in no segment, and so are never reached."""
+    def _skip_sites_in_no_segment(self, cut: SegmentedGraph) -> None:
+        """Leaves sites in float that are never reached."""
         inside = {site.name for segment in cut.segments for site in segment.sites}
         for item in self._passes:
-            for site in self.graph.sites() if WEIGHTS_QUANTIZED in item.establishes else ():
-                if site.name not in inside and self.graph.schemes.get(site.name, Scheme()) != Scheme():
-                    self.graph.schemes[site.name] = Scheme()
+            for site in self._graph.sites() if WEIGHTS_QUANTIZED in item.establishes else ():
+                if site.name not in inside and self._graph.schemes.get(site.name, Scheme()) != Scheme():
+                    self._graph.schemes[site.name] = Scheme()
                     reason = "used in several segments, or not on the way to the first output"
                     self.report.skips.append(Skip(site.name, item.name, reason))
 
-    def process(self, segment: Segment) -> bool:
+    def rewrite_segment(self, segment: Segment) -> bool:
         """Applies every pass to a segment; tells whether one of them changed it."""
-        position = Position(self._run, segment, self.frontier, self.reference)
+        position = Position(self._context, segment, self._frontier)
         is_modified = False
         kept: dict[Tap, Statistic] = {}
         for index, item in enumerate(self._passes):
-            waves = list(item.waves(segment, self.graph))
-            position.keep_start = item.rewrites_upstream or index < len(self._passes) - 1
+            following = self._passes[index + 1 :]
+            position.keep_start = item.rewrites_upstream or bool(following)
+            waves = list(item.waves(segment, self._graph))
             for number, wave in enumerate(waves):
-                taps = item.statistics(wave, self.graph)
+                taps = item.statistics(wave, self._graph)
                 if missing := [tap for tap in taps if tap not in kept]:
-                    if segment.index > self._last_run:
-                        raise PipelineError(
-                            "a pass asks for statistics where it asked for none when the sweep began",
-                            where=f"{item.name}: {', '.join(site.name for site in wave)}",
-                        )
-                    later = [tap for other in waves[number + 1 :] for tap in item.statistics(other, self.graph)]
-                    kept |= position.gather(missing, later, waves[number:])
+                    kept |= self._gather(item, missing, waves[number:], position)
                 result = self._rewrite(item, wave, {tap: kept[tap] for tap in taps}, position)
-                wanted = {tap for other in waves[number + 1 :] for tap in item.statistics(other, self.graph)}
-                wanted.update(tap for other in self._passes[index + 1 :] for tap in self._taps(other, segment))
+                wanted = {tap for other in waves[number + 1 :] for tap in item.statistics(other, self._graph)}
+                wanted.update(tap for other in following for tap in self._taps(other, segment))
                 kept = _carried_over(kept, wanted, item, wave, result)
                 self._memory.trim()
                 if result.modified:
                     is_modified = True
-                    position.rewind_behind(wave, upstream=item.rewrites_upstream)
-        self.frontier, self.reference = position.finish() if segment.index < self._last_run else position.abandon()
-        for site in segment.sites:
-            if original_name(site) in self.graph.weights:
-                self.graph.weights.remove(original_name(site))
+                    position.rewind_if_executed(wave, upstream=item.rewrites_upstream)
+        self._frontier = position.finish() if segment.index < self._last_executed else position.abandon()
+        self._forget_originals(segment)
         self._memory.trim()
         return is_modified
 
+    def _gather(
+        self, item: Pass, taps: Sequence[Tap], pending: Sequence[Wave], position: Position
+    ) -> dict[Tap, Statistic]:
+        """Runs the batches on as far as the next wave of a pass needs: its statistics.
+
+        Args:
+            item: the pass.
+            taps: where to gather what.
+            pending: its next wave, and those behind.
+            position: of the batches.
+        """
+        wave, *others = pending
+        if position.segment.index > self._last_executed:
+            raise PipelineError(
+                "a pass asks for statistics where it asked for none when the sweep began",
+                where=f"{item.name}: {', '.join(site.name for site in wave)}",
+            )
+        later = [tap for other in others for tap in item.statistics(other, self._graph)]
+        return position.gather(taps, later, pending)
+
     def _rewrite(self, item: Pass, wave: Wave, statistics: Mapping[Tap, Any], position: Position) -> PassResult:
         """Lets a pass rewrite a wave, and holds it to what it declares."""
-        if self.has_reference and item.effect is Effect.APPROXIMATE:
+        if self._has_reference and item.effect is Effect.APPROXIMATE:
             self._remember_originals(wave)
-        nodes = position.segment.nodes()
-        before = state_of(self.graph, nodes)
-        expected = position.probe() if item.effect is Effect.EXACT else []
-        result = item.rewrite(wave, statistics, replace(self._context, segment=position.segment))
-        where = f"{item.name}, segment {position.segment.index}"
-        check_declared(item, result, before, state_of(self.graph, position.segment.nodes()), where)
+        segment = position.segment
+        before = state_of(self._graph, segment.nodes())
+        expected = position.probe_outputs() if item.effect is Effect.EXACT else []
+        result = item.rewrite(wave, statistics, replace(self._pass_context, segment=segment))
+        where = f"{item.name}, segment {segment.index}"
+        check_declared(item, result, before, state_of(self._graph, segment.nodes()), where)
         if item.effect is Effect.EXACT and result.modified:
-            width = max((site.in_features for site in position.segment.sites), default=1)
-            check_exact(expected, position.probe(), width, where)
+            width = max((site.in_features for site in segment.sites), default=1)
+            check_exact(expected, position.probe_outputs(), width, where)
         self.report.sites += result.sites
         self.report.skips += result.skips
         self.report.regions += [dict(region) for region in result.regions]
         return result
 
     def _remember_originals(self, wave: Wave) -> None:
-        """Keeps float weights within reach, under another name, for the reference; nothing is copied."""
+        """Keeps float weights within reach, under another name, for the reference lane; nothing is copied."""
         for site in wave:
-            if site.weight in self.graph.weights and original_name(site) not in self.graph.weights:
-                self.graph.weights.alias(original_name(site), site.weight)
+            if site.weight in self._graph.weights and original_name(site) not in self._graph.weights:
+                self._graph.weights.alias(original_name(site), site.weight)
+
+    def _forget_originals(self, segment: Segment) -> None:
+        for site in segment.sites:
+            if original_name(site) in self._graph.weights:
+                self._graph.weights.remove(original_name(site))
 
 
 def _carried_over(

@@ -20,7 +20,7 @@ __all__ = ["contention", "sensible_threads", "usable_cores", "use_threads"]
 
 _SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _LOOKS, _PAUSE = 5, 0.01  # at the number of running tasks, and seconds between
-_ROUNDS, _CALLS, _ELEMENTS = 5, 20, 200_000  # of the probe: some milliseconds; operators of this size are divided
+_ROUNDS, _CALLS, _ELEMENTS = 5, 20, 200_000  # of the trial: some milliseconds; operators of this size are divided
 _MUCH_SLOWER = 2.0
 
 
@@ -118,7 +118,7 @@ def contention(measure: Callable[[int], float] | None = None) -> str | None:
     threads = torch.get_num_threads()
     if threads == 1:
         return None
-    measure = measure or _seconds_of_probe
+    measure = measure or _seconds_of_trial
     times: Mapping[int, list[float]] = {1: [], threads: []}
     for _ in range(_ROUNDS):
         for count, found in times.items():
@@ -133,7 +133,7 @@ def contention(measure: Callable[[int], float] | None = None) -> str | None:
     )
 
 
-def _seconds_of_probe(threads: int) -> float:
+def _seconds_of_trial(threads: int) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

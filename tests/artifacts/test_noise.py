@@ -15,7 +15,7 @@ from qcompiler.artifacts.noise import (
 )
 from qcompiler.ir.feeding import feed
 from qcompiler.ir.graph import is_op
-from qcompiler.lowering.kernels.module.rewrite import rewrite
+from qcompiler.lowering.kernels.module.build import build_module
 from qcompiler.passes import RTN, Assign, InsertQDQ
 from tests.tiny_graphs import interpret, language_model
 
@@ -86,7 +86,7 @@ def test_one_large_value_makes_one_channel_of_attention_uncertain():
 
 def test_the_same_errors_every_time_and_the_graph_is_not_changed():
     graph = language_model()
-    rounded = rewrite(graph, torch.device("cpu"), torch.bfloat16).rounded
+    rounded = build_module(graph, torch.device("cpu"), torch.bfloat16).rounded
     fields = graph.to_dict()
     one, other = (NativeArtifact(with_noise(graph, rounded, torch.bfloat16)).forward(IDS) for _ in range(2))
     assert torch.equal(one, other)
@@ -96,7 +96,7 @@ def test_the_same_errors_every_time_and_the_graph_is_not_changed():
 
 def test_what_is_rounded():
     graph = language_model()
-    rounded = rewrite(graph, torch.device("cpu"), torch.bfloat16).rounded
+    rounded = build_module(graph, torch.device("cpu"), torch.bfloat16).rounded
     for target in (_canonical.linear, _canonical.attention, _canonical.rms_norm, torch.ops.aten.silu):
         assert set(names(graph, target.default)) <= rounded
     moved = set(names(graph, torch.ops.aten.transpose.int)) | set(names(graph, torch.ops.aten.unsqueeze.default))
@@ -107,6 +107,6 @@ def test_a_norm_that_quantizes_its_result_is_rounded_first():
     calibration = qc.Calibration.from_tokens(torch.randint(32, (4, 8)))
     passes = [Assign("w8a8-dynamic"), RTN(), InsertQDQ(observer=None)]
     graph = qc.compile(language_model(), passes, calibration).graph
-    made = rewrite(graph, torch.device("cpu"), torch.bfloat16)
+    made = build_module(graph, torch.device("cpu"), torch.bfloat16)
     assert made.fused_norms == 4
     assert set(names(graph, _canonical.rms_norm.default)) <= made.rounded

@@ -13,7 +13,6 @@ from qcompiler.ir.cache_format import CacheFormat
 from qcompiler.ir.feeding import feed
 from qcompiler.ir.kv_cache import cache_rounding, float_caches
 from qcompiler.passes import RTN, Assign, InsertQDQ, QuantizeKVCache, recipe
-from qcompiler.protocol.observers import CrossGram
 from qcompiler.protocol.pass_base import (
     Effect,
     Pass,
@@ -22,6 +21,7 @@ from qcompiler.protocol.pass_base import (
     Tap,
 )
 from qcompiler.protocol.pipeline import Pipeline
+from qcompiler.protocol.statistics import CrossGram
 from qcompiler.protocol.target import Support
 from qcompiler.sweep.streaming import sweep
 from tests.models import canonical_graph, copy_graph

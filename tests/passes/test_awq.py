@@ -20,9 +20,8 @@ from qcompiler.ir.feeding import feed
 from qcompiler.ir.graph import Graph
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import AWQ, GPTQ, RTN, Assign
-from qcompiler.passes.solvers.scale_regions import Observed
+from qcompiler.passes.solvers.scale_regions import InputStatistics
 from qcompiler.proofs.regions import find_regions
-from qcompiler.protocol.observers import Gram
 from qcompiler.protocol.pass_base import (
     Pass,
     PassContext,
@@ -30,6 +29,7 @@ from qcompiler.protocol.pass_base import (
     Tap,
     Wave,
 )
+from qcompiler.protocol.statistics import Gram
 from qcompiler.sweep.streaming import sweep
 from qcompiler.testing import check_pass
 from tests.families import VOCABULARY
@@ -97,7 +97,7 @@ def chosen(scheme: str, item: AWQ, dead: int | None = None) -> tuple[Graph, Tens
     gram = Gram()
     gram.update(rows)
     (region,) = find_regions(graph).found
-    observed = {site.name: Observed(len(rows), gram.result(), None, None) for site in graph.sites()}
+    observed = {site.name: InputStatistics(len(rows), gram.result(), None, None) for site in graph.sites()}
     return graph, rows, item.choose(region, list(region.consumers), observed, PassContext(graph, CPU, 0))
 
 

@@ -17,7 +17,8 @@ from qcompiler.passes.solvers.gptq_solver import solve_gptq
 from qcompiler.protocol.pass_base import Pass, PassContext, SiteReport
 from qcompiler.protocol.pipeline import Pipeline
 from qcompiler.reporting.report import CompileReport
-from qcompiler.sweep.streaming import Batch, sweep
+from qcompiler.sweep.position import Batch
+from qcompiler.sweep.streaming import sweep
 from tests.tiny_checkpoint import file_bytes
 from tests.tiny_graphs import chain, input_batches, interpret, language_model, token_batches
 

@@ -20,7 +20,6 @@ from qcompiler.numerics.scheme import Scheme
 from qcompiler.numerics.spec import QuantSpec
 from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ
 from qcompiler.protocol.histograms import Histogram
-from qcompiler.protocol.observers import CrossGram, RowSample
 from qcompiler.protocol.pass_base import (
     ACTIVATIONS_QUANTIZED,
     Effect,
@@ -33,8 +32,10 @@ from qcompiler.protocol.pass_base import (
 )
 from qcompiler.protocol.pipeline import Pipeline
 from qcompiler.protocol.ranges import activation_qparams, choose_range
+from qcompiler.protocol.statistics import CrossGram, RowSample
 from qcompiler.protocol.verify import verify_graph
-from qcompiler.sweep.streaming import Batch, sweep
+from qcompiler.sweep.position import Batch
+from qcompiler.sweep.streaming import sweep
 from tests.tiny_checkpoint import file_bytes
 from tests.tiny_graphs import Maker, input_batches, interpret, language_model, other, residual_mlp, token_batches
 

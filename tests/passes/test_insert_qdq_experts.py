@@ -10,8 +10,8 @@ from qcompiler.ir.graph import Graph
 from qcompiler.ir.segments import segment_graph
 from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ
 from qcompiler.protocol.histograms import Histogram
-from qcompiler.protocol.observers import RowSample
 from qcompiler.protocol.pass_base import PassContext, Tap
+from qcompiler.protocol.statistics import RowSample
 from tests.models import canonical_graph, copy_graph
 
 CPU = torch.device("cpu")

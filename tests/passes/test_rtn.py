@@ -8,9 +8,9 @@ from qcompiler.numerics import fp4
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import RTN, Assign
 from qcompiler.passes.rtn import ScaleSearch
-from qcompiler.protocol.observers import Gram
 from qcompiler.protocol.pass_base import PassContext, PassResult, Tap
 from qcompiler.protocol.pipeline import Pipeline
+from qcompiler.protocol.statistics import Gram
 from tests.tiny_graphs import interpret, language_model, token_batches
 
 SCHEMES = ["w4a16-g8", "w4a16-g8-asym", "w3a16-g5", "w8a16", "w8a16-channel-asym", "w2a16-tensor", "w8a16-tensor-asym"]

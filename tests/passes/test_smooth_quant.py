@@ -14,10 +14,10 @@ from qcompiler.errors import RecipeError
 from qcompiler.ir.graph import Graph
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import RTN, Assign, InsertQDQ, SmoothQuant
-from qcompiler.passes.solvers.scale_regions import Choice, Observed
+from qcompiler.passes.solvers.scale_regions import Choice, InputStatistics
 from qcompiler.proofs.regions import find_regions
-from qcompiler.protocol.observers import AbsMax, RowSample
 from qcompiler.protocol.pass_base import Pass, PassContext
+from qcompiler.protocol.statistics import AbsMax, RowSample
 from qcompiler.testing import check_pass
 from tests.families import VOCABULARY
 from tests.models import canonical_form, canonical_graph, copy_graph, language_inputs, module, run
@@ -49,7 +49,7 @@ def some_rows() -> Tensor:
 def choose(graph: Graph, rows: Tensor, item: SmoothQuant) -> Choice:
     (region,) = find_regions(graph).found
     observed = {
-        site.name: Observed(len(rows), None, rows.abs().amax(0), None if item.alpha is not None else rows)
+        site.name: InputStatistics(len(rows), None, rows.abs().amax(0), None if item.alpha is not None else rows)
         for site in graph.sites()
     }
     return item.choose(region, list(region.consumers), observed, PassContext(graph, CPU, 0))

@@ -14,9 +14,9 @@ from qcompiler.numerics.scheme import Scheme
 from qcompiler.numerics.spec import QuantSpec
 from qcompiler.passes import AWQ, GPTQ, RTN, Assign, Fisher, SqueezeLLM
 from qcompiler.passes.squeezellm import Moments, squeeze
-from qcompiler.protocol.observers import Gram
 from qcompiler.protocol.pass_base import PassContext, Tap
 from qcompiler.protocol.pipeline import Pipeline
+from qcompiler.protocol.statistics import Gram
 from qcompiler.reporting.report import CompileReport
 from qcompiler.storage.weights import WeightStore
 from qcompiler.sweep.compiling import compile_graph

@@ -13,7 +13,7 @@ from qcompiler.frontend.capture import capture_module
 from qcompiler.ir.graph import Graph
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import RTN
-from qcompiler.proofs.folding import fold
+from qcompiler.proofs.fold_scales import fold_scale
 from qcompiler.proofs.regions import find_regions
 from qcompiler.protocol.pass_base import PassContext
 from tests.models import canonical_form, canonical_graph, copy_graph, module, run
@@ -37,7 +37,7 @@ def check_kept(graph: Graph, shape: tuple[int, ...]) -> None:
     expected = run(graph, input_0=x)
     for region in find_regions(graph).found:
         folded = copy_graph(graph)
-        fold(folded, region, scale_of(region))
+        fold_scale(folded, region, scale_of(region))
         for name, value in run(folded, input_0=x).items():
             check_alike(value, expected[name], region.name)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.ir.graph import Graph
-from qcompiler.proofs.folding import fold
+from qcompiler.proofs.fold_scales import fold_scale
 from qcompiler.proofs.region import Region
 from qcompiler.proofs.regions import find_regions
 from tests.families import NAMED, VOCABULARY
@@ -313,11 +313,11 @@ def test_a_folded_scale_keeps_the_function(family: str) -> None:
     for region in regions:
         folded = copy_graph(graph)
         scale = scale_of(region)
-        fold(folded, region, scale)
+        fold_scale(folded, region, scale)
         check_moved(graph, folded, region, scale)
         for before, after in zip(expected, outputs(folded), strict=True):
             check_alike(after, before, region.name)
-        fold(together, region, scale)
+        fold_scale(together, region, scale)
     for before, after in zip(expected, outputs(together), strict=True):
         check_alike(after, before, "all together")
 

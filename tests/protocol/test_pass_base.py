@@ -11,7 +11,6 @@ from qcompiler.ir.graph import Graph
 from qcompiler.ir.segments import segment_graph
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ
-from qcompiler.protocol.observers import Gram
 from qcompiler.protocol.pass_base import (
     Effect,
     Pass,
@@ -20,6 +19,7 @@ from qcompiler.protocol.pass_base import (
     Tap,
     Wave,
 )
+from qcompiler.protocol.statistics import Gram
 from tests.tiny_graphs import chain, residual_mlp
 
 

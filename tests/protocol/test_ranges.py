@@ -12,7 +12,7 @@ from qcompiler.numerics.spec import QuantSpec
 from qcompiler.protocol.histograms import Histogram, MinMax
 from qcompiler.protocol.ranges import (
     activation_qparams,
-    check_method,
+    check_range_method,
     choose_range,
     range_sqnr_db,
 )
@@ -205,10 +205,10 @@ def test_what_is_refused():
         with pytest.raises(RecipeError, match="levels"):
             choose_range(statistic, spec, "kl")
     with pytest.raises(RecipeError, match="minmax, percentile, mse, kl"):
-        check_method("entropy", 99.0)
+        check_range_method("entropy", 99.0)
     for percentile in (50.0, 100.1, -1.0):
         with pytest.raises(RecipeError, match="percentile"):
-            check_method("mse", percentile)
+            check_range_method("mse", percentile)
     with pytest.raises(ValueError, match="needs a Histogram"):
         choose_range(observed(torch.randn(3), MinMax), SIGNED, "mse")
 

@@ -12,7 +12,6 @@ from qcompiler.ir.graph import Graph, Site, is_op
 from qcompiler.ir.segments import Segment
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import RTN
-from qcompiler.protocol.observers import Gram, Statistic
 from qcompiler.protocol.pass_base import (
     Effect,
     Pass,
@@ -22,7 +21,9 @@ from qcompiler.protocol.pass_base import (
     Tap,
     Wave,
 )
-from qcompiler.sweep.streaming import Batch, SweepReport, sweep
+from qcompiler.protocol.statistics import Gram, Statistic
+from qcompiler.sweep.position import Batch
+from qcompiler.sweep.streaming import SweepReport, sweep
 
 CPU = torch.device("cpu")
 

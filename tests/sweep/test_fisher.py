@@ -69,7 +69,7 @@ def test_equals_autograd_on_the_whole_model(tmp_path, budget):
     graph = language_model(layers=3, tied=False)
     batches = token_batches(graph)
     check(measure(graph, batches, tmp_path, value_budget=budget), by_autograd(graph, batches))
-    assert not [path for path in tmp_path.iterdir() if path.suffix != ".safetensors"]  # parked values are gone
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".safetensors"]  # stored values are gone
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

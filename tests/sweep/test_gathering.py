@@ -12,7 +12,6 @@ from torch import Tensor
 from qcompiler.errors import CalibrationError, VerificationError
 from qcompiler.ir.graph import Graph, is_op
 from qcompiler.protocol.histograms import MinMax
-from qcompiler.protocol.observers import AbsMax, Gram
 from qcompiler.protocol.pass_base import (
     DROP,
     Effect,
@@ -22,6 +21,7 @@ from qcompiler.protocol.pass_base import (
     Tap,
     Wave,
 )
+from qcompiler.protocol.statistics import AbsMax, Gram
 from tests.sweep.scaling_passes import Entry, FoldIntoNorm, Scale, ScaleTogether, run
 from tests.sweep.test_streaming import check_against_whole_model
 from tests.tiny_graphs import language_model, token_batches

@@ -19,7 +19,6 @@ from qcompiler.ir.graph import Graph, is_op
 from qcompiler.ir.segments import Segment, segment_graph
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import GPTQ, Assign
-from qcompiler.protocol.observers import CrossGram, Gram
 from qcompiler.protocol.pass_base import (
     WEIGHTS_QUANTIZED,
     Effect,
@@ -29,9 +28,11 @@ from qcompiler.protocol.pass_base import (
     Tap,
     Wave,
 )
+from qcompiler.protocol.statistics import CrossGram, Gram
 from qcompiler.sweep import streaming as sweep_module
-from qcompiler.sweep.streaming import Batch, sweep
-from qcompiler.sweep.values import ValuePark
+from qcompiler.sweep.position import Batch
+from qcompiler.sweep.streaming import sweep
+from qcompiler.sweep.value_store import ValueStore
 from tests.sweep.scaling_passes import (
     CPU,
     Entry,
@@ -250,20 +251,20 @@ def test_a_pass_that_asks_late_is_refused(tmp_path):
 @pytest.mark.parametrize("kinds", [(Scale,), (ScaleTogether,), (Scale, Scale), (FoldIntoNorm, ScaleTogether)])
 @pytest.mark.parametrize("budget", [0, 1 << 30])
 def test_only_the_frontier_is_held_between_segments(tmp_path, monkeypatch, kinds, budget):
-    parks: list[ValuePark] = []
+    stores: list[ValueStore] = []
 
-    class Spy(ValuePark):
+    class Spy(ValueStore):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            parks.append(self)
+            stores.append(self)
 
     held, files = [], []
 
     def progress(done: int, total: int, what: str) -> None:
-        held.append(parks[0]._held)
-        files.append(sum(path.stat().st_size for path in Path(parks[0]._temporary.name).iterdir()))
+        held.append(stores[0]._held)
+        files.append(sum(path.stat().st_size for path in Path(stores[0]._temporary.name).iterdir()))
 
-    monkeypatch.setattr(sweep_module, "ValuePark", Spy)
+    monkeypatch.setattr(sweep_module, "ValueStore", Spy)
     graph = language_model(layers=4)
     report = run(graph, [k() for k in kinds], token_batches(graph), tmp_path, value_budget=budget, progress=progress)
     probed = 2 if FoldIntoNorm in kinds else 0  # the first batch runs along as the probe
@@ -272,7 +273,7 @@ def test_only_the_frontier_is_held_between_segments(tmp_path, monkeypatch, kinds
     assert (held if budget else files) == expected
     assert not any(files if budget else held)
     assert (report.bytes_spilled > 0) == (budget == 0)
-    assert not Path(parks[0]._temporary.name).exists()
+    assert not Path(stores[0]._temporary.name).exists()
 
 
 def test_weights_are_written_and_read_back(tmp_path):

@@ -123,9 +123,9 @@ def test_contention_is_told_only_where_every_look_shows_it(torch_threads):
     assert contention(lambda count: pytest.fail("nothing to measure")) is None
 
 
-def test_the_probe_leaves_the_number_of_threads_as_it_was():
+def test_the_trial_leaves_the_number_of_threads_as_it_was():
     before = torch.get_num_threads()
-    assert threads._seconds_of_probe(before + 1) > 0
+    assert threads._seconds_of_trial(before + 1) > 0
     assert torch.get_num_threads() == before
 
 

@@ -1,4 +1,7 @@
-"""Attention over caches of a fixed capacity: fused for a few new tokens, on dequantized values for many."""
+"""A part of building: attention over caches of a fixed capacity.
+
+Fused for a few new tokens, on dequantized values for many.
+"""
 
 from typing import cast
 

@@ -1,4 +1,6 @@
-"""Decoding steps as CUDA graphs: what Python and the driver take to launch some hundred kernels is paid once.
+"""Beside the model, on CUDA: decoding steps as CUDA graphs.
+
+What Python and the driver take to launch some hundred kernels is paid once.
 
 A step that is replayed reads and writes what lay at the same addresses when it was captured. So its token ids have a
 buffer of their own, and positions and lengths come from ``start`` on the device, which the graph itself moves on. Only
@@ -33,7 +35,7 @@ def obstacles(module: fx.GraphModule, are_buffers: list[bool]) -> Iterator[str]:
     """Why a lowered module cannot be captured, in words; nothing if it can.
 
     Args:
-        module: of `qcompiler.lowering.kernels.module.rewrite`: its third input is the number of tokens in the caches.
+        module: of `qcompiler.lowering.kernels.module.build`: its third input is the number of tokens in the caches.
         are_buffers: which of its caches are written in place.
     """
     if not are_buffers:

@@ -1,4 +1,4 @@
-"""What a step calls on the CPU: PyTorch's functions themselves, and one product for layers that read one value.
+"""Behind building, on a CPU: PyTorch's functions called themselves, and one product for layers that read one value.
 
 For one token, calling an operator costs more than what it computes: through ``torch.ops`` PyTorch's own take up to
 three times as long as through its functions, and those written in Python longer. So, in a module for the CPU,
@@ -38,7 +38,7 @@ def call_directly(module: fx.GraphModule) -> None:
     """Makes the step of a module for the CPU cheap.
 
     Args:
-        module: see `qcompiler.lowering.kernels.module.rewrite`; changed in place.
+        module: see `qcompiler.lowering.kernels.module.build`; changed in place.
     """
     _merge_products(module)
     for name, layer in list(module.named_modules()):

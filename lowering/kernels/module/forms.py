@@ -1,4 +1,6 @@
-"""What of a graph has a kernel: quantized weights, rounded activations and caches, proved on the nodes.
+"""Step 1 of 4: recognises what has a kernel: quantized weights, rounded activations, caches, masks that hide nothing.
+
+Each function looks at one place of a graph and gives what it has proved to be there; `plan` puts that together.
 
 Everything is read from the nodes and from the dtypes of stored tensors; what passes have noted beside the graph is not
 asked. What does not have exactly one of these forms gives None, and is then computed as the graph says.
@@ -17,7 +19,15 @@ from qcompiler.errors import RecipeError
 from qcompiler.ir import FLOAT_CACHES, Affine, CacheFormat, Codebook, Csr, Graph, Port, is_op
 from qcompiler.numerics import QuantSpec
 
-__all__ = ["AppendedCache", "Rounding", "appended_caches", "input_rounding", "reads", "sees_all", "stored_weight"]
+__all__ = [
+    "AppendedCache",
+    "Rounding",
+    "appended_caches",
+    "cache_reads",
+    "hides_nothing",
+    "input_rounding",
+    "stored_weight",
+]
 
 _aten, _canonical = torch.ops.aten, torch.ops.qcompiler
 _PACKED = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
@@ -271,7 +281,7 @@ def _cache(
     return AppendedCache(port, spec, value, past_nodes, append_nodes, None, None, width)
 
 
-def reads(cache: AppendedCache) -> Iterator[Node]:
+def cache_reads(cache: AppendedCache) -> Iterator[Node]:
     """The nodes that are all of a cache in float: the ``kv_append`` itself, or every ``dequantize`` of its codes."""
     append = cache.appends[0]
     if cache.spec is None:
@@ -303,7 +313,7 @@ def _name(node: Any) -> str | None:
     return None if node is None else str(node.target)
 
 
-def sees_all(mask: Node | None, padding: Node | None) -> bool:
+def hides_nothing(mask: Node | None, padding: Node | None) -> bool:
     """Whether a mask hides nothing as long as no token is padding.
 
     Proved where it is computed from the padding mask, element by element: then one element stands for all of them.

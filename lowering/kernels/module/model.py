@@ -1,4 +1,4 @@
-"""`KernelModel`: a quantized language model as a module whose layers are low-bit operators, with growing caches."""
+"""Step 4 of 4, `KernelModel`: the module that was built, with caches that grow, as an artifact; `lower` does it all."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from qcompiler.errors import InputError, TargetError
 from qcompiler.frontend import declared_positions
 from qcompiler.ir import SEQUENCE, Graph
+from qcompiler.lowering.kernels.module.build import Slot, build_module
 from qcompiler.lowering.kernels.module.captured_step import CapturedStep, CapturingModel
 from qcompiler.lowering.kernels.module.cpu_calls import call_directly
-from qcompiler.lowering.kernels.module.rewrite import Slot, rewrite
 from qcompiler.lowering.kernels.target import ON_A_CPU
 from qcompiler.protocol import Artifact
 
@@ -71,17 +71,17 @@ class KernelModel(nn.Module):
                 got=f"outputs {', '.join(port.name for port in graph.signature.outputs)}",
                 expected="token ids and logits",
             )
-        rewritten = rewrite(graph, device, dtype)
-        self.module = rewritten.module
-        self.slots: tuple[Slot, ...] = rewritten.slots
+        built = build_module(graph, device, dtype)
+        self.module = built.module
+        self.slots: tuple[Slot, ...] = built.slots
         self.device, self.dtype = device, dtype
         self.report: dict[str, Any] = {
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),
-            "sites": rewritten.sites,
-            "caches": rewritten.caches,
-            "fused_norms": rewritten.fused_norms,
-            "neighbours": rewritten.neighbours,
+            "sites": built.sites,
+            "caches": built.caches,
+            "fused_norms": built.fused_norms,
+            "neighbours": built.neighbours,
             "notes": [],
         }
         companions = graph.provenance.get("companions")
@@ -93,7 +93,7 @@ class KernelModel(nn.Module):
         self.has_quantized_cache = graph.signature.has_quantized_cache
         per_token = (slot.heads * slot.width * slot.dtype.itemsize for slot in self.slots)
         self.cache_bytes_per_token: int | None = sum(per_token) if self.has_cache else None
-        self.rounded: frozenset[str] = rewritten.rounded
+        self.rounded: frozenset[str] = built.rounded
         self._limit: int | None = graph.provenance.get("limits", {}).get(SEQUENCE)
         self._stored_bytes = graph.weights.stored_bytes(graph.weight_names())
 

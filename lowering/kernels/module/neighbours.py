@@ -1,4 +1,6 @@
-"""What stands between the layers of a graph, as one launch each: norms, gated activations, rotary embeddings.
+"""A part of building: the neighbours of linear layers, as one launch each: norms, gated activations, rotary embeddings.
+
+`build` asks here before it copies a node as it stands.
 
 | in the graph | in the module |
 |---|---|
@@ -8,8 +10,8 @@
 | another ``rotary`` | ``rotary`` |
 
 On CUDA alone: on a CPU, PyTorch's operators are as fast. Nothing is rounded that was not rounded before, and less is:
-a gate stays in float32 until it is multiplied. The result of a rotation has the module's dtype where all that read it
-would round it themselves, and float32 elsewhere.
+a gate stays in float32 until it is multiplied. The result of a rotary embedding has the module's dtype where all that
+read it would round it themselves, and float32 elsewhere.
 """
 
 import operator
@@ -45,7 +47,7 @@ def choose(device: Device) -> Choice:
 
 
 class Neighbours:
-    """Replaces nodes while a module is built.
+    """Puts one launch in the place of one or several nodes while a module is built.
 
     Args:
         values: of the module.
@@ -62,7 +64,7 @@ class Neighbours:
         self._values, self._plan, self._dtype = values, plan, dtype
         self.choice = choose(Device.of(device))
         self.counts: Counter[str] = Counter()
-        self._turned: dict[Node, Node] = {}  # keys, beside their queries
+        self._paired: dict[Node, Node] = {}  # by rotary node that was computed with another one, its value
 
     def emit(self, node: Node) -> Node | None:
         """The value of a node that one launch computes; None for others, which stay what they are."""
@@ -98,39 +100,39 @@ class Neighbours:
         return self._values.call(_kernels.gated.default, given, dtype)
 
     def _rotary(self, node: Node) -> Node | None:
-        if node in self._turned:
-            return self._turned[node]
+        if node in self._paired:
+            return self._paired[node]
         x, cos, sin, interleaved = cast(tuple[Node, Node, Node, bool], node.args)
-        if not self._can_turn(node):
+        if not self._has_rotary_kernel(node):
             return None
         angles = (self._values.in_dtype(cos, WIDE), self._values.in_dtype(sin, WIDE), interleaved)
-        beside = self._beside(node)
-        if beside is None:
+        partner = self._rotary_partner(node)
+        if partner is None:
             self.counts["rotary"] += 1
             result = self._result_of(node)
             return self._values.call(_kernels.rotary.default, (self._values[x], *angles, result), result)
         self.counts["rotary_pair"] += 1
-        both, results = (node, beside), [self._result_of(turned) for turned in (node, beside)]
-        given = (*(self._values[cast(Node, turned.args[0])] for turned in both), *angles, *results)
+        both, results = (node, partner), [self._result_of(each) for each in (node, partner)]
+        given = (*(self._values[cast(Node, each.args[0])] for each in both), *angles, *results)
         pair = self._values.call(_kernels.rotary_pair.default, given, None)
-        mine, self._turned[beside] = (
+        mine, self._paired[partner] = (
             self._values.call(operator.getitem, (pair, index), result) for index, result in enumerate(results)
         )
         return mine
 
-    def _beside(self, node: Node) -> Node | None:
-        """Another vector that is turned by the same angles, and known already."""
+    def _rotary_partner(self, node: Node) -> Node | None:
+        """Another ``rotary`` of the same angles, whose argument is known already: keys beside queries."""
         x, cos, *_ = cast(tuple[Node, ...], node.args)
         for other in cos.users:
             is_like = other is not node and is_op(other, _canonical.rotary.default) and other.args[1:] == node.args[1:]
             if is_like and other not in self._values and cast(Node, other.args[0]) in self._values:
                 y = cast(Node, other.args[0])
                 is_like_it = self._values.dtype_behind(y) == self._values.dtype_behind(x)
-                if is_like_it and self._can_turn(other) and y.meta["shape"][-1] == x.meta["shape"][-1]:
+                if is_like_it and self._has_rotary_kernel(other) and y.meta["shape"][-1] == x.meta["shape"][-1]:
                     return other
         return None
 
-    def _can_turn(self, node: Node) -> bool:
+    def _has_rotary_kernel(self, node: Node) -> bool:
         x, cos, sin, _ = cast(tuple[Node, Node, Node, bool], node.args)
         shape, angles = x.meta["shape"], cos.meta["shape"]
         return (
@@ -147,8 +149,8 @@ class Neighbours:
 
     def _rounds(self, user: Node, value: Node) -> bool:
         """Whether a reader rounds a value to the module's dtype before anything is computed from it."""
-        if user in self._plan.appends:
-            return self._plan.appends[user].value is value  # in float: of other caches, quantizers read it
+        if user in self._plan.cache_of_append:
+            return self._plan.cache_of_append[user].value is value  # in float: of other caches, quantizers read it
         if is_moving(user.target):
             others = [n for n in user.all_input_nodes if n is not value]
             if any(n in self._values and self._values.dtype_behind(n) == self._dtype for n in others):

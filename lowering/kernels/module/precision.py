@@ -1,4 +1,4 @@
-"""Which operators run in the dtype of a lowered model, and which stay in float32.
+"""A part of building: which operators run in the dtype of a lowered model, and which stay in float32.
 
 A node is *narrow* if its value has the model's dtype, *wide* if it has float32. Products of matrices are narrow, and so
 is what only moves their values or costs one rounding of its own, which computes in float32 anyway. Whatever else a

@@ -1,4 +1,4 @@
-"""Searches for launch configurations with the operators, shapes and values of a model itself."""
+"""Beside the model, on CUDA: searches for launch configurations, with the operators and shapes of a model itself."""
 
 from collections.abc import Callable
 from typing import Any

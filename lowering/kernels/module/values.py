@@ -1,4 +1,4 @@
-"""What the nodes of a graph have become in the module that is made of it: its values, their dtypes, its members."""
+"""A part of building: what the nodes of a graph have become in the new module, in which dtype; its stored tensors."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ class ModuleValues:
     """
 
     def __init__(self, graph: Graph, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
-        self._graph, self._constant, self._device, self._dtype = graph, plan.constant, device, dtype
+        self._graph, self._constant, self._device, self._dtype = graph, plan.constants, device, dtype
         self.fx = fx.Graph()
         self.members: dict[str, nn.Module | Tensor] = {}
         self.rounded: set[Node] = set()

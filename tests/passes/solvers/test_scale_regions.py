@@ -17,9 +17,9 @@ from qcompiler.ir.segments import segment_graph
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import AWQ, GPTQ, RTN, Assign, InsertQDQ, SmoothQuant
 from qcompiler.passes.solvers.scale_regions import ScaleRegions, clamped
-from qcompiler.protocol.observers import AbsMax, Gram, RowSample
 from qcompiler.protocol.pass_base import Pass, PassContext, Tap
 from qcompiler.protocol.pipeline import Pipeline
+from qcompiler.protocol.statistics import AbsMax, Gram, RowSample
 from tests.families import VOCABULARY
 from tests.models import canonical_form, canonical_graph, copy_graph, module
 

@@ -15,9 +15,9 @@ from qcompiler.ir.qtensor import Affine, Codebook
 from qcompiler.lowering.kernels.module.forms import (
     AppendedCache,
     appended_caches,
+    cache_reads,
+    hides_nothing,
     input_rounding,
-    reads,
-    sees_all,
     stored_weight,
 )
 from qcompiler.passes import RTN, Assign, InsertQDQ, SqueezeLLM
@@ -169,7 +169,7 @@ def test_caches(spec, rotated):
             None if spec is None else CacheFormat(spec.dtype, group_size=spec.group_size, symmetric=spec.symmetric)
         )
         assert (cache.width, len(cache.past), len(cache.appends)) == (4, parts, parts)
-        (read,) = reads(cache)
+        (read,) = cache_reads(cache)
         attention = next(user for user in read.users if is_op(user, _canonical.attention.default))
         assert read is attention.args[1 if cache.port.part == "key" else 2]
 
@@ -188,7 +188,7 @@ def test_caches_with_stored_scales():
         CacheFormat("float8_e4m3fn", "static"),
     )
     assert (first.scale.target, first.zero_point.target, second.scale.target) == ("s", "z", "t")
-    assert len(list(reads(first))) == len(list(reads(second))) == 1
+    assert len(list(cache_reads(first))) == len(list(cache_reads(second))) == 1
 
 
 def test_what_is_no_cache():
@@ -200,9 +200,9 @@ def test_what_is_no_cache():
     assert found[0].port not in [cache.port for cache in appended_caches(graph)]  # something else reads what came in
     graph.fx.erase_node(twice)
     assert found[0].port in [cache.port for cache in appended_caches(graph)]
-    read = next(reads(found[0]))
+    read = next(cache_reads(found[0]))
     read.update_arg(1, found[1].appends[1])  # by the scales of another cache
-    assert not list(reads(found[0]))
+    assert not list(cache_reads(found[0]))
     output = graph.fx.output_node()
     results = list(output.args[0])
     results[1], results[3] = results[3], results[1]
@@ -215,8 +215,8 @@ def test_masks_that_hide_padding_alone():
     padding = graph.inputs[1]
     attention = next(node for node in graph.fx.nodes if is_op(node, _canonical.attention.default))
     mask = attention.args[3]
-    assert sees_all(None, padding)
-    assert sees_all(mask, padding)
+    assert hides_nothing(None, padding)
+    assert hides_nothing(mask, padding)
     call = graph.fx.call_function
     with graph.fx.inserting_before(attention):
         inverted = call(_aten.logical_not.default, (mask,))
@@ -224,5 +224,5 @@ def test_masks_that_hide_padding_alone():
         absent = call(_aten.eq.Scalar, (padding, 0))
         lower = call(_aten.tril.default, (mask,))
         additive = call(_aten.to.dtype, (mask, torch.float32))
-    assert sees_all(again, padding)
-    assert not any(sees_all(node, padding) for node in (inverted, absent, lower, additive, graph.inputs[0]))
+    assert hides_nothing(again, padding)
+    assert not any(hides_nothing(node, padding) for node in (inverted, absent, lower, additive, graph.inputs[0]))

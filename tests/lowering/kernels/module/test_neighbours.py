@@ -14,7 +14,7 @@ from qcompiler.ir.graph import Graph
 from qcompiler.ir.kv_cache import float_caches, quantize_cache
 from qcompiler.lowering.kernels.launch.device import Choice, Device
 from qcompiler.lowering.kernels.module import neighbours
-from qcompiler.lowering.kernels.module.rewrite import Rewritten, rewrite
+from qcompiler.lowering.kernels.module.build import BuiltModule, build_module
 from qcompiler.passes import RTN
 from tests.models import canonical_graph, copy_graph
 from tests.tiny_graphs import interpret, language_model
@@ -29,13 +29,13 @@ def fused(monkeypatch):
     monkeypatch.setattr(neighbours, "choose", lambda device: Choice("triton"))
 
 
-def run(made: Rewritten, ids: torch.Tensor) -> Any:
+def run(made: BuiltModule, ids: torch.Tensor) -> Any:
     tensors = [torch.zeros(len(ids), s.heads, 16 * s.is_buffer, s.width, dtype=s.dtype) for s in made.slots]
     with torch.no_grad():
         return made.module(ids, torch.zeros(1, dtype=torch.int32), 0, *tensors)[0]
 
 
-def calls(made: Rewritten) -> Counter[Any]:
+def calls(made: BuiltModule) -> Counter[Any]:
     return Counter(node.target for node in made.module.graph.nodes if node.op == "call_function")
 
 
@@ -51,7 +51,7 @@ def test_choices():
 
 
 def test_on_a_cpu_nothing_changes():
-    made = rewrite(language_model(), CPU, torch.bfloat16)
+    made = build_module(language_model(), CPU, torch.bfloat16)
     assert made.neighbours["implementation"] == "reference"
     assert made.neighbours["launches"] == {}
     assert not any(str(target).startswith("qcompiler_kernels.r") for target in calls(made))
@@ -72,7 +72,7 @@ def test_families(family, launches, fused, monkeypatch):
     vocab = int(graph.signature.outputs[0].shape[-1])
     ids = torch.randint(vocab, (2, 9), generator=torch.Generator().manual_seed(3))
     expected = interpret(graph, feed(graph, ids))[graph.outputs[0].name]
-    made = rewrite(graph, CPU, torch.float32)
+    made = build_module(graph, CPU, torch.float32)
     assert made.neighbours["launches"] == launches
     left = calls(made)
     assert left[_canonical.rms_norm.default] == left[_canonical.rotary.default] == 0
@@ -80,22 +80,22 @@ def test_families(family, launches, fused, monkeypatch):
     names = {node.args[2] for node in made.module.graph.nodes if node.target is _kernels.gated.default}
     assert names == ({"gelu_tanh" if family == "gemma2" else "silu"} if "gated" in launches else set())
     assert (run(made, ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
-    narrow = run(rewrite(graph, CPU, torch.bfloat16), ids)
+    narrow = run(build_module(graph, CPU, torch.bfloat16), ids)
     monkeypatch.setattr(neighbours, "choose", lambda device: Choice("reference", "asked for"))
-    before = run(rewrite(graph, CPU, torch.bfloat16), ids)
+    before = run(build_module(graph, CPU, torch.bfloat16), ids)
     assert (narrow - expected).abs().max() <= 0.1 * expected.abs().max()
     assert (narrow - before).abs().max() <= 0.1 * expected.abs().max()
 
 
 def test_less_is_rounded_and_less_is_launched(fused, monkeypatch):
     graph = canonical_graph("llama")
-    made = rewrite(graph, CPU, torch.bfloat16)
+    made = build_module(graph, CPU, torch.bfloat16)
     left = calls(made)
     assert left[_aten.silu.default] == 0
     assert not any(name.startswith("silu") for name in made.rounded)
     assert {"rotary_default", "mul_17"} <= made.rounded
     monkeypatch.setattr(neighbours, "choose", lambda device: Choice("reference", "asked for"))
-    before = rewrite(graph, CPU, torch.bfloat16)
+    before = build_module(graph, CPU, torch.bfloat16)
     launched = [sum(n for target, n in c.items() if target is not operator.getitem) for c in (calls(before), left)]
     assert launched[0] - launched[1] == 6  # an activation, a rotation and a cast of queries in each of two layers
     assert made.rounded == before.rounded - {"silu", "silu_1"}
@@ -105,18 +105,17 @@ def test_rotated_values_are_rounded_only_where_their_readers_would(fused):
     graph = copy_graph(canonical_graph("llama"))
     for cache in float_caches(graph):
         quantize_cache(graph, cache, CacheFormat("int8"))
-    pairs = [
-        n for n in rewrite(graph, CPU, torch.bfloat16).module.graph.nodes if n.target is _kernels.rotary_pair.default
-    ]
+    made = build_module(graph, CPU, torch.bfloat16)
+    pairs = [n for n in made.module.graph.nodes if n.target is _kernels.rotary_pair.default]
     assert [pair.args[5:] for pair in pairs] == [(torch.bfloat16, torch.float32)] * 2  # keys are quantized as they are
-    plain = rewrite(canonical_graph("llama"), CPU, torch.bfloat16)
+    plain = build_module(canonical_graph("llama"), CPU, torch.bfloat16)
     pairs = [n for n in plain.module.graph.nodes if n.target is _kernels.rotary_pair.default]
     assert [pair.args[5:] for pair in pairs] == [(torch.bfloat16, torch.bfloat16)] * 2
 
 
 @pytest.mark.parametrize("family", ["phi3", "gptj"])
 def test_parts_of_vectors_are_rounded_as_what_they_are_put_beside(family, fused):
-    made = rewrite(canonical_graph(family), CPU, torch.bfloat16)
+    made = build_module(canonical_graph(family), CPU, torch.bfloat16)
     pairs = [n for n in made.module.graph.nodes if n.target is _kernels.rotary_pair.default]
     assert [pair.args[5:] for pair in pairs] == [(torch.bfloat16, torch.bfloat16)] * 2
     assert all(user.target is _aten.cat.default for pair in pairs for part in pair.users for user in part.users)
@@ -131,7 +130,7 @@ def test_readers_behind_what_only_moves_values_are_asked(fused):
     rotary.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
     dtypes = []
     for _ in range(2):
-        made = rewrite(graph, CPU, torch.bfloat16).module.graph.nodes
+        made = build_module(graph, CPU, torch.bfloat16).module.graph.nodes
         dtypes.append(next(node.args[5] for node in made if node.target is _kernels.rotary_pair.default))
         with graph.fx.inserting_after(moved):  # something that computes from it, too
             graph.fx.call_function(_aten.exp.default, (moved,))
@@ -181,7 +180,7 @@ def changed(change: str) -> Graph:
 def test_what_has_another_form_stays(change, launches, fused):
     graph = changed(change)
     ids = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(3))
-    made = rewrite(graph, CPU, torch.float32)
+    made = build_module(graph, CPU, torch.float32)
     assert made.neighbours["launches"] == launches
     expected = interpret(graph, feed(graph, ids))[graph.outputs[0].name]
     torch.testing.assert_close(run(made, ids), expected, rtol=1e-4, atol=1e-5)

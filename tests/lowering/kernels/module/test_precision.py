@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qcompiler.ir.feeding import feed
+from qcompiler.lowering.kernels.module.build import build_module
 from qcompiler.lowering.kernels.module.precision import is_moving, precision_of
-from qcompiler.lowering.kernels.module.rewrite import rewrite
 from tests.models import canonical_graph
 from tests.tiny_graphs import interpret, language_model
 
@@ -40,7 +40,7 @@ class Recorder(torch.fx.Interpreter):
 
 
 def recorded(graph, dtype=torch.bfloat16):
-    made = rewrite(graph, torch.device("cpu"), dtype)
+    made = build_module(graph, torch.device("cpu"), dtype)
     tensors = [torch.zeros(1, slot.heads, 8 * slot.is_buffer, slot.width, dtype=slot.dtype) for slot in made.slots]
     recorder = Recorder(made.module)
     recorder.run(torch.tensor([[3, 1, 2]]), torch.zeros(1, dtype=torch.int32), 0, *tensors)

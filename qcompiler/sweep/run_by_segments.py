@@ -1,4 +1,7 @@
-"""Runs a whole graph on a small input with one segment's weights in memory at a time."""
+"""Runs a whole graph on a small input, one segment's weights in memory at a time.
+
+Nothing is rewritten on the way: so exact passes on the whole graph are probed, and the held-out tokens measured.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Activations that wait between two steps of a sweep: in memory up to a budget, in files beyond it."""
+"""Where values of the graph wait between two steps of a sweep: in memory up to a budget, spilled to files beyond it."""
 
 import itertools
 import tempfile
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from qcompiler.errors import ResourceError
 
-__all__ = ["Parked", "ValuePark"]
+__all__ = ["ValueHandle", "ValueStore"]
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,20 @@ class _InFile:
 
 
 @dataclass(frozen=True)
-class Parked:
-    """A handle to values that were put away."""
+class ValueHandle:
+    """What `ValueStore.put` gives for some values, to get or drop them by.
+
+    Attributes:
+        entries: by node, the value itself, or where it lies in a file.
+        bytes_in_memory: of the tensors among them that are not in files.
+    """
 
     entries: Mapping[fx.Node, Any]
     bytes_in_memory: int
 
 
-class ValuePark:
-    """Keeps values by handle.
+class ValueStore:
+    """Keeps values of graph nodes, such as the activations of one batch at a cut, by handle.
 
     Args:
         budget: bytes of tensors held in memory; further ones go to files.
@@ -47,7 +52,7 @@ class ValuePark:
         self.bytes_spilled = 0
         """Bytes written to files so far."""
 
-    def put(self, values: Mapping[fx.Node, Any]) -> Parked:
+    def put(self, values: Mapping[fx.Node, Any]) -> ValueHandle:
         """Puts values away and returns their handle. Tensors must not be written to while they are kept.
 
         Raises:
@@ -64,16 +69,16 @@ class ValuePark:
             else:
                 entries[node] = self._write(value)
                 self.bytes_spilled += size
-        return Parked(entries, in_memory)
+        return ValueHandle(entries, in_memory)
 
-    def get(self, parked: Parked) -> dict[fx.Node, Any]:
+    def get(self, handle: ValueHandle) -> dict[fx.Node, Any]:
         """The values of a handle; the handle stays valid."""
-        return {node: _read(v) if isinstance(v, _InFile) else v for node, v in parked.entries.items()}
+        return {node: _read(v) if isinstance(v, _InFile) else v for node, v in handle.entries.items()}
 
-    def drop(self, parked: Parked) -> None:
+    def drop(self, handle: ValueHandle) -> None:
         """Forgets a handle, once, and frees what it held."""
-        self._held -= parked.bytes_in_memory
-        for value in parked.entries.values():
+        self._held -= handle.bytes_in_memory
+        for value in handle.entries.values():
             if isinstance(value, _InFile):
                 value.path.unlink(missing_ok=True)
 

@@ -1,4 +1,8 @@
-"""Statistics gathered from activations: ``update`` with a batch, ``merge`` with another process's, read ``result``."""
+"""What a statistic is, and those of channels and rows: ``update`` it, ``merge`` it with another, read its ``result``.
+
+A pass asks for one at a value of the graph by a `Tap`, and the sweep gathers it. Those of all values of a tensor, which
+ranges are chosen from, are in `histograms`.
+"""
 
 from typing import ClassVar, Protocol, Self, runtime_checkable
 

@@ -5,7 +5,7 @@ import torch
 
 from qcompiler.errors import CalibrationError
 from qcompiler.protocol.histograms import Histogram, MinMax
-from qcompiler.protocol.observers import AbsMax, CrossGram, Gram, HeadRange, Rescalable, RowSample
+from qcompiler.protocol.statistics import AbsMax, CrossGram, Gram, HeadRange, Rescalable, RowSample
 
 
 @pytest.mark.parametrize("width", [1, 5, 255, 256, 257, 600])

@@ -6,7 +6,7 @@ import torch
 from qcompiler.ir.execute import Stretch
 from qcompiler.ir.feeding import feed
 from qcompiler.ir.segments import segment_graph
-from qcompiler.sweep.probe import run_by_segments
+from qcompiler.sweep.run_by_segments import run_by_segments
 from tests.models import DECODERS, VOCABULARY, canonical_graph, copy_graph, language_inputs, padding_mask, run
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def test_weights_are_read_segment_by_segment(monkeypatch):
             loads.append(names)
             return super().load(lambda name: names.add(name) or fetch(name), device)
 
-    monkeypatch.setattr("qcompiler.sweep.probe.Stretch", Spy)
+    monkeypatch.setattr("qcompiler.sweep.run_by_segments.Stretch", Spy)
     run_by_segments(graph, feed(graph, torch.zeros(1, 3, dtype=torch.int64)), CPU)
     assert len(loads) == 1 + len(segment_graph(graph).segments)
     assert [sum("down_proj" in name for name in names) for names in loads if names].count(1) == 2

@@ -1,4 +1,4 @@
-"""Rotations: where an orthogonal matrix may go into weights without changing the function.
+"""Finds residual streams that may be rotated: an orthogonal matrix goes into weights and the function stays the same.
 
 A residual stream is proved by closure. A value that an embedding table writes is said to be *in the frame*: its last
 axis is to be multiplied by an orthogonal matrix ``Q``. Sums need all their terms in the frame; operators on other axes
@@ -10,8 +10,8 @@ not commute refuses the whole stream, by name (arXiv 2401.15024, 2404.00456).
 ``layer_norm`` takes away the mean first, which does not commute with ``Q``. Where every reader of a stream is one, the
 mean is taken out of all that is written to the stream instead, and it is ``rms_norm`` that is left.
 
-Inside attention, each head of values may be rotated, which the output projection makes good: attention is linear in its
-values, and mixes no channels.
+`online_inputs` finds what no weight can rotate, and is to be rotated at run time. Heads of values are found by `heads`;
+what is found here and there, `fold_rotations` rewrites.
 """
 
 from collections.abc import Sequence

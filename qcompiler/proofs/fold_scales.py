@@ -7,10 +7,10 @@ from qcompiler.errors import PipelineError
 from qcompiler.ir import Graph
 from qcompiler.proofs.region import Consumer, Region
 
-__all__ = ["consumer_scale", "fold", "input_factors", "per_channel"]
+__all__ = ["consumer_scale", "fold_scale", "input_factors", "per_channel"]
 
 
-def fold(graph: Graph, region: Region, scale: Tensor) -> None:
+def fold_scale(graph: Graph, region: Region, scale: Tensor) -> None:
     """Rewrites the float weights of a region; the function of the graph stays the same.
 
     Args:

@@ -5,14 +5,14 @@ import torch
 
 from qcompiler.ir.graph import Graph, is_op
 from qcompiler.numerics.hadamard import hadamard_matrix
-from qcompiler.proofs.heads import find_heads
-from qcompiler.proofs.rotating import (
+from qcompiler.proofs.fold_rotations import (
     Rotation,
     rotate_heads,
     rotate_input,
     rotate_stream,
 )
-from qcompiler.proofs.rotation import find_streams, online_inputs
+from qcompiler.proofs.heads import find_heads
+from qcompiler.proofs.streams import find_streams, online_inputs
 from qcompiler.storage.stored_tensor import Deferred
 from tests.models import (
     VOCABULARY,
@@ -122,9 +122,9 @@ def test_inputs_rotated_at_run_time():
     graph = copy_graph(canonical_graph("qwen2"))
     expected = logits(graph)
     for value, sites in online_inputs(graph, graph.sites()).items():
-        turned = rotate_input(graph, value, sites, 48)
-        assert turned.meta["shape"] == value.meta["shape"]
-        assert all(node.args[0] is turned for site in sites for node in site.nodes)
+        rotated = rotate_input(graph, value, sites, 48)
+        assert rotated.meta["shape"] == value.meta["shape"]
+        assert all(node.args[0] is rotated for site in sites for node in site.nodes)
     assert sum(is_op(node, canonical.hadamard.default) for node in graph.fx.nodes) == 2
     assert (logits(graph) - expected).abs().max() <= tolerance(expected)
 

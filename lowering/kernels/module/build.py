@@ -1,4 +1,7 @@
-"""Makes a module of a quantized graph: what has a kernel becomes a call of it, everything else stays as it is.
+"""Step 3 of 4, `build_module`: a new module in which what has a kernel is a call of it, and all else stays as it was.
+
+It goes through the nodes of the graph in order, asks the `plan` what each becomes, and puts that into a new graph;
+`values` keeps what has become of them, in which dtype. The old graph is not changed.
 
 | in the graph | in the module |
 |---|---|
@@ -25,7 +28,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-import qcompiler.lowering.kernels.rows.quantize_rows  # noqa: F401  (defines operators)  # noqa: F401  (defines operators)
+import qcompiler.lowering.kernels.rows.quantize_rows  # noqa: F401  (defines operators)
 from qcompiler.ir import (
     BATCH,
     PAST,
@@ -40,13 +43,13 @@ from qcompiler.lowering.kernels.cache import append as cache_append
 from qcompiler.lowering.kernels.launch.device import Choice, Device
 from qcompiler.lowering.kernels.module.cached_attention import CachedAttention
 from qcompiler.lowering.kernels.module.forms import AppendedCache, Rounding
-from qcompiler.lowering.kernels.module.layers import Rotation, SiteLayer, make_layer
 from qcompiler.lowering.kernels.module.neighbours import Neighbours
 from qcompiler.lowering.kernels.module.plan import Plan
 from qcompiler.lowering.kernels.module.precision import is_moving, precision_of
+from qcompiler.lowering.kernels.module.site_modules import Hadamard, SiteModule, make_site_module
 from qcompiler.lowering.kernels.module.values import WIDE, ModuleValues, dtype_name
 
-__all__ = ["Rewritten", "Slot", "rewrite"]
+__all__ = ["BuiltModule", "Slot", "build_module"]
 
 _aten, _canonical, _kernels = torch.ops.aten, torch.ops.qcompiler, torch.ops.qcompiler_kernels
 
@@ -69,8 +72,8 @@ class Slot:
 
 
 @dataclass
-class Rewritten:
-    """What `rewrite` makes.
+class BuiltModule:
+    """What `build_module` makes.
 
     Attributes:
         module: see above.
@@ -92,7 +95,7 @@ class Rewritten:
     rounded: frozenset[str]
 
 
-def rewrite(graph: Graph, device: torch.device, dtype: torch.dtype) -> Rewritten:
+def build_module(graph: Graph, device: torch.device, dtype: torch.dtype) -> BuiltModule:
     """A module on a device that computes the logits of a graph, which is not changed.
 
     Args:
@@ -100,10 +103,12 @@ def rewrite(graph: Graph, device: torch.device, dtype: torch.dtype) -> Rewritten
         device: where it will run; weights are moved there one at a time.
         dtype: of activations.
     """
-    return _Rewriter(graph, device, dtype).run()
+    return _Builder(graph, device, dtype).run()
 
 
-class _Rewriter:
+class _Builder:
+    """Builds one module."""
+
     def __init__(self, graph: Graph, device: torch.device, dtype: torch.dtype) -> None:
         self._graph, self._device, self._dtype = graph, device, dtype
         self._plan = Plan(graph)
@@ -113,23 +118,24 @@ class _Rewriter:
         self._sizes: dict[str, Any] = {}
         self._buffers: dict[Node, Node] = {}  # by placeholder
         self._slots: list[Slot] = []
-        self._notes: list[dict[str, Any]] = []
+        self._cache_reports: list[dict[str, Any]] = []
         self._fused_norms = 0
 
-    def run(self) -> Rewritten:
+    def run(self) -> BuiltModule:
         """Builds the module."""
         plan = self._plan
-        plan.make_layers(self._make_layer)
-        needed = plan.required()
+        plan.make_site_modules(self._make_site_module)
+        needed = plan.needed()
         self._make_inputs()
         for node in self._graph.fx.nodes:
-            if node in plan.appends and node is plan.appends[node].appends[0]:
-                self._append(plan.appends[node])
-            if node in needed and node.op == "call_function" and node not in plan.constant and node not in plan.owned:
+            if node in plan.cache_of_append and node is plan.cache_of_append[node].appends[0]:
+                self._append(plan.cache_of_append[node])
+            is_known = node in plan.constants or node in plan.quantizer_of
+            if node in needed and node.op == "call_function" and not is_known:
                 self._emit(node)
         outputs = list(zip(self._graph.outputs, self._graph.signature.outputs, strict=True))
         logits = next(node for node, port in outputs if port.role == "logits")
-        loose = [n for n, port in outputs if port.role == "present" and n not in plan.appends]
+        loose = [n for n, port in outputs if port.role == "present" and n not in plan.cache_of_append]
         kept = [self._values.cast(self._values[logits], WIDE), *(self._values[node] for node in loose)]
         self._fx.output(tuple(kept))
         module = fx.GraphModule(self._values.members, self._fx, "LoweredModel")
@@ -138,11 +144,13 @@ class _Rewriter:
         module.recompile()
         slots, rounded = tuple(self._slots), frozenset(node.name for node in self._values.rounded)
         neighbours = {**asdict(self._neighbours.choice), "launches": dict(self._neighbours.counts)}
-        return Rewritten(module, slots, plan.sites, self._notes, self._fused_norms, neighbours, rounded)
+        return BuiltModule(
+            module, slots, plan.site_reports, self._cache_reports, self._fused_norms, neighbours, rounded
+        )
 
-    def _make_layer(self, weight: Any, bias: Node | None, rounding: Rounding | None) -> SiteLayer:
+    def _make_site_module(self, weight: Any, bias: Node | None, rounding: Rounding | None) -> SiteModule:
         offset = None if bias is None else self._values.evaluated(bias)
-        return make_layer(weight, offset, rounding, device=self._device, dtype=self._dtype)
+        return make_site_module(weight, offset, rounding, device=self._device, dtype=self._dtype)
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 
@@ -180,17 +188,20 @@ class _Rewriter:
             elif port.role == "other":
                 self._values[node] = size(_aten.zeros_like.default, (ids,))
 
+    # --- one node after another ---------------------------------------------------------------------------------------
+
     def _emit(self, node: Node) -> None:
-        if (symbol := self._plan.symbol(node)) is not None:
+        """Puts what a node becomes into the new graph."""
+        if (symbol := self._plan.size_symbol(node)) is not None:
             self._values[node] = self._sizes.get(symbol, symbol)
-        elif node in self._plan.appends:
+        elif node in self._plan.cache_of_append:
             self._values[node] = self._present(node)
-        elif node in self._plan.roundings:
-            self._emit_rounding(self._plan.roundings[node])
+        elif node in self._plan.rounding_at:
+            self._emit_rounding(self._plan.rounding_at[node])
         elif is_op(node, _canonical.linear.default):
             self._values[node] = self._linear(node)
         elif is_op(node, _canonical.hadamard.default):
-            self._values[node] = self._rotation(node)
+            self._values[node] = self._hadamard(node)
         elif (caches := self._plan.fused_caches(node)) is not None:
             self._values[node] = self._attention(node, *caches)
         elif (made := self._neighbours.emit(node)) is not None:
@@ -203,14 +214,14 @@ class _Rewriter:
 
     def _linear(self, node: Node) -> Node:
         x, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
-        layer = self._plan.layers[node].module
+        layer = self._plan.site_modules[node].module
         if layer is None:
             bias = [self._values.stored(n, self._dtype) for n in node.args[2:3] if isinstance(n, Node)]
             given = (self._values.narrow(x), self._values.narrow(weight), *bias)
             return self._values.made(self._fx.call_function(_canonical.linear.default, given), self._dtype)
         name = self._values.member(weight.name, layer)
-        if node in self._plan.taken:
-            rounding = self._plan.taken[node]
+        if node in self._plan.codes_taken:
+            rounding = self._plan.codes_taken[node]
             parts = [self._values[rounding.codes], self._values[rounding.scale]]
             if rounding.zero_point is not None:
                 parts.append(self._values[rounding.zero_point])
@@ -218,8 +229,8 @@ class _Rewriter:
         given = (self._values.narrow(x),)
         return self._values.made(self._fx.call_module(name, given), self._dtype)
 
-    def _rotation(self, node: Node) -> Node:
-        name = self._values.member(f"hadamard_{node.args[1]}", Rotation(cast(int, node.args[1]), self._device))
+    def _hadamard(self, node: Node) -> Node:
+        name = self._values.member(f"hadamard_{node.args[1]}", Hadamard(cast(int, node.args[1]), self._device))
         given = (self._values.in_dtype(cast(Node, node.args[0]), WIDE),)
         return self._values.made(self._fx.call_module(name, given), WIDE)
 
@@ -251,6 +262,8 @@ class _Rewriter:
             if place is not None:
                 part = self._fx.call_function(operator.getitem, (made, index))
                 self._values[place] = self._values.made(part, WIDE if index == 1 else None)
+
+    # --- caches, and attention over them ------------------------------------------------------------------------------
 
     def _append(self, cache: AppendedCache) -> None:
         buffers = [self._buffers[node] for node in cache.past]
@@ -289,20 +302,21 @@ class _Rewriter:
             dtype=self._dtype,
         )
         q = self._values.narrow(cast(Node, node.args[0]))
-        sides = [part for cache in (keys, values) for part in self._side(cache)]
-        self._note(keys, values, layer.choice)
-        given = (q, self._length, self._sizes[TOTAL], *sides)
+        given_caches = [part for cache in (keys, values) for part in self._cache_arguments(cache)]
+        self._report_caches(keys, values, layer.choice)
+        given = (q, self._length, self._sizes[TOTAL], *given_caches)
         return self._values.made(self._fx.call_module(self._values.member(node.name, layer), given), self._dtype)
 
-    def _side(self, cache: AppendedCache) -> list[Any]:
+    def _cache_arguments(self, cache: AppendedCache) -> list[Any]:
+        """Codes or values, scale and zero point, as `CachedAttention` takes them."""
         buffers: list[Any] = [self._buffers[node] for node in cache.past]
         if cache.spec is not None and cache.spec.scales == "static":
             buffers += [None if n is None else self._values[n] for n in (cache.scale, cache.zero_point)]
         return [*buffers, None, None][:3]
 
-    def _note(self, keys: AppendedCache, values: AppendedCache, choice: Choice) -> None:
+    def _report_caches(self, keys: AppendedCache, values: AppendedCache, choice: Choice) -> None:
         appends = [cache_append.choose(c.spec, c.width, Device.of(self._device)) for c in (keys, values)]
-        self._notes.append(
+        self._cache_reports.append(
             {
                 "layer": keys.port.layer,
                 "keys": _format(keys.spec, self._dtype),

@@ -1,4 +1,7 @@
-"""Puts rotations into weights. Nothing is computed before a tensor is read: memory does not grow with depth."""
+"""Folds rotations into the weights that `streams` and `heads` have found, or puts in the operator ``hadamard``.
+
+Nothing is computed before a tensor is read: memory does not grow with depth.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from torch import Tensor, fx
 from qcompiler.ir import Graph, Site, is_op
 from qcompiler.numerics import hadamard
 from qcompiler.proofs.heads import Heads
-from qcompiler.proofs.rotation import Stream
+from qcompiler.proofs.streams import Stream
 
 __all__ = ["Rotation", "rotate_heads", "rotate_input", "rotate_stream"]
 
@@ -190,10 +193,10 @@ def rotate_input(graph: Graph, value: fx.Node, sites: Sequence[Site], block: int
     place = {node: index for index, node in enumerate(graph.fx.nodes)}
     nodes = sorted((node for site in sites for node in site.nodes), key=place.__getitem__)
     with graph.fx.inserting_before(nodes[0]):
-        turned = graph.fx.call_function(_canonical.hadamard.default, (value, block))
-    turned.meta.update(dtype=value.meta["dtype"], shape=value.meta["shape"])
+        rotated = graph.fx.call_function(_canonical.hadamard.default, (value, block))
+    rotated.meta.update(dtype=value.meta["dtype"], shape=value.meta["shape"])
     for node in nodes:
-        node.update_arg(0, turned)
+        node.update_arg(0, rotated)
     for site in sites:
         graph.derive_float(site.weight, lambda w: hadamard.multiply(w.float(), block))
-    return turned
+    return rotated

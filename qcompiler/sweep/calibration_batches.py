@@ -1,4 +1,4 @@
-"""The inputs that a compilation is calibrated with, on its device, and the tokens set apart for measuring."""
+"""The batches that a compilation is calibrated with, on its device, and the held-out tokens set apart for measuring."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -10,15 +10,11 @@ from qcompiler.artifacts import Calibration, CalibrationTokens, NativeArtifact
 from qcompiler.errors import CalibrationError
 from qcompiler.frontend import declared, declared_positions
 from qcompiler.ir import Graph, feed, feed_tensors
-from qcompiler.protocol import (
-    PassContext,
-)
+from qcompiler.protocol import PassContext
 from qcompiler.reporting import CompileReport
-from qcompiler.sweep.streaming import (
-    Batch,
-)
+from qcompiler.sweep.position import Batch
 
-__all__ = ["calibration_batches", "limits"]
+__all__ = ["calibration_batches", "token_limits"]
 
 # Tokens run through a segment at once: large enough for the matrix products (on the CPU, 4096 were no faster than
 # 1024), and no larger, because what a segment computes on the way takes as much memory.
@@ -51,7 +47,7 @@ def calibration_batches(
             got=type(calibration).__name__,
             expected="Calibration.from_text, .from_tokens or .self_generated",
         )
-    bound = _bind(graph, calibration, context.seed, trust_remote_code)
+    bound = _bound_tokens(graph, calibration, context.seed, trust_remote_code)
     report.calibration = bound.to_dict()
     if not is_calibrated:
         has_logits = graph.signature.index_of_output("logits") is not None
@@ -109,8 +105,11 @@ def _module_inputs(graph: Graph, index: int, tensors: Sequence[Tensor], device: 
     return {node: t.to(device, floats if t.is_floating_point() else t.dtype) for node, t in values.items()}
 
 
-def _bind(graph: Graph, calibration: Calibration | None, seed: int, trust_remote_code: bool) -> CalibrationTokens:
-    vocab_size, max_positions = limits(graph)
+def _bound_tokens(
+    graph: Graph, calibration: Calibration | None, seed: int, trust_remote_code: bool
+) -> CalibrationTokens:
+    """Calibration data as tokens for this model; text that the model makes up itself where none is given."""
+    vocab_size, max_positions = token_limits(graph)
     if calibration is None:
         calibration = Calibration.self_generated(seed=seed)
         if max_positions is not None and max_positions < (calibration.length or 0):
@@ -139,7 +138,7 @@ def _check_finite(graph: Graph) -> None:
         graph.weights.read(name)
 
 
-def limits(graph: Graph) -> tuple[int | None, int | None]:
+def token_limits(graph: Graph) -> tuple[int | None, int | None]:
     """Vocabulary and longest sequence, as the configuration declares them."""
     config = graph.provenance.get("config")
     return declared(config, "vocab_size"), declared_positions(config)

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from qcompiler.errors import PipelineError
 from qcompiler.ir.graph import Graph
-from qcompiler.proofs.folding import (
+from qcompiler.proofs.fold_scales import (
     consumer_scale,
-    fold,
+    fold_scale,
     input_factors,
     per_channel,
 )
@@ -40,7 +40,7 @@ def test_rows_bias_and_columns():
     (region,) = find_regions(graph).found
     before = {name: graph.weights.read(name) for name in graph.weight_names()}
     scale = torch.tensor([2.0, 0.5, 4.0, 0.25])
-    fold(graph, region, scale)
+    fold_scale(graph, region, scale)
     rows = torch.cat([torch.ones(4), scale])
     assert torch.equal(graph.weights.read("a"), before["a"] / rows[:, None])
     assert torch.equal(graph.weights.read("bias"), before["bias"] / rows)
@@ -59,11 +59,11 @@ def test_weights_stay_in_float32_and_remember_their_dtype():
     (region,) = find_regions(graph).found
     scale = torch.tensor([3.0, 0.7, 1.1, 0.3])
     expected = graph.weights.read("b").float() * scale
-    fold(graph, region, scale)
+    fold_scale(graph, region, scale)
     assert torch.equal(graph.weights.read("b"), expected)
     assert graph.weights.info("b").dtype == "float32"
     assert graph.source_dtype("b") == "bfloat16"
-    fold(graph, region, 1 / scale)
+    fold_scale(graph, region, 1 / scale)
     assert graph.source_dtype("b") == "bfloat16"
 
 
@@ -78,7 +78,7 @@ def test_scales_that_are_none(scale):
     (region,) = find_regions(graph).found
     before = {name: graph.weights.version(name) for name in graph.weight_names()}
     with pytest.raises(PipelineError, match=r"positive finite numbers\n  where: a -> b"):
-        fold(graph, region, scale)
+        fold_scale(graph, region, scale)
     assert before == {name: graph.weights.version(name) for name in graph.weight_names()}
 
 
@@ -117,7 +117,7 @@ def test_folding_and_back():
     for region in find_regions(graph).found:
         scale = torch.exp2(torch.randint(-3, 4, (region.size,)).float())
         before = {p.weight: graph.weights.read(p.weight) for p in region.producers}
-        fold(graph, region, scale)
-        fold(graph, region, 1 / scale)
+        fold_scale(graph, region, scale)
+        fold_scale(graph, region, 1 / scale)
         for name, tensor in before.items():
             assert torch.equal(graph.weights.read(name), tensor)

@@ -7,7 +7,7 @@ from qcompiler import numerics
 from qcompiler.ir.qtensor import Affine, Codebook
 from qcompiler.lowering.kernels.codebook_linear.operator import CodebookLinear
 from qcompiler.lowering.kernels.module.forms import Rounding
-from qcompiler.lowering.kernels.module.layers import Rotation, make_layer
+from qcompiler.lowering.kernels.module.site_modules import Hadamard, make_site_module
 from qcompiler.lowering.kernels.scaled_linear.operator import ScaledLinear
 from qcompiler.lowering.kernels.weight_only.operator import WeightOnlyLinear
 from qcompiler.numerics.scheme import Scheme
@@ -51,7 +51,7 @@ def weight_of(scheme: str) -> Affine:
 )
 def test_layers(scheme, activation, dtype, kind, implementation):
     rounding = None if activation is None else rounded(activation)
-    made = make_layer(weight_of(scheme), torch.randn(32), rounding, device=CPU, dtype=dtype)
+    made = make_site_module(weight_of(scheme), torch.randn(32), rounding, device=CPU, dtype=dtype)
     assert type(made.module) is (type(None) if kind is None else kind)
     assert made.choice.implementation == implementation
     assert made.takes_codes is (kind is ScaledLinear)
@@ -59,13 +59,13 @@ def test_layers(scheme, activation, dtype, kind, implementation):
 
 
 def test_weights_without_a_form_and_codebooks():
-    assert make_layer(None, None, None, device=CPU, dtype=BF16).module is None
+    assert make_site_module(None, None, None, device=CPU, dtype=BF16).module is None
     spec = QuantSpec("int3", "per_channel", None, codebook=True)
     weight = Codebook(torch.randint(8, (32, 64), dtype=torch.uint8), torch.randn(32, 8), None, spec)
-    assert isinstance(make_layer(weight, None, None, device=CPU, dtype=BF16).module, CodebookLinear)
+    assert isinstance(make_site_module(weight, None, None, device=CPU, dtype=BF16).module, CodebookLinear)
 
 
 @pytest.mark.parametrize("block", [1, 2, 12, 28, 64, 256])
 def test_rotations_equal_the_operator(block):
     x = torch.randn(3, 5, 2 * block)
-    assert torch.equal(Rotation(block, CPU)(x), torch.ops.qcompiler.hadamard(x, block))
+    assert torch.equal(Hadamard(block, CPU)(x), torch.ops.qcompiler.hadamard(x, block))

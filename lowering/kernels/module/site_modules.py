@@ -1,4 +1,8 @@
-"""The module of one linear layer: which operator computes it, and what a report says of that. Rotations at run time."""
+"""Beside the plan: makes the module of one site, of the operator that computes it best; and that of ``hadamard``.
+
+The operators and what they can do are in the folders beside this one (``weight_only``, ``scaled_linear``,
+``codebook_linear``). `make_site_module` asks them, and tells why it was not a better one.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +20,12 @@ from qcompiler.lowering.kernels.weight_only.operator import WeightOnlyLinear
 from qcompiler.lowering.kernels.weight_only.operator import choose as choose_weight_only
 from qcompiler.numerics import factors_of, hadamard_matrix
 
-__all__ = ["Rotation", "SiteLayer", "make_layer"]
+__all__ = ["Hadamard", "SiteModule", "make_site_module"]
 
 
 @dataclass(frozen=True)
-class SiteLayer:
-    """How a linear layer is computed.
+class SiteModule:
+    """How a site is computed.
 
     Attributes:
         module: takes activations, or their codes; None: the weight is dequantized once.
@@ -34,15 +38,15 @@ class SiteLayer:
     takes_codes: bool = False
 
 
-def make_layer(
+def make_site_module(
     weight: Affine | Codebook | None,
     bias: Tensor | None,
     rounding: Rounding | None,
     *,
     device: torch.device,
     dtype: torch.dtype,
-) -> SiteLayer:
-    """Chooses and builds the module of a linear layer.
+) -> SiteModule:
+    """Chooses an operator for a site and makes the module that calls it.
 
     Codes of activations go into the product where there is an operator for both. Where there is none, activations are
     rounded as the graph says and the weight alone is kept in codes; where that has no operator either, in float.
@@ -57,21 +61,21 @@ def make_layer(
     place: dict[str, Any] = {"device": device, "dtype": dtype}
     if isinstance(weight, Codebook):
         looked_up = CodebookLinear.from_weight(weight, bias, **place)
-        return SiteLayer(looked_up, looked_up.choice)
+        return SiteModule(looked_up, looked_up.choice)
     if weight is None:
-        return SiteLayer(None, Choice("reference", "no kernel for weights of this form: dequantized once"))
+        return SiteModule(None, Choice("reference", "no kernel for weights of this form: dequantized once"))
     shape = (*weight.codes.shape, Device.of(device), dtype)
     alone = choose_weight_only(weight.spec, *shape)
     if rounding is None:
-        return SiteLayer(WeightOnlyLinear.from_weight(weight, bias, **place) if alone.is_fused else None, alone)
+        return SiteModule(WeightOnlyLinear.from_weight(weight, bias, **place) if alone.is_fused else None, alone)
     both = choose_scaled(weight.spec, rounding.spec, *shape)
     if both.is_fused or _is_exact_in_float(weight, rounding, device):
         scaled = ScaledLinear.from_weight(weight, bias, activation=rounding.spec, **place)
-        return SiteLayer(scaled, scaled.choice, takes_codes=True)
+        return SiteModule(scaled, scaled.choice, takes_codes=True)
     if not alone.is_fused:
-        return SiteLayer(None, both)
+        return SiteModule(None, both)
     reason = f"rounded activations in {str(dtype).removeprefix('torch.')}: {both.reason}"
-    return SiteLayer(WeightOnlyLinear.from_weight(weight, bias, **place), Choice(alone.implementation, reason))
+    return SiteModule(WeightOnlyLinear.from_weight(weight, bias, **place), Choice(alone.implementation, reason))
 
 
 def _is_exact_in_float(weight: Affine, rounding: Rounding, device: torch.device) -> bool:
@@ -79,7 +83,7 @@ def _is_exact_in_float(weight: Affine, rounding: Rounding, device: torch.device)
     return device.type == "cpu" and weight.spec.is_float and not weight.spec.is_fp4 and rounding.spec.is_float
 
 
-class Rotation(nn.Module):
+class Hadamard(nn.Module):
     """The operator ``hadamard``, its matrices kept: every ``block`` elements times an orthogonal matrix, in float32.
 
     Args:
