@@ -38,6 +38,7 @@ from qcompiler.protocol.ranges import (
     choose_range,
     range_sqnr_db,
 )
+from qcompiler.protocol.solution import SharedInput, Solution, even_steps, round_to_nearest
 from qcompiler.protocol.target import (
     Support,
     TargetSpec,
@@ -50,6 +51,7 @@ from qcompiler.protocol.verify import (
     state_of,
     verify_graph,
 )
+from qcompiler.protocol.weight_quantizer import WeightQuantizer, refuse_codebooks
 
 __all__ = [
     "ACTIVATIONS_QUANTIZED",
@@ -79,13 +81,16 @@ __all__ = [
     "Rescalable",
     "Rescale",
     "RowSample",
+    "SharedInput",
     "SiteReport",
     "Skip",
+    "Solution",
     "Statistic",
     "Support",
     "Tap",
     "TargetSpec",
     "Wave",
+    "WeightQuantizer",
     "Within",
     "activation_qparams",
     "check_caches",
@@ -95,7 +100,10 @@ __all__ = [
     "check_schemes",
     "choose_range",
     "describe_hint",
+    "even_steps",
     "range_sqnr_db",
+    "refuse_codebooks",
+    "round_to_nearest",
     "state_of",
     "verify_graph",
 ]
