@@ -14,6 +14,7 @@ from qcompiler.errors import PipelineError, RecipeError, VerificationError, Zero
 from qcompiler.ir.experts import is_expert
 from qcompiler.ir.feeding import feed
 from qcompiler.ir.qtensor import Affine, QuantizedTensor
+from qcompiler.ir.segments import segment_graph
 from qcompiler.numerics import QuantSpec, Scheme, min_max_qparams
 from qcompiler.passes import RTN, Assign, InsertQDQ
 from qcompiler.protocol.observers import CrossGram, Gram
@@ -148,6 +149,18 @@ def test_the_gram_matrix_is_that_of_what_the_layer_will_read() -> None:
         if site.name in seen:
             rows = values[site.inputs[0].name].flatten(0, -2)
             torch.testing.assert_close(seen[site.name], rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_waves_are_of_layers_with_a_scheme_alone() -> None:
+    graph = language_model()
+    Assign("w4a16-g8", overrides={"0.*": None, "1.o": None}).run(graph, PassContext(graph, CPU, 0))
+
+    def waves(quantizer: WeightQuantizer) -> list[list[str]]:
+        found = [wave for segment in segment_graph(graph).segments for wave in quantizer.waves(segment, graph)]
+        return [[site.name for site in wave] for wave in found]
+
+    assert waves(Nearest()) == [["1.q", "1.k", "1.v"], ["1.gate", "1.up"], ["1.down"]]
+    assert waves(Uncalibrated()) == [["1.q", "1.k", "1.v"], ["1.gate", "1.up", "1.down"]]
 
 
 def test_a_layer_that_is_called_on_two_values_has_one_gram_matrix() -> None:
