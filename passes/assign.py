@@ -16,9 +16,10 @@ from qcompiler.protocol import (
     PassContext,
     PassResult,
     Skip,
+    WeightQuantizer,
 )
 
-__all__ = ["Assign"]
+__all__ = ["Assign", "ShorthandQuantizer"]
 
 _RESULTS = ("logits", "scores")
 
@@ -97,6 +98,40 @@ class Assign(Pass):
                 remedy=f"{near} {listed}" if near else listed,
             )
         return PassResult(modified=False, skips=tuple(skips))
+
+
+@dataclass(frozen=True)
+class ShorthandQuantizer(WeightQuantizer):
+    """A weight quantizer whose first options say what an `Assign` ahead of it would.
+
+    Attributes:
+        bits: of the weights; None: schemes are assigned already.
+        group_size: elements per scale; -1: per output channel.
+        symmetric: no zero point.
+
+    Raises:
+        RecipeError: for bits or groups that no scheme has, or groups without bits.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.implied_passes()  # a shorthand that means nothing is refused here
+
+    def implied_passes(self) -> tuple[Pass, ...]:
+        """An `Assign` where ``bits`` is given."""
+        if self.bits is not None:
+            return (Assign(f"w{self.bits}a16", group_size=self.group_size, symmetric=self.symmetric),)
+        if self.group_size is None and self.symmetric is None:
+            return ()
+        raise RecipeError(
+            "group_size and symmetric are shorthand for an Assign, as bits is",
+            got=f"group_size={self.group_size}, symmetric={self.symmetric} without bits",
+            expected="bits besides, or an Assign ahead that says it",
+        )
 
 
 def _last_sites(graph: Graph) -> set[str]:

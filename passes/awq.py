@@ -9,7 +9,6 @@ from torch import Tensor
 
 from qcompiler import numerics
 from qcompiler.ir import Graph, Site
-from qcompiler.passes.rtn import refuse_codebooks
 from qcompiler.passes.solvers.scale_regions import (
     Choice,
     InputStatistics,
@@ -17,7 +16,7 @@ from qcompiler.passes.solvers.scale_regions import (
     clamped,
 )
 from qcompiler.proofs import Consumer, Region, consumer_scale, per_channel
-from qcompiler.protocol import Gram, PassContext, Statistic, Within
+from qcompiler.protocol import Gram, PassContext, Statistic, Within, refuse_codebooks
 
 __all__ = ["AWQ"]
 
@@ -85,7 +84,7 @@ class AWQ(ScaleRegions):
                 scaled = weight * columns
                 qparams = numerics.min_max_qparams(scaled, spec, context.scale_dtype(reader.site))
                 wrong = numerics.fake_quantize(scaled, *qparams, spec).div_(columns).sub_(weight)
-                total += float((torch.mm(wrong, gram) * wrong).sum(dtype=torch.float64))
+                total += numerics.gram_error(wrong, gram)
             return total
 
         plain = least = error(torch.ones(region.size))

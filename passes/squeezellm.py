@@ -1,38 +1,31 @@
 """`SqueezeLLM`: a table of values per output channel, where the loss wants them, and a few weights kept apart."""
 
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from qcompiler import numerics
 from qcompiler.errors import CalibrationError, RecipeError
-from qcompiler.ir import Codebook, Csr, Graph, Segment, Site
+from qcompiler.ir import Codebook, Csr, Site
 from qcompiler.numerics import QuantSpec
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.fisher import Fisher
-from qcompiler.passes.rtn import RTN, gathered_gram, unreached
+from qcompiler.passes.rtn import RTN
 from qcompiler.passes.solvers.codebook_descent import damped, improve, shifted
 from qcompiler.passes.solvers.kmeans import cluster, nearest
 from qcompiler.protocol import (
     CANONICAL,
     FISHER,
     SCHEMES,
-    WEIGHTS_QUANTIZED,
     CrossGram,
-    Effect,
     Gram,
     Pass,
-    PassContext,
-    PassResult,
-    SiteReport,
-    Statistic,
-    Tap,
-    Wave,
+    SharedInput,
+    Solution,
+    WeightQuantizer,
     Within,
+    even_steps,
 )
 
 __all__ = ["Moments", "Sensitivity", "SqueezeLLM", "squeeze"]
@@ -44,7 +37,7 @@ _SENSITIVE_SHARE = 1 / 9  # of the weights kept apart: 0.05 of 0.45 per cent in 
 
 
 @dataclass(frozen=True)
-class SqueezeLLM(Pass):
+class SqueezeLLM(WeightQuantizer):
     """Gives every output channel a table of ``2^bits`` values, and keeps a small part of the weights apart.
 
     ``linear(x, W)`` becomes ``linear(x, sparse_add(codebook_dequantize(codes, table), values, columns, row_offsets))``.
@@ -93,8 +86,7 @@ class SqueezeLLM(Pass):
     damping: Annotated[float, Within(0, 1, above=True)] = 0.05
     correction: Annotated[float, Within(0, 1)] = 0.5
 
-    effect: ClassVar[Effect] = Effect.APPROXIMATE
-    establishes: ClassVar[frozenset[str]] = frozenset({WEIGHTS_QUANTIZED})
+    makes_codebooks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,9 +105,9 @@ class SqueezeLLM(Pass):
         """Whether the sweep gathers second moments; the Fisher information is `Fisher`'s affair."""
         return self.sensitivity == "gram" or self.rounds > 0
 
-    @property
-    def _kinds(self) -> tuple[type[Statistic], ...]:
-        if not self.is_calibrated:
+    def kinds(self, spec: QuantSpec) -> tuple[type[Gram] | type[CrossGram], ...]:
+        """Second moments of the inputs of layers that get a codebook, as far as they are needed."""
+        if not self.is_calibrated or not spec.codebook:
             return ()
         return (Gram, CrossGram) if self.rounds and self.correction else (Gram,)
 
@@ -124,79 +116,50 @@ class SqueezeLLM(Pass):
         assign = () if self.bits is None else (Assign(f"w{self.bits}a16-lut"),)
         return (*assign, Fisher()) if self.sensitivity == "fisher" else assign
 
-    def waves(self, segment: Segment, graph: Graph) -> list[Wave]:
-        """Sites with a scheme; in true sequence where inputs are looked at."""
-        waves = segment.waves() if self.is_calibrated else [segment.sites]
-        waves = [tuple(site for site in wave if graph.schemes[site.name].weight is not None) for wave in waves]
-        return [wave for wave in waves if wave]
+    def quantize_together(self, layers: SharedInput) -> list[Solution]:
+        """Tables for schemes that want them; the others are rounded to nearest."""
+        if layers.spec.codebook:
+            return [
+                self._squeeze(site, weight, layers) for site, weight in zip(layers.sites, layers.weights, strict=True)
+            ]
+        nearest = RTN(search="mse")
+        rounded = [nearest.quantize(weight, None, layers.spec, layers.scale_dtype) for weight in layers.weights]
+        return [Solution(quantized, {"codebook": False}) for quantized in rounded]
 
-    def statistics(self, wave: Wave, graph: Graph) -> list[Tap]:
-        """The Gram matrix of every input of a site that gets a codebook, as far as it is needed."""
-        values = [value for site in wave if _has_codebook(graph, site) for value in site.inputs]
-        return [Tap(value, kind) for value in values for kind in self._kinds]
+    def quantize_unreached(self, layers: SharedInput) -> list[Solution]:
+        """Tables without anything known of the input."""
+        return self.quantize_together(layers)
 
-    def rewrite(self, wave: Wave, statistics: Mapping[Tap, Any], context: PassContext) -> PassResult:
-        """Quantizes the weights of a wave."""
-        graph = context.graph
-        grids = [site for site in wave if not _has_codebook(graph, site)]
-        rounded = RTN(search="mse").rewrite(grids, {}, context) if grids else PassResult(modified=False)
-        reports = [replace(r, method=self.name, details={"codebook": False}) for r in rounded.sites]
-        for site in wave:
-            if _has_codebook(graph, site):
-                reports.append(self._squeeze(site, statistics, context))
-        return PassResult(modified=bool(reports), sites=tuple(reports))
-
-    def _squeeze(self, site: Site, statistics: Mapping[Tap, Any], context: PassContext) -> SiteReport:
-        start = time.perf_counter()
-        spec = context.graph.schemes[site.name].weight
-        assert spec is not None
-        weight = context.weight(site)
+    def _squeeze(self, site: Site, weight: Tensor, layers: SharedInput) -> Solution:
         details: dict[str, Any] = {"sensitivity": self.sensitivity}
-        gram: Tensor | None = None
-        if self.is_calibrated:
-            gathered = gathered_gram(site.inputs, statistics)
-            gram = gathered.result() if gathered.rows else None
-            details |= {"calibration_rows": gathered.rows} if gathered.rows else unreached([site])
         if self.sensitivity == "fisher":
-            sensitivity = context.graph.fisher.read(site.name).to(weight.device)
+            sensitivity = layers.context.graph.fisher.read(site.name).to(weight.device)
         else:
-            sensitivity = weight.new_zeros(1, site.in_features) if gram is None else gram.diagonal()[None]
+            sensitivity = weight.new_zeros(1, site.in_features)
+            if layers.gram is not None:
+                sensitivity = layers.gram.diagonal()[None]
         if not bool(sensitivity.any()):
-            details.setdefault("fallback", "all weights count alike: the loss minds none of them")
-        dtype = context.scale_dtype(site)
+            details["fallback"] = "all weights count alike: the loss minds none of them"
         moments = None
-        if gram is not None and self.rounds:
-            cross = None
-            if self.correction:
-                cross = CrossGram()
-                for value in site.inputs:
-                    cross.merge(statistics[Tap(value, CrossGram)])
-            moments = Moments(gram, None if cross is None else cross.result(), self.damping, self.correction)
+        if layers.gram is not None and self.rounds:
+            moments = Moments(layers.gram, layers.cross, self.damping, self.correction)
         quantized = squeeze(
-            weight, sensitivity, spec, dtype, self.sparse_fraction, moments, self.rounds, where=site.name
+            weight,
+            sensitivity,
+            layers.spec,
+            layers.scale_dtype,
+            self.sparse_fraction,
+            moments,
+            self.rounds,
+            where=site.name,
         )
-        restored = quantized.dequantize()
-        nearest_grid = _even_steps(weight, spec, dtype)
+        nearest = even_steps(weight, layers.spec, layers.scale_dtype)
         details |= {
-            "weighted_error": _ratio(weight - restored, weight, sensitivity),
-            "rtn_weighted_error": _ratio(weight - nearest_grid, weight, sensitivity),
+            "weighted_error": _ratio(weight - quantized.dequantize(), weight, sensitivity),
+            "rtn_weighted_error": _ratio(weight - nearest, weight, sensitivity),
             "sparse_values": 0 if quantized.sparse is None else len(quantized.sparse.values),
         }
-        errors: dict[str, float] = {}
-        if gram is not None:
-            energy = _output_error(weight, gram) or 1.0
-            errors["output_error"] = _output_error(weight - restored, gram) / energy
-            errors["rtn_output_error"] = _output_error(weight - nearest_grid, gram) / energy
-        report = SiteReport(
-            site.name, self.name, str(spec), numerics.sqnr_db(weight, restored), details=details, **errors
-        )
-        context.graph.set_weight(site, quantized)
-        return replace(report, seconds=time.perf_counter() - start)
-
-
-def _has_codebook(graph: Graph, site: Site) -> bool:
-    spec = graph.schemes[site.name].weight
-    return spec is not None and spec.codebook
+        return Solution(quantized, details)
 
 
 @dataclass(frozen=True)
@@ -301,18 +264,8 @@ def _kept_apart(weight: Tensor, sensitivity: Tensor, count: int) -> Tensor | Non
     return apart.reshape(weight.shape)
 
 
-def _even_steps(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> Tensor:
-    """The weight rounded to a grid of as many steps that covers the range of each row."""
-    grid = QuantSpec(spec.dtype, "per_channel", None, symmetric=False)
-    return numerics.fake_quantize(weight, *numerics.min_max_qparams(weight, grid, scale_dtype), grid)
-
-
 def _ratio(error: Tensor, weight: Tensor, sensitivity: Tensor) -> float:
     """``sum h e^2 / sum h w^2``, all counting alike where nothing counts."""
     counted = sensitivity if bool(sensitivity.any()) else torch.ones_like(sensitivity)
     energy = float((counted * weight * weight).sum(dtype=torch.float64)) or 1.0
     return float((counted * error * error).sum(dtype=torch.float64)) / energy
-
-
-def _output_error(error: Tensor, gram: Tensor) -> float:
-    return float((torch.mm(error, gram) * error).sum(dtype=torch.float64))

@@ -1,16 +1,20 @@
 """A door for guests: what the author of a pass, a statistic, a rewrite of the graph or a target needs, in one place.
 
-A pass derives from `Pass` and says by `Effect` what it may change; a statistic has the methods of `Statistic`, and a
-`Tap` asks for it at a value; what a pass did is a `PassResult` of `SiteReport` and `Skip`. Weights become `Affine` or
-`Codebook` values under a `QuantSpec`; `numerics` holds the arithmetic. Numbers that an option may take are said by
-`Within`. A target derives from `Target`: it answers with `Support`, and gives a `Lowered` that a `Reader` is for;
-what runs is an `Artifact`. `check_pass` holds a pass to what it declares. Passes to stand beside, such as `Assign`,
-are in `qcompiler.passes`.
+A rounding of one's own derives from `WeightQuantizer` and is one function: from a weight, its `QuantSpec` and the
+`Gram` matrix of its input to a `QuantizedTensor`, which is an `Affine` or a `Codebook`; a `Solution` tells more, and
+layers that read one input can be solved together as a `SharedInput`. `numerics` holds the arithmetic,
+`round_to_nearest` is what a rounding is measured against.
+
+Any other pass derives from `Pass` and says by `Effect` what it may change; a statistic has the methods of
+`Statistic`, and a `Tap` asks for it at a value; what a pass did is a `PassResult` of `SiteReport` and `Skip`. Numbers
+that an option may take are said by `Within`. A target derives from `Target`: it answers with `Support`, and gives a
+`Lowered` that a `Reader` is for; what runs is an `Artifact`. `check_pass` holds a pass to what it declares. Passes to
+stand beside, such as `Assign`, are in `qcompiler.passes`.
 """
 
 from qcompiler import numerics
 from qcompiler.errors import CalibrationError, InputError, QCompilerError, RecipeError, TargetError
-from qcompiler.ir import Affine, Codebook, Csr, Graph, Segment, Site, is_op
+from qcompiler.ir import Affine, Codebook, Csr, Graph, QuantizedTensor, Segment, Site, is_op
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import (
     ACTIVATIONS_QUANTIZED,
@@ -34,14 +38,18 @@ from qcompiler.protocol import (
     PassResult,
     Reader,
     Rescale,
+    SharedInput,
     SiteReport,
     Skip,
+    Solution,
     Statistic,
     Support,
     Tap,
     Target,
     Wave,
+    WeightQuantizer,
     Within,
+    round_to_nearest,
 )
 from qcompiler.testing import check_pass
 
@@ -73,22 +81,27 @@ __all__ = [
     "PassResult",
     "QCompilerError",
     "QuantSpec",
+    "QuantizedTensor",
     "Reader",
     "RecipeError",
     "Rescale",
     "Scheme",
     "Segment",
+    "SharedInput",
     "Site",
     "SiteReport",
     "Skip",
+    "Solution",
     "Statistic",
     "Support",
     "Tap",
     "Target",
     "TargetError",
     "Wave",
+    "WeightQuantizer",
     "Within",
     "check_pass",
     "is_op",
     "numerics",
+    "round_to_nearest",
 ]

@@ -16,7 +16,7 @@ DOORS = {"qcompiler", "qcompiler.extend", "qcompiler.passes"}
 def programs() -> dict[str, str]:
     """The Python of every page and example that is about code of one's own."""
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    return {PAGE.name: "\n".join(blocks), "custom_pass.py": (ROOT / "examples" / "custom_pass.py").read_text()}
+    return {PAGE.name: "\n".join(blocks), "custom_rounding.py": (ROOT / "examples" / "custom_rounding.py").read_text()}
 
 
 @pytest.mark.parametrize("name", programs())

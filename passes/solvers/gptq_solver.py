@@ -183,7 +183,7 @@ def solve_gptq(
                 damping=used,
                 dead_columns=width - alive,
                 loss=float(part_loss.sum()),
-                rtn_loss=float((torch.mm(rtn_error, gram) * rtn_error).sum(dtype=torch.float64)),
+                rtn_loss=numerics.gram_error(rtn_error, gram),
             )
         )
     return tuple(solutions)

@@ -19,7 +19,7 @@ from qcompiler.ir.graph import (
     stored_names,
 )
 from qcompiler.ir.kv_cache import Cache, cache_rounding, float_caches, keep_range, quantize_cache
-from qcompiler.ir.qtensor import Affine, Codebook, Csr
+from qcompiler.ir.qtensor import Affine, Codebook, Csr, QuantizedTensor
 from qcompiler.ir.segments import Segment, SegmentedGraph, segment_graph
 from qcompiler.ir.signature import (
     BATCH,
@@ -48,6 +48,7 @@ __all__ = [
     "Dim",
     "Graph",
     "Port",
+    "QuantizedTensor",
     "Role",
     "Segment",
     "SegmentedGraph",

@@ -32,6 +32,19 @@ class Affine:
     scale_dtype: torch.dtype
     factor: Tensor | None = None
 
+    @classmethod
+    def of(
+        cls, weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, scale_dtype: torch.dtype
+    ) -> "Affine":
+        """A weight rounded to the nearest codes under scales and zero points of one's choice.
+
+        Args:
+            weight: float ``[out, in]``, what the scales were chosen for.
+            scale, zero_point, spec, scale_dtype: as above.
+        """
+        codes = numerics.quantize(weight, scale, zero_point, spec)
+        return cls(codes, scale, zero_point, spec, scale_dtype, numerics.scale_factor(weight, spec))
+
     @property
     def stored_scale(self) -> Tensor:
         """Scales as they are stored, one per row of blocks; those of ``float8_e8m0fnu`` as their bytes, uint8."""

@@ -18,6 +18,7 @@ __all__ = [
     "dequantize",
     "expand_groups",
     "fake_quantize",
+    "gram_error",
     "quantize",
     "round_codes",
     "round_scale",
@@ -130,3 +131,13 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def gram_error(error: Tensor, gram: Tensor) -> float:
+    """``tr(E G E')``: the squared error of a linear layer's output, summed over the rows of its input.
+
+    Args:
+        error: of the weight, float32 ``[out, in]``.
+        gram: second moments of the input, float32 ``[in, in]``.
+    """
+    return float((torch.mm(error, gram) * error).sum(dtype=torch.float64))

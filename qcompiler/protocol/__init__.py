@@ -42,6 +42,7 @@ from qcompiler.protocol.ranges import (
     choose_range,
     range_sqnr_db,
 )
+from qcompiler.protocol.solution import SharedInput, Solution, even_steps, round_to_nearest
 from qcompiler.protocol.statistics import AbsMax, CrossGram, Gram, HeadRange, Rescalable, RowSample, Statistic
 from qcompiler.protocol.target import (
     Lowered,
@@ -52,6 +53,7 @@ from qcompiler.protocol.target import (
     check_schemes,
 )
 from qcompiler.protocol.verify import verify_graph
+from qcompiler.protocol.weight_quantizer import WeightQuantizer, refuse_codebooks
 
 __all__ = [
     "ACTIVATIONS_QUANTIZED",
@@ -83,13 +85,16 @@ __all__ = [
     "Rescalable",
     "Rescale",
     "RowSample",
+    "SharedInput",
     "SiteReport",
     "Skip",
+    "Solution",
     "Statistic",
     "Support",
     "Tap",
     "Target",
     "Wave",
+    "WeightQuantizer",
     "Within",
     "activation_qparams",
     "check_caches",
@@ -100,11 +105,14 @@ __all__ = [
     "choose_device",
     "choose_range",
     "describe_hint",
+    "even_steps",
     "foreign",
     "import_object",
     "list_options",
     "range_sqnr_db",
     "read_options",
+    "refuse_codebooks",
+    "round_to_nearest",
     "state_of",
     "verify_graph",
 ]

@@ -26,6 +26,19 @@ def test_dequantize(symmetric):
     assert torch.equal(found, numerics.fake_quantize(x, *numerics.min_max_qparams(x, spec, torch.float16), spec))
 
 
+@pytest.mark.parametrize("scheme", ["w4a16-g8", "w3a16-channel-asym", "fp8", "nvfp4", "mxfp4"])
+def test_codes_under_scales_of_ones_choice(scheme):
+    spec = Scheme.parse(scheme).weight
+    x = torch.randn(4, 16)
+    scale, zero = numerics.mse_qparams(x, spec, spec.scale_torch_dtype(torch.float16))
+    found = Affine.of(x, scale, zero, spec, torch.float16)
+    assert torch.equal(found.codes, numerics.quantize(x, scale, zero, spec))
+    assert (found.scale is scale, found.zero_point is zero, found.spec) == (True, True, spec)
+    assert found.scale_dtype == torch.float16
+    assert (found.factor is not None) is spec.has_factor
+    assert torch.equal(found.dequantize(), numerics.fake_quantize(x, scale, zero, spec))
+
+
 @pytest.mark.parametrize(
     ("spec", "bits"),
     [

@@ -92,6 +92,12 @@ def test_sqnr():
     assert numerics.sqnr_db(large, noisy) == pytest.approx(expected, abs=1e-9)
 
 
+def test_gram_error():
+    x, error = torch.randn(20, 6), torch.randn(4, 6)
+    assert numerics.gram_error(error, x.T @ x) == pytest.approx(float((x @ error.T).square().sum()), rel=1e-5)
+    assert numerics.gram_error(torch.zeros(4, 6), x.T @ x) == 0
+
+
 # --- float codes ------------------------------------------------------------------------------------------------------
 
 FLOAT_SPECS = [

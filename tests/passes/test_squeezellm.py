@@ -284,7 +284,7 @@ def test_a_layer_without_sensitivity_and_one_never_reached():
     (_, site, _) = graph.sites()
     with pytest.raises(ZeroCoverageError, match="never reached"):
         SqueezeLLM(sensitivity="gram").rewrite(
-            [site], {Tap(v, k): k() for v in site.inputs for k in SqueezeLLM(sensitivity="gram")._kinds}, context
+            [site], {tap: tap.kind() for tap in SqueezeLLM(sensitivity="gram").statistics([site], graph)}, context
         )
 
 
