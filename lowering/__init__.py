@@ -7,7 +7,8 @@ __all__ = ["targets"]
 
 def targets() -> tuple[type[Target], ...]:
     """The targets that come along, in the order in which they are listed to users."""
+    from qcompiler.lowering.checkpoint import CheckpointTarget
     from qcompiler.lowering.kernels import KernelsTarget
     from qcompiler.lowering.onnx import OnnxTarget
 
-    return OnnxTarget, KernelsTarget
+    return OnnxTarget, CheckpointTarget, KernelsTarget

@@ -1,0 +1,13 @@
+"""The ``checkpoint`` target: a directory as engines load it, in the layout of a quantization library.
+
+| file | what |
+|---|---|
+| ``target`` | `CheckpointTarget`: what is taken, how a directory is written, and who reads it |
+| ``contents`` | what of a graph goes into a checkpoint, under the names that its engine knows |
+| ``compressed_tensors``, ``gptq``, ``awq`` | one layout each: what it holds, its tensors, its ``quantization_config`` |
+| ``card`` | the ``README.md`` beside the weights |
+"""
+
+from qcompiler.lowering.checkpoint.target import CheckpointTarget
+
+__all__ = ["CheckpointTarget"]

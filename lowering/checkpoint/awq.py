@@ -1,0 +1,86 @@
+"""The layout of AWQ (``gemm``), which vLLM, SGLang, TensorRT-LLM and gptqmodel read.
+
+Weights lie transposed, unsigned, packed along the output channels in an order of their own. Source: AutoAWQ's gemm
+linear module.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.lowering.checkpoint.contents import Contents, Layer, pack_words
+from qcompiler.numerics import Scheme
+from qcompiler.protocol import Support
+
+__all__ = ["READER", "add_layer", "extra_files", "quantization_config", "supports"]
+
+READER = None
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the eight output channels in a word, lowest bits first
+_GROUPS = (32, 64, 128)
+
+
+def supports(scheme: Scheme, width: int) -> Support:
+    """What becomes of a layer."""
+    weight = scheme.weight
+    if weight is None or scheme.activation is not None:
+        return Support("refused", "AWQ checkpoints round weights, and leave inputs in float", "choose w4a16")
+    if weight.is_float or weight.codebook or weight.bits != 4:
+        return Support("refused", "AWQ checkpoints hold integers of 4 bits", "choose w4a16")
+    if weight.granularity == "per_tensor":
+        return Support("refused", "AWQ checkpoints have a scale per group or channel", "leave out -tensor")
+    group = weight.group_of(width)
+    if width % group:
+        return Support("refused", f"groups of {group} do not divide {width} input channels")
+    if group not in (*_GROUPS, width):
+        return Support("writes-only", f"groups of {group}: vLLM has kernels for 32, 64, 128 and whole channels")
+    return Support("fused")
+
+
+def add_layer(contents: Contents, layer: Layer) -> None:
+    """Adds the tensors of a layer."""
+    rows, columns, spec = layer.rows, layer.columns, layer.weight
+    groups = columns // spec.group_of(columns)
+    middle = 8 if spec.symmetric else 0
+
+    def packed(codes: Tensor) -> Tensor:
+        return _pack((codes.to(torch.int16) + middle).to(torch.uint8).T)
+
+    def zeros(zero_point: Tensor) -> Tensor:
+        return _pack(zero_point.reshape(rows, groups).T)
+
+    def scales(scale: Tensor) -> Tensor:
+        return scale.reshape(rows, groups).T.to(torch.float16).contiguous()
+
+    contents.add(layer, "qweight", ["codes"], packed, "int32", (columns, rows // 8))
+    contents.add(layer, "scales", ["scale"], scales, "float16", (groups, rows))
+    if spec.symmetric:
+        contents.store.set(f"{layer.name}.qzeros", _pack(torch.full((groups, rows), 8, dtype=torch.uint8)))
+    else:
+        contents.add(layer, "qzeros", ["zero_point"], zeros, "int32", (groups, rows // 8))
+
+
+def _pack(values: Tensor) -> Tensor:
+    """uint8 ``[n, out]`` → int32 ``[n, out / 8]``."""
+    return pack_words(values.unflatten(-1, (-1, 8))[..., _ORDER].flatten(-2).contiguous(), 4)
+
+
+def quantization_config(contents: Contents) -> dict[str, Any] | None:
+    """What ``config.json`` says."""
+    if not contents.layers:
+        return None
+    groups = {layer.weight.group_of(layer.columns) for layer in contents.layers}
+    whole = all(layer.weight.group_of(layer.columns) == layer.columns for layer in contents.layers)
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": -1 if whole else min(groups),
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": contents.ignored or None,
+    }
+
+
+def extra_files(contents: Contents) -> dict[str, Any]:
+    """None: readers look into ``config.json``."""
+    return {}

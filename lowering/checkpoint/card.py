@@ -1,0 +1,59 @@
+"""The model card: what a checkpoint is, how it was made, what was lost, and how it is served."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from qcompiler.ir import Graph
+
+__all__ = ["text"]
+
+_CARD = """\
+---
+library_name: transformers
+tags: [qcompiler, quantized{{ ", " + layout if layout }}]
+---
+
+# {{ name }}
+
+{{ source }}, quantized by qcompiler; the layout is that of {{ layout }}.
+
+| format of weight and input | layers |
+|---|---|
+{% for scheme, count in schemes.items() -%}
+| {{ scheme }} | {{ count }} |
+{% endfor %}
+The other layers and the embeddings are as they were. Next to this file, `report.json` of the native artifact tells what
+each layer lost.
+
+## Serving
+
+```
+vllm serve PATH
+python -m sglang.launch_server --model-path PATH
+trtllm-serve PATH
+```
+
+`PATH` is this directory. TensorRT-LLM reads 8-bit floats and NVFP4 of compressed-tensors, and 4-bit AWQ and GPTQ.
+{% if layout == "compressed-tensors" %}
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+{% endif %}"""
+
+
+def text(graph: Graph, layout: str) -> str:
+    """The card of a graph's checkpoint, as Markdown."""
+    source = Path(str(graph.provenance.get("source", "a model"))).name
+    schemes: dict[str, int] = {}
+    for site in graph.sites():
+        scheme: Any = graph.schemes.get(site.name)
+        if scheme is not None and scheme.weight is not None:
+            key = f"{scheme.weight}, {scheme.activation or 'float'}"
+            schemes[key] = schemes.get(key, 0) + 1
+    fields = {"name": f"{source}, {layout}", "source": source, "layout": layout, "schemes": schemes}
+    rendered: str = jinja2.Template(_CARD).render(fields)
+    return rendered

@@ -1,0 +1,88 @@
+"""The layout of GPTQ (v1), which vLLM, SGLang, TensorRT-LLM and gptqmodel read.
+
+Weights lie transposed, unsigned, packed along the input channels; zero points are stored less one, as the first tools
+did. Source: GPTQModel's linear modules; vLLM takes symmetric codes of 4 and 8 bits.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.lowering.checkpoint.contents import Contents, Layer, pack_words
+from qcompiler.numerics import Scheme
+from qcompiler.protocol import Support
+
+__all__ = ["READER", "add_layer", "extra_files", "quantization_config", "supports"]
+
+READER = None
+_GROUPS = (32, 64, 128)
+
+
+def supports(scheme: Scheme, width: int) -> Support:
+    """What becomes of a layer."""
+    weight = scheme.weight
+    if weight is None or scheme.activation is not None:
+        return Support("refused", "GPTQ checkpoints round weights, and leave inputs in float", "choose w4a16 or w8a16")
+    if weight.is_float or weight.codebook or weight.bits not in (4, 8) or not weight.symmetric:
+        return Support("refused", "GPTQ checkpoints hold symmetric integers of 4 or 8 bits", "choose w4a16 or w8a16")
+    if weight.granularity == "per_tensor":
+        return Support("refused", "GPTQ checkpoints have a scale per group or channel", "leave out -tensor")
+    group = weight.group_of(width)
+    if width % group or width % 32:
+        return Support("refused", f"groups of {group} do not divide {width} input channels into whole words")
+    if group not in (*_GROUPS, width):
+        return Support("writes-only", f"groups of {group}: vLLM has kernels for 32, 64, 128 and whole channels")
+    return Support("fused")
+
+
+def add_layer(contents: Contents, layer: Layer) -> None:
+    """Adds the tensors of a layer."""
+    bits, rows, columns = layer.weight.bits, layer.rows, layer.columns
+    group, middle = layer.weight.group_of(columns), 1 << (bits - 1)
+    groups, per_word = columns // group, 32 // bits
+
+    def packed(codes: Tensor) -> Tensor:
+        return pack_words((codes.to(torch.int16) + middle).to(torch.uint8), bits).T.contiguous()
+
+    def scales(scale: Tensor) -> Tensor:
+        return scale.reshape(rows, groups).T.to(torch.float16).contiguous()
+
+    contents.add(layer, "qweight", ["codes"], packed, "int32", (columns // per_word, rows))
+    contents.add(layer, "scales", ["scale"], scales, "float16", (groups, rows))
+    zeros = torch.full((groups, rows), middle - 1, dtype=torch.uint8)
+    contents.store.set(f"{layer.name}.qzeros", pack_words(zeros, bits))
+    contents.store.set(f"{layer.name}.g_idx", torch.arange(columns, dtype=torch.int32) // group)
+
+
+def quantization_config(contents: Contents) -> dict[str, Any] | None:
+    """What ``config.json`` says: the format of the first layer, and of others where they differ."""
+    if not contents.layers:
+        return None
+    first, *others = (_fields(layer) for layer in contents.layers)
+    found = {
+        "quant_method": "gptq",
+        **first,
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": "gptq",
+        "lm_head": any(layer.name == "lm_head" for layer in contents.layers),
+    }
+    different = {
+        f"+:^{layer.name.replace('.', chr(92) + '.')}$": fields
+        for layer, fields in zip(contents.layers[1:], others, strict=True)
+        if fields != first
+    }
+    different |= {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in contents.ignored if name != "lm_head"}
+    return {**found, "dynamic": different} if different else found
+
+
+def extra_files(contents: Contents) -> dict[str, Any]:
+    """``quantize_config.json``, which older readers look for."""
+    found = quantization_config(contents)
+    return {} if found is None else {"quantize_config.json": found}
+
+
+def _fields(layer: Layer) -> dict[str, Any]:
+    group = layer.weight.group_of(layer.columns)
+    return {"bits": layer.weight.bits, "group_size": -1 if group == layer.columns else group}
