@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from qcompiler.errors import QCompilerError, RecipeError
-from qcompiler.protocol import Pass
+from qcompiler.protocol import Pass, WeightQuantizer
 
 __all__ = ["import_object", "import_passes"]
 
@@ -72,7 +72,7 @@ def _instance(item: object, place: str) -> Pass:
 
 def _is_pass_like(value: object) -> bool:
     items = value if isinstance(value, (tuple, list)) and value else [value]
-    return value is not Pass and all(
+    return value is not Pass and value is not WeightQuantizer and all(
         isinstance(item, Pass) or (isinstance(item, type) and issubclass(item, Pass)) for item in items
     )
 
