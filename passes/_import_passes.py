@@ -72,8 +72,10 @@ def _instance(item: object, place: str) -> Pass:
 
 def _is_pass_like(value: object) -> bool:
     items = value if isinstance(value, (tuple, list)) and value else [value]
-    return value is not Pass and value is not WeightQuantizer and all(
-        isinstance(item, Pass) or (isinstance(item, type) and issubclass(item, Pass)) for item in items
+    return (
+        value is not Pass
+        and value is not WeightQuantizer
+        and all(isinstance(item, Pass) or (isinstance(item, type) and issubclass(item, Pass)) for item in items)
     )
 
 

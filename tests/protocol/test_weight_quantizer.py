@@ -220,8 +220,9 @@ def test_layers_that_come_one_by_one_are_given_one_gram_matrix() -> None:
             seen.append(gram)
             return super().quantize(weight, gram, spec, scale_dtype)
 
-    recipe = [Assign("w4a16-g8", overrides={"1.*": None}), Looking()]
-    qc.compile(language_model(), recipe, qc.Calibration.from_tokens(ROWS[0][0]), device="cpu")
+    recipe = [Assign("w4a16-g8", overrides={"1.*": None, "0.k": "w8a16"}), Looking()]
+    result = qc.compile(language_model(), recipe, qc.Calibration.from_tokens(ROWS[0][0]), device="cpu")
+    assert [report.site for report in result.report.sites][:3] == ["0.q", "0.k", "0.v"]  # as they stand, not by format
     q, k, v, o, gate, up, down = seen
     assert q is k is v
     assert gate is up
