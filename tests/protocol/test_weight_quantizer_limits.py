@@ -1,6 +1,6 @@
 """Where a weight quantizer does not quantize, or not as its own function would: no rows, a refused format, a slip."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -134,7 +134,20 @@ def test_a_quantizer_without_a_function_is_no_pass() -> None:
         Empty().quantize(torch.ones(1, 1), torch.ones(1, 1), QuantSpec("int8", "per_tensor", None), torch.float32)
 
 
-# --- tensors that are changed in place --------------------------------------------------------------------------------
+# --- slips ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_returned_is_checked_layer_by_layer() -> None:
+    @dataclass(frozen=True)
+    class Slipping(Nearest):
+        def quantize(self, weight: Tensor, gram: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> Affine:
+            found = super().quantize(weight, gram, spec, scale_dtype)
+            return replace(found, codes=found.codes + 20) if len(weight) == 6 else found
+
+    with pytest.raises(VerificationError, match="slipping gave something else") as caught:
+        check_pass([Assign("w4a16-g8"), Slipping()], Called(), INPUTS)
+    assert caught.value.where == "last"
+    assert "not -8 to 7" in str(caught.value.got)
 
 
 @pytest.mark.parametrize("which", ["weight", "gram"])
