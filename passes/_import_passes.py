@@ -4,7 +4,7 @@ Importing a file runs it. That happens only for what a user names, on the comman
 """
 
 from qcompiler.errors import RecipeError
-from qcompiler.protocol import Pass, foreign, import_object
+from qcompiler.protocol import Pass, WeightQuantizer, foreign, import_object
 
 __all__ = ["import_passes", "is_pass_like"]
 
@@ -35,6 +35,6 @@ def _instance(item: object, place: str) -> Pass:
 def is_pass_like(value: object) -> bool:
     """Whether something is a pass, a class of passes, or several."""
     items = value if isinstance(value, (tuple, list)) and value else [value]
-    return value is not Pass and all(
+    return value not in (Pass, WeightQuantizer) and all(
         isinstance(item, Pass) or (isinstance(item, type) and issubclass(item, Pass)) for item in items
     )

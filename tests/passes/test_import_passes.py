@@ -28,6 +28,7 @@ class Needy(Nothing):
     def __init__(self, need):
         object.__setattr__(self, "need", need)
 
+from qcompiler.extend import WeightQuantizer
 INSTANCE = Nothing(2)
 RECIPE = (Assign("w4a16"), RTN)
 MIXED = [RTN(), 3]
