@@ -5,10 +5,15 @@ A pass derives from `Pass` and says by `Effect` what it may change; a statistic 
 or `Codebook` values under a `QuantSpec`; `numerics` holds the arithmetic. Numbers that an option may take
 are said by `Within`. A target answers as a `TargetSpec`, with `Support`; what runs is an `Artifact`. `check_pass` holds
 a pass to what it declares. Passes to stand beside, such as `Assign`, are in `qcompiler.passes`.
+
+A `RangeStatistic` chooses ranges of activations for `InsertQDQ`. A pass that rewrites the `Graph` inserts operators
+into it, or applies a `Rule` by `apply_rules`: it looks for calls by `expect`, raises `Miss` where something does not
+fit, and puts others in their place by `replace_call`.
 """
 
 from qcompiler import numerics
-from qcompiler.errors import CalibrationError, InputError, QCompilerError, RecipeError, TargetError
+from qcompiler.errors import CalibrationError, InputError, QCompilerError, RecipeError, TargetError, VerificationError
+from qcompiler.frontend import Miss, Rule, apply_rules, expect, replace_call
 from qcompiler.ir import Affine, Codebook, Csr, Graph, Segment, Site, is_op
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import (
@@ -30,6 +35,7 @@ from qcompiler.protocol import (
     Pass,
     PassContext,
     PassResult,
+    RangeStatistic,
     Rescale,
     SiteReport,
     Skip,
@@ -64,13 +70,16 @@ __all__ = [
     "Histogram",
     "InputError",
     "MinMax",
+    "Miss",
     "Pass",
     "PassContext",
     "PassResult",
     "QCompilerError",
     "QuantSpec",
+    "RangeStatistic",
     "RecipeError",
     "Rescale",
+    "Rule",
     "Scheme",
     "Segment",
     "Site",
@@ -81,9 +90,13 @@ __all__ = [
     "Tap",
     "TargetError",
     "TargetSpec",
+    "VerificationError",
     "Wave",
     "Within",
+    "apply_rules",
     "check_pass",
+    "expect",
     "is_op",
     "numerics",
+    "replace_call",
 ]

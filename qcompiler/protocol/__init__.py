@@ -6,7 +6,16 @@ what they declare (`verify`).
 
 from qcompiler.protocol.artifact import Artifact
 from qcompiler.protocol.histograms import Histogram, MinMax
-from qcompiler.protocol.observers import AbsMax, CrossGram, Gram, HeadRange, Rescalable, RowSample, Statistic
+from qcompiler.protocol.observers import (
+    AbsMax,
+    CrossGram,
+    Gram,
+    HeadRange,
+    RangeStatistic,
+    Rescalable,
+    RowSample,
+    Statistic,
+)
 from qcompiler.protocol.options import Within, describe_hint
 from qcompiler.protocol.pass_base import (
     ACTIVATIONS_QUANTIZED,
@@ -35,7 +44,9 @@ from qcompiler.protocol.ranges import (
     Method,
     activation_qparams,
     check_method,
+    check_range_statistic,
     choose_range,
+    range_of,
     range_sqnr_db,
 )
 from qcompiler.protocol.target import (
@@ -76,6 +87,7 @@ __all__ = [
     "PassContext",
     "PassResult",
     "Pipeline",
+    "RangeStatistic",
     "Rescalable",
     "Rescale",
     "RowSample",
@@ -92,9 +104,11 @@ __all__ = [
     "check_declared",
     "check_exact",
     "check_method",
+    "check_range_statistic",
     "check_schemes",
     "choose_range",
     "describe_hint",
+    "range_of",
     "range_sqnr_db",
     "state_of",
     "verify_graph",

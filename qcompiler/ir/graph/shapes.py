@@ -153,7 +153,7 @@ class ShapeRun:
 
     def _symbol(self, name: str) -> Any:
         if name not in self._symbols:
-            import sympy
+            import sympy  # type: ignore[import-untyped]
             from torch._dynamo.source import ConstantSource
             from torch.fx.experimental.symbolic_shapes import DimDynamic
 
@@ -201,7 +201,7 @@ def symbolic_size(size: Any, symbols: Mapping[str, Dim]) -> Dim:
     """
     if isinstance(size, int):
         return size
-    import sympy  # type: ignore[import-untyped]
+    import sympy
 
     expression = size.node.expr
     names = {s: sympy.Symbol(str(symbols.get(str(s), s))) for s in expression.free_symbols}

@@ -1,5 +1,7 @@
 """What operators give is told without running them on numbers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import fx
@@ -86,7 +88,7 @@ def test_what_depends_on_values_is_not_told() -> None:
         ShapeRun({}).call(canonical.take_expert.default, (described("n", 4), described("n", dtype=torch.int64), 1), {})
 
 
-def test_a_size_is_no_code(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_size_is_no_code(tmp_path: Path) -> None:
     text = f"__import__('pathlib').Path({str(tmp_path / 'made')!r}).touch()"
     assert ShapeRun({}).call(aten.neg.default, (described(text, 4),), {}).shape == (text, 4)
     assert not (tmp_path / "made").exists()
