@@ -40,7 +40,7 @@ def test_the_function_stays_and_the_weights_do_not(pattern: str, count: int) -> 
     assert 0 < checked.error < 1e-9
     nodes = [node for node in checked.graph.fx.nodes if is_op(node, hadamard)]
     assert len(nodes) == count  # up and gate read one value: it is rotated once
-    assert all(node.meta["shape"] == node.args[0].meta["shape"] for node in nodes)  # type: ignore[union-attr]
+    assert all(node.meta["shape"] == node.args[0].meta["shape"] for node in nodes)
 
 
 def test_nothing_fits() -> None:
