@@ -215,7 +215,10 @@ def _read_table(table: object, path: Path, index: int) -> tuple[type[Pass], dict
     for name, value in table.items():
         if name != "use":
             try:
-                options[name] = _convert(value, hints[name])
+                options[name] = _convert(value, hints[name], path.parent)
+            except RecipeError as error:
+                error.where = f"{where}.{name}" if error.where is None else f"{where}.{name}: {error.where}"
+                raise
             except _Misfit as misfit:
                 raise RecipeError(
                     "an option of the wrong type",
@@ -282,13 +285,17 @@ class _Misfit(Exception):
         super().__init__()
 
 
-def _convert(value: Any, hint: Any) -> Any:
-    """A TOML value as an option annotated ``hint`` takes it; TOML has no null, so ``"none"`` stands for None."""
+def _convert(value: Any, hint: Any, directory: Path) -> Any:
+    """A TOML value as an option annotated ``hint`` takes it.
+
+    TOML has no null, so ``"none"`` stands for None; nor classes, so ``"file.py:Name"`` stands for one, a relative path
+    beginning at ``directory``.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         for candidate in sorted(arguments, key=lambda a: a is not NoneType):
             try:
-                return _convert(value, candidate)
+                return _convert(value, candidate, directory)
             except _Misfit:
                 continue
     elif hint is NoneType and value == "none":
@@ -297,16 +304,20 @@ def _convert(value: Any, hint: Any) -> Any:
         return value
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
+    elif origin is type and isinstance(value, str) and ":" in value:
+        found = import_object(value, directory)
+        if isinstance(found, type):
+            return found
     elif origin is Literal and any(value == item and type(value) is type(item) for item in arguments):
         return value
     elif isinstance(hint, type) and issubclass(hint, Enum) and value in [item.value for item in hint]:
         return hint(value)
     elif isinstance(value, dict) and isinstance(origin, type) and issubclass(origin, Mapping):
-        return {key: _convert(item, arguments[1]) for key, item in value.items()}
+        return {key: _convert(item, arguments[1], directory) for key, item in value.items()}
     elif isinstance(value, list) and isinstance(origin, type) and issubclass(origin, Sequence):
         if origin is not tuple or arguments[-1] is Ellipsis:
             arguments = arguments[:1] * len(value)
         if len(arguments) == len(value):
-            items = [_convert(item, wanted) for item, wanted in zip(value, arguments, strict=True)]
+            items = [_convert(item, wanted, directory) for item, wanted in zip(value, arguments, strict=True)]
             return tuple(items) if origin is tuple else items
     raise _Misfit(value, hint)

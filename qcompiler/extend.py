@@ -10,10 +10,15 @@ Any other pass derives from `Pass` and says by `Effect` what it may change; a st
 that an option may take are said by `Within`. A target derives from `Target`: it answers with `Support`, and gives a
 `Lowered` that a `Reader` is for; what runs is an `Artifact`. `check_pass` holds a pass to what it declares. Passes to
 stand beside, such as `Assign`, are in `qcompiler.passes`.
+
+A `RangeStatistic` chooses ranges of activations for `InsertQDQ`. A pass that rewrites the `Graph` inserts operators
+into it, or applies a `Rule` by `apply_rules`: it looks for calls by `expect`, raises `Miss` where something does not
+fit, and puts others in their place by `replace_call`.
 """
 
 from qcompiler import numerics
-from qcompiler.errors import CalibrationError, InputError, QCompilerError, RecipeError, TargetError
+from qcompiler.errors import CalibrationError, InputError, QCompilerError, RecipeError, TargetError, VerificationError
+from qcompiler.frontend import Miss, Rule, apply_rules, expect, replace_call
 from qcompiler.ir import Affine, Codebook, Csr, Graph, QuantizedTensor, Segment, Site, is_op
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import (
@@ -36,6 +41,7 @@ from qcompiler.protocol import (
     Pass,
     PassContext,
     PassResult,
+    RangeStatistic,
     Reader,
     Rescale,
     SharedInput,
@@ -76,15 +82,18 @@ __all__ = [
     "InputError",
     "Lowered",
     "MinMax",
+    "Miss",
     "Pass",
     "PassContext",
     "PassResult",
     "QCompilerError",
     "QuantSpec",
     "QuantizedTensor",
+    "RangeStatistic",
     "Reader",
     "RecipeError",
     "Rescale",
+    "Rule",
     "Scheme",
     "Segment",
     "SharedInput",
@@ -97,11 +106,15 @@ __all__ = [
     "Tap",
     "Target",
     "TargetError",
+    "VerificationError",
     "Wave",
     "WeightQuantizer",
     "Within",
+    "apply_rules",
     "check_pass",
+    "expect",
     "is_op",
     "numerics",
+    "replace_call",
     "round_to_nearest",
 ]

@@ -77,6 +77,14 @@ def test_the_pass_on_the_page_works(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "relative squared error" in capsys.readouterr().out
 
 
+def test_the_rewrites_on_the_page_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = tmp_path / "rewrites.py"
+    program.write_text("\n".join(blocks(ROOT / "docs" / "rewriting-the-graph.md", "python")), encoding="utf-8")
+    (imported,) = load_recipe(f"{program}:FuseSwish")
+    assert imported.name == "fuse-swish"
+    assert "refused: a pass that is declared exact changed" in capsys.readouterr().out
+
+
 def test_every_fact_and_method_on_the_page_is_there() -> None:
     page = (ROOT / "docs" / "writing-a-pass.md").read_text(encoding="utf-8")
     for name in ("requires", "establishes", "invalidates", "barrier", "rewrites_upstream", "waves", "statistics"):

@@ -9,14 +9,17 @@ import pytest
 from qcompiler import extend, passes
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "writing-a-pass.md"
+PAGES = [ROOT / "docs" / name for name in ("writing-a-pass.md", "rewriting-the-graph.md")]
 DOORS = {"qcompiler", "qcompiler.extend", "qcompiler.passes"}
 
 
 def programs() -> dict[str, str]:
     """The Python of every page and example that is about code of one's own."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    return {PAGE.name: "\n".join(blocks), "custom_rounding.py": (ROOT / "examples" / "custom_rounding.py").read_text()}
+    found = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("custom_*.py")}
+    for page in PAGES:
+        blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        found[page.name] = "\n".join(blocks)
+    return found
 
 
 @pytest.mark.parametrize("name", programs())

@@ -1,13 +1,45 @@
 """What rounding the input of a linear layer does to its output, tried on a sample of rows."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from qcompiler import numerics
 from qcompiler.numerics import QuantSpec
 
-__all__ = ["output_error", "round_rows"]
+__all__ = ["RoundingTrial", "output_error", "round_rows", "try_rounding"]
 
 _canonical = torch.ops.qcompiler
+
+
+@dataclass(frozen=True)
+class RoundingTrial:
+    """What rounding did to a sample.
+
+    Attributes:
+        input_sqnr_db: signal over noise of the input itself.
+        output_sqnr_db: of the layer's output, see `output_error`.
+    """
+
+    input_sqnr_db: float
+    output_sqnr_db: float
+
+
+def try_rounding(
+    rows: Tensor, weight: Tensor, spec: QuantSpec, scale: Tensor | None, zero_point: Tensor | None
+) -> RoundingTrial:
+    """Rounds a sample of a layer's input.
+
+    Args:
+        rows: float32 ``[n, in]``.
+        weight: float32 ``[out, in]``.
+        spec, scale, zero_point: as `round_rows` takes them.
+    """
+    rounded = round_rows(rows, spec, scale, zero_point)
+    share = output_error(rows, rounded, weight)
+    return RoundingTrial(numerics.sqnr_db(rows, rounded), -10 * math.log10(share) if share else math.inf)
 
 
 def round_rows(rows: Tensor, spec: QuantSpec, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:

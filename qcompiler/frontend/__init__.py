@@ -9,16 +9,23 @@ from qcompiler.frontend.canonicalization import canonicalize
 from qcompiler.frontend.capture import capture_directory, capture_module
 from qcompiler.frontend.directories import fingerprint_directory, open_checkpoint, read_config
 from qcompiler.frontend.model_config import declared, declared_positions
+from qcompiler.frontend.pattern import Miss, Rule, apply_rules, expect
+from qcompiler.frontend.pattern import replace as replace_call
 from qcompiler.frontend.skeleton import build_on_meta
 
 __all__ = [
+    "Miss",
+    "Rule",
+    "apply_rules",
     "build_on_meta",
     "canonicalize",
     "capture_directory",
     "capture_module",
     "declared",
     "declared_positions",
+    "expect",
     "fingerprint_directory",
     "open_checkpoint",
     "read_config",
+    "replace_call",
 ]

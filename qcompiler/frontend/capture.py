@@ -16,7 +16,6 @@ from qcompiler.frontend.exporting import (
     Exported,
     export,
     first_line,
-    symbolic_size,
     untraceable,
 )
 from qcompiler.frontend.leftovers import unread_parameters, unused_tensors
@@ -35,6 +34,7 @@ from qcompiler.ir import (
     Port,
     Role,
     Signature,
+    symbolic_size,
 )
 from qcompiler.storage import WeightStore
 

@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from qcompiler.errors import UnsupportedModelError
-from qcompiler.ir import Dim, Signature
+from qcompiler.ir import Dim, Signature, symbolic_size
 from qcompiler.storage import WeightStore
 
-__all__ = ["Exported", "export", "first_line", "symbolic_size", "untraceable"]
+__all__ = ["Exported", "export", "first_line", "untraceable"]
 
 _aten = torch.ops.aten
 _LONGEST_LIST = 64  # of numbers that are made into a tensor one by one
@@ -347,14 +347,3 @@ class _Rebuilder:
         if text not in self._shapes:
             self._shapes[text] = symbolic_size(size, self._symbols)
         return self._shapes[text]
-
-
-def symbolic_size(size: Any, symbols: Mapping[str, Dim]) -> Dim:
-    """A size of the program as an expression of our symbols."""
-    if isinstance(size, int):
-        return size
-    import sympy  # type: ignore[import-untyped]
-
-    expression = size.node.expr
-    names = {s: sympy.Symbol(str(symbols.get(str(s), s))) for s in expression.free_symbols}
-    return str(expression.subs(names, simultaneous=True))

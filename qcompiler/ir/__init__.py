@@ -17,6 +17,7 @@ from qcompiler.ir.graph import (
     quantized_value,
     site_name,
     stored_names,
+    symbolic_size,
 )
 from qcompiler.ir.kv_cache import Cache, cache_rounding, float_caches, keep_range, quantize_cache
 from qcompiler.ir.qtensor import Affine, Codebook, Csr, QuantizedTensor
@@ -77,4 +78,5 @@ __all__ = [
     "static_caches",
     "static_qparams",
     "stored_names",
+    "symbolic_size",
 ]

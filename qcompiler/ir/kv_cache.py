@@ -146,8 +146,8 @@ def quantize_cache(
                 zero_node = _call(graph, operator.getitem, (chosen, 1), spec.code_dtype, (*new_shape[:3], groups))
         else:
             assert scale is not None
-            scale_node = graph._get_attr(scale)
-            zero_node = None if zero_point is None else graph._get_attr(zero_point)
+            scale_node = graph.stored_node(scale)
+            zero_node = None if zero_point is None else graph.stored_node(zero_point)
         arguments = (value, scale_node, zero_node, axis, block, spec.code_dtype, spec.bits)
         codes = _call(graph, _canonical.quantize.default, arguments, spec.code_dtype, new_shape)
         if spec.is_packed:
@@ -285,7 +285,7 @@ def keep_range(graph: Graph, cache: Cache, low: Tensor, high: Tensor) -> None:
     """
     graph.weights.set(f"{cache.name}_range", torch.stack((low, high)))
     with graph.fx.inserting_before(cache.append):
-        graph._get_attr(f"{cache.name}_range")
+        graph.stored_node(f"{cache.name}_range")
 
 
 def kept_range(graph: Graph, layer: int, part: Literal["key", "value"]) -> tuple[Tensor, Tensor] | None:

@@ -89,7 +89,7 @@ def _make_static(graph: Graph, append: Node, port: Port) -> bool:
     axis, block = spec.place(int(port.shape[3]))
     for node in (writer, reader):
         with graph.fx.inserting_before(node):
-            stored = [None if name is None else graph._get_attr(name) for name in names]
+            stored = [None if name is None else graph.stored_node(name) for name in names]
         node.args = (node.args[0], *stored, axis, block, *node.args[5:])
     return True
 

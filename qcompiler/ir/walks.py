@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
-import qcompiler.ir.ops  # noqa: F401  (defines torch.ops.qcompiler)  # noqa: F401  (defines torch.ops.qcompiler)
+import qcompiler.ir.ops  # noqa: F401  (defines torch.ops.qcompiler)
 
 __all__ = ["ancestors", "descendants"]
 

@@ -10,6 +10,7 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["block_order", "factors_of", "hadamard_matrix", "multiply"]
 
@@ -89,8 +90,11 @@ def multiply(x: Tensor, block: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _factor(order: int) -> Tensor:
-    if order & (order - 1):
-        return _paley(order)
+    with _disable_current_modes():  # what is kept holds numbers, even if it is first wanted where shapes are traced
+        return _paley(order) if order & (order - 1) else _sylvester(order)
+
+
+def _sylvester(order: int) -> Tensor:
     result = torch.ones(1, 1)
     while len(result) < order:
         result = torch.cat([torch.cat([result, result], 1), torch.cat([result, -result], 1)])

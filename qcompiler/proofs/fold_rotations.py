@@ -190,13 +190,7 @@ def rotate_input(graph: Graph, value: fx.Node, sites: Sequence[Site], block: int
     Returns:
         The new node.
     """
-    place = {node: index for index, node in enumerate(graph.fx.nodes)}
-    nodes = sorted((node for site in sites for node in site.nodes), key=place.__getitem__)
-    with graph.fx.inserting_before(nodes[0]):
-        rotated = graph.fx.call_function(_canonical.hadamard.default, (value, block))
-    rotated.meta.update(dtype=value.meta["dtype"], shape=value.meta["shape"])
-    for node in nodes:
-        node.update_arg(0, rotated)
+    rotated = graph.insert(_canonical.hadamard.default, value, [node for site in sites for node in site.nodes], block)
     for site in sites:
         graph.derive_float(site.weight, lambda w: hadamard.multiply(w.float(), block))
     return rotated

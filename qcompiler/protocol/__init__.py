@@ -39,11 +39,22 @@ from qcompiler.protocol.ranges import (
     RangeMethod,
     activation_qparams,
     check_range_method,
+    check_range_statistic,
     choose_range,
+    range_of,
     range_sqnr_db,
 )
 from qcompiler.protocol.solution import SharedInput, Solution, even_steps, round_to_nearest
-from qcompiler.protocol.statistics import AbsMax, CrossGram, Gram, HeadRange, Rescalable, RowSample, Statistic
+from qcompiler.protocol.statistics import (
+    AbsMax,
+    CrossGram,
+    Gram,
+    HeadRange,
+    RangeStatistic,
+    Rescalable,
+    RowSample,
+    Statistic,
+)
 from qcompiler.protocol.target import (
     Lowered,
     Reader,
@@ -81,6 +92,7 @@ __all__ = [
     "PassResult",
     "Pipeline",
     "RangeMethod",
+    "RangeStatistic",
     "Reader",
     "Rescalable",
     "Rescale",
@@ -101,6 +113,7 @@ __all__ = [
     "check_declared",
     "check_exact",
     "check_range_method",
+    "check_range_statistic",
     "check_schemes",
     "choose_device",
     "choose_range",
@@ -109,6 +122,7 @@ __all__ = [
     "foreign",
     "import_object",
     "list_options",
+    "range_of",
     "range_sqnr_db",
     "read_options",
     "refuse_codebooks",

@@ -169,6 +169,8 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if hint in (bool, str):
         return isinstance(value, hint)
+    if origin is type:
+        return isinstance(value, type)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(
             _fits(key, arguments[0]) and _fits(item, arguments[1]) for key, item in value.items()
@@ -199,6 +201,8 @@ def describe_hint(hint: Any, none: str = "none") -> str:
         return " or ".join(describe_hint(argument, none) for argument in arguments)
     if origin is Literal:
         return " or ".join(map(str, arguments))
+    if origin is type:
+        return f"a class of {describe_hint(arguments[0], none)}"
     if isinstance(origin, type) and issubclass(origin, (Mapping, Sequence)):
         return str(hint).replace("typing.", "").replace("collections.abc.", "")
     return hint.__name__ if isinstance(hint, type) else str(hint)

@@ -291,6 +291,8 @@ def _plain(value: Any) -> Any:
         return str(value)  # JSON has no such number, and null would be another option
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, type):
+        return value.__name__
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

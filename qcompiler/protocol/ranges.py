@@ -10,6 +10,7 @@ The method is what `InsertQDQ` calls its ``observer``, after other toolkits.
 | ``kl`` | the least divergence of the distribution from its rounded form (integer codes only) |
 """
 
+import inspect
 import math
 from typing import Literal, get_args
 
@@ -17,11 +18,21 @@ import torch
 from torch import Tensor
 
 from qcompiler import numerics
-from qcompiler.errors import RecipeError
+from qcompiler.errors import CalibrationError, RecipeError
 from qcompiler.numerics import QuantSpec, fp4
 from qcompiler.protocol.histograms import Distribution, Histogram, MinMax
+from qcompiler.protocol.statistics import RangeStatistic
 
-__all__ = ["RangeMethod", "activation_qparams", "check_range_method", "choose_range", "range_sqnr_db", "squared_error"]
+__all__ = [
+    "RangeMethod",
+    "activation_qparams",
+    "check_range_method",
+    "check_range_statistic",
+    "choose_range",
+    "range_of",
+    "range_sqnr_db",
+    "squared_error",
+]
 
 RangeMethod = Literal["minmax", "percentile", "mse", "kl"]
 """How a range is chosen: see the table of this module."""
@@ -73,6 +84,56 @@ def choose_range(
     if method == "kl":
         return _kl_range(seen, spec, full)
     return full
+
+
+def check_range_statistic(kind: type[RangeStatistic], where: str) -> None:
+    """Refuses a class that is no `RangeStatistic`.
+
+    Raises:
+        RecipeError: saying what is missing.
+    """
+    missing = [name for name in ("update", "merge", "range") if not callable(getattr(kind, name, None))]
+    if not isinstance(getattr(kind, "needs_reference", None), bool):
+        missing.append("needs_reference, True or False")
+    try:
+        inspect.signature(kind).bind()
+    except (TypeError, ValueError):
+        missing.append("a constructor without arguments")
+    if missing:
+        raise RecipeError(
+            "this class is no statistic that chooses a range",
+            where=where,
+            got=f"{kind.__name__} without {', '.join(missing)}",
+            expected="a class with update(batch, reference), merge(other), range(spec) and needs_reference",
+            remedy="see docs/writing-a-pass.md: A statistic",
+        )
+
+
+def range_of(statistic: RangeStatistic, spec: QuantSpec, where: str) -> tuple[float, float]:
+    """What a statistic chooses as the range that codes cover, widened as `choose_range` does.
+
+    Args:
+        statistic: of somebody else's making.
+        spec: the number format.
+        where: the site, for the message.
+
+    Raises:
+        CalibrationError: if it is no range.
+    """
+    chosen: object = statistic.range(spec)
+    try:
+        low, high = (float(end) for end in chosen)  # type: ignore[attr-defined]
+        is_range = math.isfinite(low) and math.isfinite(high) and low <= high
+    except (TypeError, ValueError):
+        is_range = False
+    if not is_range:
+        raise CalibrationError(
+            "a statistic chose something that is no range",
+            where=where,
+            got=f"{chosen!r} from {type(statistic).__name__}.range({spec})",
+            expected="two finite numbers, the least first",
+        )
+    return _admissible(low, high, spec)
 
 
 def activation_qparams(low: float, high: float, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:

@@ -9,9 +9,10 @@ from typing import ClassVar, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from qcompiler.numerics import QuantSpec
 from qcompiler.protocol.histograms import finite_range
 
-__all__ = ["AbsMax", "CrossGram", "Gram", "HeadRange", "Rescalable", "RowSample", "Statistic"]
+__all__ = ["AbsMax", "CrossGram", "Gram", "HeadRange", "RangeStatistic", "Rescalable", "RowSample", "Statistic"]
 
 _BLOCK = 128
 
@@ -31,6 +32,19 @@ class Statistic(Protocol):
 
     def merge(self, other: Self) -> None:
         """Adds what another instance has seen, and leaves that one alone."""
+
+
+class RangeStatistic(Statistic, Protocol):
+    """A statistic that says which range of its value codes should cover."""
+
+    def range(self, spec: QuantSpec) -> tuple[float, float]:
+        """The least and the largest value to be told apart; what lies beyond is clamped.
+
+        It is widened to hold zero, and to both sides alike where the format is symmetric.
+
+        Args:
+            spec: the number format.
+        """
 
 
 @runtime_checkable

@@ -1,10 +1,13 @@
 """What is tried on sampled rows is what the graph will do, and the error is that of the layer's output."""
 
+import math
+
 import pytest
 import torch
 
+from qcompiler import numerics
 from qcompiler.numerics.scheme import Scheme
-from qcompiler.passes.solvers.input_rounding import output_error, round_rows
+from qcompiler.passes.solvers.input_rounding import output_error, round_rows, try_rounding
 from qcompiler.protocol.ranges import activation_qparams
 from tests.tiny_graphs import Maker, interpret, other
 
@@ -65,3 +68,14 @@ def test_the_formula():
     mean = sum(energies) / 6
     expected = sum(2 * error / (energy + mean) for error, energy in zip(errors, energies, strict=True)) / 6
     assert output_error(rows, rounded, weight) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_trial_tells_of_input_and_output():
+    spec = Scheme.parse("w8a8").activation
+    rows, weight = torch.randn(64, 32), torch.randn(8, 32)
+    scale, zero_point = activation_qparams(float(rows.min()), float(rows.max()), spec)
+    rounded = round_rows(rows, spec, scale, zero_point)
+    trial = try_rounding(rows, weight, spec, scale, zero_point)
+    assert trial.input_sqnr_db == numerics.sqnr_db(rows, rounded)
+    assert 10 ** (-trial.output_sqnr_db / 10) == pytest.approx(output_error(rows, rounded, weight))
+    assert try_rounding(torch.zeros(4, 32), weight, spec, scale, zero_point).output_sqnr_db == math.inf

@@ -1,4 +1,4 @@
-"""The nodes that quantization puts into a graph: what a weight is computed from, and what rounds an activation."""
+"""Weights and activations of a graph replaced by their quantized forms."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -8,18 +8,47 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qcompiler.errors import PipelineError
+from qcompiler.ir.graph.nodes import is_stored, quantized_value
 from qcompiler.ir.qtensor import Affine, Codebook, QuantizedTensor
 from qcompiler.numerics import QuantSpec
 
 if TYPE_CHECKING:
-    from qcompiler.ir.graph import Graph, Site
+    from qcompiler.ir.graph.graph import Graph
+    from qcompiler.ir.graph.sites import Site
 
-__all__ = ["place_weight", "round_input"]
+__all__ = ["quantize_input", "set_weight"]
 
 _canonical = torch.ops.qcompiler
 
 
-def place_weight(graph: "Graph", site: "Site", quantized: QuantizedTensor) -> Node:
+def set_weight(graph: "Graph", site: "Site", quantized: QuantizedTensor) -> None:
+    """See `Graph.set_weight`."""
+    if any(not is_stored(node.args[1]) for node in site.nodes):
+        raise PipelineError(
+            "this weight is quantized already",
+            where=site.name,
+            expected="one weight quantizer per site",
+            remedy="drop one of the passes, or keep them apart with schemes",
+        )
+    expected = (site.out_features, site.in_features)
+    if tuple(quantized.codes.shape) != expected:
+        raise PipelineError(
+            "codes of the wrong shape", where=site.name, got=tuple(quantized.codes.shape), expected=expected
+        )
+    with graph.fx.inserting_before(site.nodes[0]):
+        weight_node = _place_weight(graph, site, quantized)
+    for node in site.nodes:
+        old = node.args[1]
+        node.update_arg(1, weight_node)
+        assert isinstance(old, Node)
+        if not old.users:
+            graph.fx.erase_node(old)
+    if not any(node.target == site.weight for node in graph.fx.nodes if node.op == "get_attr"):
+        graph.weights.remove(site.weight)
+
+
+def _place_weight(graph: "Graph", site: "Site", quantized: QuantizedTensor) -> Node:
     """Stores the parts of a quantized weight and makes the node that computes it, at the graph's insertion point."""
     if isinstance(quantized, Codebook):
         return _place_codebook(graph, site, quantized)
@@ -29,11 +58,11 @@ def place_weight(graph: "Graph", site: "Site", quantized: QuantizedTensor) -> No
 def _place_fp4(graph: "Graph", site: "Site", quantized: Affine) -> Node:
     parts: dict[str, Tensor | None] = {"scale": quantized.stored_scale, "factor": quantized.factor}
     graph.weights.set(f"{site.weight}_codes", quantized.codes, dtype=quantized.spec.stored_dtype)
-    sources: list[Node | None] = [graph._get_attr(f"{site.weight}_codes")]
+    sources: list[Node | None] = [graph.stored_node(f"{site.weight}_codes")]
     for part, tensor in parts.items():
         if tensor is not None:
             graph.weights.set(f"{site.weight}_{part}", tensor)
-        sources.append(None if tensor is None else graph._get_attr(f"{site.weight}_{part}"))
+        sources.append(None if tensor is None else graph.stored_node(f"{site.weight}_{part}"))
     arguments = (*sources, quantized.spec.group_of(site.in_features))
     weight = graph.fx.call_function(_canonical.fp4_dequantize.default, arguments)
     return _described(weight, "float32", quantized.codes.shape)
@@ -57,9 +86,9 @@ def _place_affine(graph: "Graph", site: "Site", quantized: Affine) -> Node:
     store.set(f"{site.weight}_scale", scale.to(quantized.scale_dtype))
     if zero_point is not None:
         store.set(f"{site.weight}_zero_point", zero_point, dtype=spec.stored_dtype)
-    codes_node = graph._get_attr(f"{site.weight}_codes")
-    scale_node = graph._get_attr(f"{site.weight}_scale")
-    zero_node = None if zero_point is None else graph._get_attr(f"{site.weight}_zero_point")
+    codes_node = graph.stored_node(f"{site.weight}_codes")
+    scale_node = graph.stored_node(f"{site.weight}_scale")
+    zero_node = None if zero_point is None else graph.stored_node(f"{site.weight}_zero_point")
     arguments = (codes_node, scale_node, zero_node, axis, block, torch.float32)
     weight = graph.fx.call_function(_canonical.dequantize.default, arguments)
     return _described(weight, "float32", quantized.codes.shape)
@@ -68,7 +97,7 @@ def _place_affine(graph: "Graph", site: "Site", quantized: Affine) -> Node:
 def _place_codebook(graph: "Graph", site: "Site", quantized: Codebook) -> Node:
     graph.weights.set(f"{site.weight}_codes", quantized.codes, dtype=quantized.spec.stored_dtype)
     graph.weights.set(f"{site.weight}_table", quantized.table)
-    sources = tuple(graph._get_attr(f"{site.weight}_{part}") for part in ("codes", "table"))
+    sources = tuple(graph.stored_node(f"{site.weight}_{part}") for part in ("codes", "table"))
     weight = graph.fx.call_function(_canonical.codebook_dequantize.default, sources)
     _described(weight, "float32", quantized.codes.shape)
     if quantized.sparse is None:
@@ -80,15 +109,23 @@ def _place_codebook(graph: "Graph", site: "Site", quantized: Codebook) -> Node:
     }
     for part, tensor in parts.items():
         graph.weights.set(f"{site.weight}_{part}", tensor)
-    sources = (weight, *(graph._get_attr(f"{site.weight}_{part}") for part in parts))
+    sources = (weight, *(graph.stored_node(f"{site.weight}_{part}") for part in parts))
     weight = graph.fx.call_function(_canonical.sparse_add.default, sources)
     return _described(weight, "float32", quantized.codes.shape)
 
 
-def round_input(
+def quantize_input(
     graph: "Graph", value: Node, readers: Sequence[Node], spec: QuantSpec, scale: str | None, zero_point: str | None
 ) -> Node:
-    """See `Graph.quantize_input`; none of the readers reads a quantized activation yet."""
+    """See `Graph.quantize_input`."""
+    for node in readers:
+        if quantized_value(node.args[0]) is not None:
+            raise PipelineError(
+                "this activation is quantized already",
+                where=node.name,
+                expected="one pass that quantizes activations",
+                remedy="drop one of the passes",
+            )
     if spec.is_fp4:
         result = _round_to_fp4(graph, value, readers[0], spec, scale)
         for node in readers:
@@ -109,8 +146,8 @@ def round_input(
                 _described(zero_node, code_dtype, range_shape)
         else:
             assert scale is not None
-            scale_node = graph._get_attr(scale)
-            zero_node = None if zero_point is None else graph._get_attr(zero_point)
+            scale_node = graph.stored_node(scale)
+            zero_node = None if zero_point is None else graph.stored_node(zero_point)
         codes = graph.fx.call_function(
             _canonical.quantize.default,
             (value, scale_node, zero_node, axis, block, spec.code_dtype, *spec.narrow_bits()),
@@ -131,7 +168,7 @@ def _round_to_fp4(graph: "Graph", value: Node, reader: Node, spec: QuantSpec, fa
     shape = value.meta.get("shape")
     block = spec.group_of(reader.meta["weight_shape"][1])
     with graph.fx.inserting_before(reader):
-        factor_node = None if factor is None else graph._get_attr(factor)
+        factor_node = None if factor is None else graph.stored_node(factor)
         wanted = (value, factor_node, block, spec.exponent == "floor")
         scale = graph.fx.call_function(_canonical.fp4_scale.default, wanted)
         codes = graph.fx.call_function(_canonical.fp4_quantize.default, (value, scale, factor_node, block))

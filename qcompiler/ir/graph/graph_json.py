@@ -1,22 +1,79 @@
-"""The nodes of a graph as JSON, without code: a file can name only operators that compute tensors from tensors."""
+"""A graph as JSON, without code: a file can name only operators that compute tensors from tensors."""
 
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from qcompiler.errors import ArtifactError
+from qcompiler.ir.signature import Signature
+from qcompiler.numerics import Scheme
+from qcompiler.storage import WeightStore
 
-__all__ = ["decode_nodes", "encode_nodes"]
+if TYPE_CHECKING:
+    from qcompiler.ir.graph.graph import Graph
 
+__all__ = ["check_argument", "check_operator", "decode_graph", "decode_nodes", "encode_graph", "encode_nodes"]
+
+_NAMESPACES = ("aten", "qcompiler")
 _OPERATORS = ("add", "sub", "mul", "floordiv", "mod", "neg", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "truediv")
 _SYMBOLIC = ("sym_max", "sym_min", "sym_float", "sym_int", "sym_not")
 _META_KEYS = ("dtype", "shape", "weight_shape")
 _NODE_KINDS = ("placeholder", "get_attr", "call_function", "output")
 _TAGS: dict[str, type] = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
+
+
+def check_operator(target: object) -> None:
+    """Refuses a function that has no place in a graph file.
+
+    Raises:
+        ArtifactError: if so.
+    """
+    _encode_target(target)
+
+
+def check_argument(value: object) -> None:
+    """Refuses an argument that has no place in a graph file.
+
+    Raises:
+        ArtifactError: if so.
+    """
+    _encode(value)
+
+
+def encode_graph(graph: "Graph") -> dict[str, Any]:
+    """See `Graph.to_dict`."""
+    return {
+        "signature": graph.signature.to_dict(),
+        "nodes": encode_nodes(graph.fx),
+        "schemes": {site: scheme.to_dict() for site, scheme in graph.schemes.items()},
+    }
+
+
+def decode_graph(
+    cls: "type[Graph]", fields: Mapping[str, Any], weights: WeightStore, provenance: dict[str, Any]
+) -> "Graph":
+    """See `Graph.from_dict`."""
+    try:
+        nodes, signature = decode_nodes(fields["nodes"]), Signature.from_dict(fields["signature"])
+        schemes = {site: Scheme.from_dict(scheme) for site, scheme in fields["schemes"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError("damaged graph file", got=f"{type(error).__name__}: {error}") from error
+    graph = cls(nodes, signature, weights, schemes, provenance)
+    ports = (len(signature.inputs), len(signature.outputs))
+    if (len(graph.inputs), len(graph.outputs)) != ports:
+        raise ArtifactError(
+            "the graph's inputs and outputs are not those of its signature",
+            got=(len(graph.inputs), len(graph.outputs)),
+            expected=ports,
+        )
+    lost = [name for name in graph.weight_names() if name not in weights]
+    if lost:
+        raise ArtifactError("the graph reads tensors that are not there", got=", ".join(lost[:4]))
+    return graph
 
 
 def encode_nodes(graph: fx.Graph) -> list[dict[str, Any]]:
@@ -72,7 +129,7 @@ def decode_nodes(items: Sequence[Mapping[str, Any]]) -> fx.Graph:
 
 
 def _encode_target(target: object) -> str:
-    if isinstance(target, torch._ops.OpOverload) and _computes(target):
+    if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES and _computes(target):
         return str(target)
     name = getattr(target, "__name__", "")
     if name in _OPERATORS and getattr(operator, name) is target:
@@ -85,7 +142,7 @@ def _encode_target(target: object) -> str:
 def _decode_target(text: Any) -> Callable[..., Any]:
     namespace, _, rest = text.partition(".")
     found: Any = None
-    if namespace in ("aten", "qcompiler"):
+    if namespace in _NAMESPACES:
         packet, _, overload = rest.rpartition(".")
         found = getattr(getattr(torch.ops, namespace), packet, None)
         found = getattr(found, overload, None)

@@ -1,4 +1,4 @@
-"""Static ranges of experts that no calibration row was sent to."""
+"""Layers that share a range, and what stands for the inputs of experts that no calibration row was sent to."""
 
 import pytest
 import torch
@@ -8,11 +8,14 @@ from qcompiler.errors import ZeroCoverageError
 from qcompiler.ir.experts import is_expert, routed_from
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.segments import segment_graph
+from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ
+from qcompiler.passes.solvers.observed_inputs import sites_that_share_a_range
 from qcompiler.protocol.histograms import Histogram
 from qcompiler.protocol.pass_base import PassContext, Tap
 from qcompiler.protocol.statistics import RowSample
 from tests.models import canonical_graph, copy_graph
+from tests.tiny_graphs import Maker, other
 
 CPU = torch.device("cpu")
 ONE_TOKEN = torch.ones(1, 2).long()  # sent to two experts of four
@@ -83,3 +86,15 @@ def test_experts_of_one_mixture_are_fellows() -> None:
     assert len(mixtures) == 4  # in and out of two layers
     assert all(len(products) <= 2 for products in mixtures.values())
     assert not any("down" in a and "up" in b for products in mixtures.values() for a in products for b in products)
+
+
+def test_layers_that_share_an_input_share_a_range() -> None:
+    make = Maker()
+    x = make.fx.placeholder("x")
+    y = make.call(torch.ops.aten.relu.default, x)
+    parts = [make.linear(value, site, 8, 8) for value, site in ((x, "a"), (y, "b"), (y, "c"), (y, "a"), (y, "d"))]
+    graph = make.graph([other("x", "batch", 8)], {other(f"y{i}", "batch", 8): part for i, part in enumerate(parts)})
+    graph.schemes = {name: Scheme.parse("fp8" if name == "d" else "w8a8") for name in "abcd"}
+    found = sites_that_share_a_range(graph.sites(), graph)
+    assert [[site.name for site in sites] for _, sites in found] == [["a", "b", "c"], ["d"]]  # a is called on both
+    assert [spec for spec, _ in found] == [graph.schemes[name].activation for name in "ad"]
