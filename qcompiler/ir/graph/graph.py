@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
+from qcompiler.ir.execute import Stretch
 from qcompiler.ir.graph import floats, graph_json, insertion, quantizing
 from qcompiler.ir.graph.sites import Site, find_sites
 from qcompiler.ir.qtensor import QuantizedTensor
 from qcompiler.ir.signature import Signature
+from qcompiler.ir.walks import ancestors
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.storage import WeightStore
 
@@ -189,6 +191,15 @@ class Graph:
             PipelineError: if the site is quantized already, or the shapes disagree.
         """
         quantizing.set_weight(self, site, quantized)
+
+    def read_weight(self, site: Site) -> Tensor:
+        """The matrix that a site multiplies with, float32 ``[out, in]``: dequantized, where it is quantized."""
+        weight = site.nodes[0].args[1]
+        assert isinstance(weight, Node)
+        behind = ancestors([weight])
+        nodes = [node for node in self.fx.nodes if node in behind]
+        matrix: Tensor = Stretch(nodes, [weight]).load(self.weights.read, torch.device("cpu"))[weight]
+        return matrix
 
     def stored_node(self, name: str) -> Node:
         """A new node that reads a stored tensor, at the insertion point of `fx`."""

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from docs.update_matrix import BEGIN, END, README, table, updated
 from qcompiler.passes.recipes import RECIPES
-from tests.pasted import blocks, run_here
+from tests.docs.pasted import blocks, run_here
 from tests.tiny_checkpoint import command, save_checkpoint
 
 

@@ -14,7 +14,7 @@ from qcompiler.passes.recipe_file import load_recipe, read_recipe
 from qcompiler.protocol.pass_base import Pass, PassContext
 from qcompiler.protocol.pipeline import Pipeline
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"])
 
 
