@@ -223,6 +223,7 @@ def lower(
         )
     if not isinstance(result, CompileResult):
         result = load(result)
+    check_target(result, made)
     if directory is None:
         lowered = _lower(result, made, None, verify=verify)
         record_target(result, made.name, lowered.report)

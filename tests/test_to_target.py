@@ -154,6 +154,9 @@ def test_a_guest_s_target(guest: Callable[..., str], tmp_path: Path) -> None:
     assert (tmp_path / "instance" / "names.txt").read_text().isupper()
     with pytest.raises(TargetError, match="does not take this scheme"):
         qc.compile(language_model(), [RTN(bits=3)], targets=[guest("Names")])
+    with pytest.raises(TargetError, match="does not take this scheme"):
+        qc.lower(qc.compile(language_model(), [RTN(bits=3)]), guest("Names"), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
     with pytest.raises(VerificationError):
         qc.lower(result, guest("Names", 1.01), tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()

@@ -60,7 +60,10 @@ def test_its_range_is_used_and_one_token_does_not_make_it() -> None:
 def test_from_the_command_line(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path / "model", layers=1), write_text(tmp_path / "text.txt")
     options = ("--calib", text, "--samples", 8, "--length", 32)
-    command("compile", model, "-r", f"{FILE}:RECIPE", "-o", tmp_path / "out", *options, "--json")
+    outcome = command(
+        "compile", model, "-r", f"{FILE}:RECIPE", "--to", "onnx", "-o", tmp_path / "out", *options, "--json"
+    )
+    assert set(outcome.result["artifacts"]) == {"native", "onnx"}
     result = qc.load(tmp_path / "out")
     assert result.manifest["recipe"][-1]["options"]["observer"] == "AverageRange"
     named = {site.details["observer"] for site in result.report.sites if site.method == "insert-qdq"}
