@@ -40,7 +40,10 @@ class Affine:
 
         Args:
             weight: float ``[out, in]``, what the scales were chosen for.
-            scale, zero_point, spec, scale_dtype: as above.
+            scale: as above.
+            zero_point: as above.
+            spec: as above.
+            scale_dtype: as above.
         """
         codes = numerics.quantize(weight, scale, zero_point, spec)
         return cls(codes, scale, zero_point, spec, scale_dtype, numerics.scale_factor(weight, spec))

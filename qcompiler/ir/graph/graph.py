@@ -170,8 +170,9 @@ class Graph:
             value: an activation.
             readers: ``linear`` nodes, in graph order; the new nodes stand ahead of the first.
             spec: the number format.
-            scale, zero_point: stored tensors, 0-D; None where the format is dynamic (the range is then computed from
-                the value) or has no zero point. In NVFP4 ``scale`` is the factor of the tensor.
+            scale: a stored tensor, 0-D, the factor of the tensor in NVFP4; None where the format is dynamic: the range
+                is then computed from the value.
+            zero_point: a stored tensor, 0-D; None where the format is dynamic or has none.
 
         Returns:
             The ``dequantize`` node.
