@@ -242,6 +242,7 @@ def check_target(result: CompileResult, target: Target) -> None:
     """
     check_schemes(result.graph.schemes, {site.name: site.in_features for site in result.graph.sites()}, [target])
     target.check_graph(result.graph)
+    target.check_assigned(result.graph)
 
 
 def write_target(

@@ -4,18 +4,20 @@ Weights lie transposed, unsigned, packed along the output channels in an order o
 linear module.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcompiler.lowering.checkpoint.contents import Contents, Layer, pack_words
+from qcompiler.errors import TargetError
+from qcompiler.lowering.checkpoint.contents import Contents, pack_words
+from qcompiler.lowering.checkpoint.layers import Layer
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Support
 
-__all__ = ["READER", "add_layer", "extra_files", "quantization_config", "supports"]
+__all__ = ["add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
 
-READER = None
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the eight output channels in a word, lowest bits first
 _GROUPS = (32, 64, 128)
 
@@ -37,11 +39,41 @@ def supports(scheme: Scheme, width: int) -> Support:
     return Support("fused")
 
 
+def check_layers(layers: Sequence[Layer]) -> None:
+    """Refuses layers whose output channels do not fill words, and groups of several sizes.
+
+    Raises:
+        TargetError: that names the layer.
+    """
+    size = _group_size(layers)
+    for layer in layers:
+        if layer.rows % 8:
+            raise TargetError(
+                "the output channels of a layer do not fill whole words, which AWQ checkpoints pack them in",
+                where=f"checkpoint: {layer.name}",
+                got=f"{layer.rows} output channels",
+                expected="a multiple of 8",
+                remedy="leave it in float with an override, or write format=compressed-tensors",
+            )
+        if (layer.group or layer.columns) != (size or layer.columns):
+            raise TargetError(
+                "an AWQ checkpoint has one size of groups for all its layers",
+                where=f"checkpoint: {layer.name}",
+                got=f"groups of {layer.group or layer.columns}",
+                expected=f"groups of {size}, as others have",
+                remedy="give all layers one group size, or write format=compressed-tensors",
+            )
+
+
+def _group_size(layers: Sequence[Layer]) -> int | None:
+    """Of all layers; None where all of them have one scale per output channel."""
+    return next((layer.group for layer in layers if layer.group is not None), None)
+
+
 def add_layer(contents: Contents, layer: Layer) -> None:
     """Adds the tensors of a layer."""
-    rows, columns, spec = layer.rows, layer.columns, layer.weight
-    groups = columns // spec.group_of(columns)
-    middle = 8 if spec.symmetric else 0
+    rows, columns, groups = layer.rows, layer.columns, layer.groups
+    middle = 8 if layer.weight.symmetric else 0
 
     def packed(codes: Tensor) -> Tensor:
         return _pack((codes.to(torch.int16) + middle).to(torch.uint8).T)
@@ -49,12 +81,9 @@ def add_layer(contents: Contents, layer: Layer) -> None:
     def zeros(zero_point: Tensor) -> Tensor:
         return _pack(zero_point.reshape(rows, groups).T)
 
-    def scales(scale: Tensor) -> Tensor:
-        return scale.reshape(rows, groups).T.to(torch.float16).contiguous()
-
     contents.add(layer, "qweight", ["codes"], packed, "int32", (columns, rows // 8))
-    contents.add(layer, "scales", ["scale"], scales, "float16", (groups, rows))
-    if spec.symmetric:
+    contents.add_half_scales(layer)
+    if layer.weight.symmetric:
         contents.store.set(f"{layer.name}.qzeros", _pack(torch.full((groups, rows), 8, dtype=torch.uint8)))
     else:
         contents.add(layer, "qzeros", ["zero_point"], zeros, "int32", (groups, rows // 8))
@@ -69,12 +98,10 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
     """What ``config.json`` says."""
     if not contents.layers:
         return None
-    groups = {layer.weight.group_of(layer.columns) for layer in contents.layers}
-    whole = all(layer.weight.group_of(layer.columns) == layer.columns for layer in contents.layers)
     return {
         "quant_method": "awq",
         "bits": 4,
-        "group_size": -1 if whole else min(groups),
+        "group_size": _group_size(contents.layers) or -1,
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": contents.ignored or None,

@@ -3,18 +3,20 @@
 Source: compressed-tensors 0.20 (its compressors); what engines have kernels for, vLLM 0.32.
 """
 
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcompiler.lowering.checkpoint.contents import Contents, Layer, pack_words
+from qcompiler.lowering.checkpoint.contents import Contents, pack_words
+from qcompiler.lowering.checkpoint.layers import Layer
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Support
 
-__all__ = ["READER", "add_layer", "extra_files", "quantization_config", "supports"]
-
-READER = "transformers"
+__all__ = ["add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
 
 _MARLIN_GROUPS = (32, 64, 128)
 
@@ -24,10 +26,15 @@ def supports(scheme: Scheme, width: int) -> Support:
     weight, activation = scheme.weight, scheme.activation
     if weight is None:
         return Support("refused", "rounded inputs of float weights have no form", "quantize the weight too")
+    is_fp4 = weight.is_fp4 or (activation is not None and activation.is_fp4)
+    if is_fp4 and activation is not None and replace(activation, dynamic=False) != weight:
+        return Support("refused", f"{weight} weights with {activation} inputs have no form", "choose nvfp4 or mxfp4")
     for spec in (weight, activation):
         if spec is not None and (spec.codebook or spec.dtype == "float8_e5m2" or spec.clip != 1):
             what = "a codebook" if spec.codebook else "a clipped range" if spec.clip != 1 else spec.dtype
             return Support("refused", f"{what} has no form in compressed-tensors", "choose w4a16, w8a8 or fp8")
+    if weight.is_fp4 and width % (weight.group_size or 1):
+        return Support("refused", f"blocks of {weight.group_size} do not divide {width} input channels")
     if weight.group_size is not None and weight.granularity == "per_group" and width % weight.group_of(width):
         return Support(
             "refused",
@@ -44,7 +51,7 @@ def supports(scheme: Scheme, width: int) -> Support:
         return Support("writes-only", f"vLLM multiplies no {weight.dtype} weights with {activation.dtype} inputs")
     if activation.dynamic and activation.granularity == "per_tensor":
         return Support("writes-only", "dynamic ranges of whole tensors: engines take one per token")
-    if weight.granularity in ("per_group", "per_block") or weight.bits < 8:
+    if weight.granularity in ("per_group", "per_block") or weight.bits < 8 or not weight.symmetric:
         return Support("writes-only", f"{weight} weights with {activation} inputs: no kernel in vLLM")
     return Support("fused")
 
@@ -73,6 +80,10 @@ def layout_of(weight: QuantSpec, activation: QuantSpec | None) -> str:
     return "int-quantized" if weight.bits == 8 and activation is not None else "pack-quantized"
 
 
+def check_layers(layers: Sequence[Layer]) -> None:
+    """Nothing: rows are packed by themselves, and every layer may have a format of its own."""
+
+
 def add_layer(contents: Contents, layer: Layer) -> None:
     """Adds the tensors of a layer."""
     spec, rows, columns = layer.weight, layer.rows, layer.columns
@@ -85,54 +96,64 @@ def add_layer(contents: Contents, layer: Layer) -> None:
         contents.add(layer, "weight_scale", ["scale"], _same, scale, (rows, columns // spec.group_of(columns)))
         if spec.has_factor:
             contents.add(layer, "weight_global_scale", ["factor"], _inverse, "float32", (1,))
+    elif spec.symmetric:
+        contents.add(layer, "weight", ["codes"], _same, contents.dtype(layer, "codes"), (rows, columns))
+        _add_scale(contents, layer, _scale_shape(layer))
     else:
-        codes = contents.dtype(layer, "codes")
-        contents.add(layer, "weight", ["codes"], _same, codes, (rows, columns))
-        _add_scale(contents, layer)
-    if layer.input_scale is not None:
-        if spec.is_fp4:
-            contents.add(layer, "input_global_scale", [layer.input_scale], _inverse, "float32", (1,))
-            return
-        contents.add(layer, "input_scale", [layer.input_scale], _flat, "float32", (1,))
+        shape = _scale_shape(layer)
+        contents.add(layer, "weight", ["codes"], _signed, "int8", (rows, columns))
+        _add_scale(contents, layer, shape)
+        contents.add(layer, "weight_zero_point", ["zero_point"], lambda z: _signed(z).reshape(shape), "int8", shape)
+    if layer.input_scale is not None and spec.is_fp4:
+        contents.add(layer, "input_global_scale", [layer.input_scale], _inverse, "float32", (1,))
+    elif layer.input_scale is not None:
+        contents.add(layer, "input_scale", [layer.input_scale], lambda scale: scale.float().reshape(1), "float32", (1,))
     if layer.input_zero_point is not None:
-        contents.add(layer, "input_zero_point", [layer.input_zero_point], _signed, "int8", (1,))
+        zero = [layer.input_zero_point]
+        contents.add(layer, "input_zero_point", zero, lambda z: _signed(z).reshape(1), "int8", (1,))
 
 
 def _add_packed(contents: Contents, layer: Layer) -> None:
+    """Of whole tensors, the scale is repeated for each output channel: engines know no other form."""
     spec, rows, columns = layer.weight, layer.rows, layer.columns
     middle = 1 << (spec.bits - 1) if spec.symmetric else 0
     words = -(-columns * spec.bits // 32)
 
     def packed(codes: Tensor) -> Tensor:
-        return pack_words((codes + middle).to(torch.uint8), spec.bits)
+        return pack_words((codes.to(torch.int16) + middle).to(torch.uint8), spec.bits)
+
+    def packed_zeros(zeros: Tensor) -> Tensor:
+        return pack_words(_per_row(zeros, layer).T.contiguous(), spec.bits).T.contiguous()
 
     contents.add(layer, "weight_packed", ["codes"], packed, "int32", (rows, words))
     contents.store.set(f"{layer.name}.weight_shape", torch.tensor([rows, columns]))
-    groups = _add_scale(contents, layer)
+    _add_scale(contents, layer, (rows, layer.groups))
     if not spec.symmetric:
-
-        def packed_zeros(zeros: Tensor) -> Tensor:
-            return pack_words(zeros.reshape(rows, groups).T.contiguous(), spec.bits).T.contiguous()
-
-        shape = (-(-rows * spec.bits // 32), groups)
+        shape = (-(-rows * spec.bits // 32), layer.groups)
         contents.add(layer, "weight_zero_point", ["zero_point"], packed_zeros, "int32", shape)
 
 
-def _add_scale(contents: Contents, layer: Layer) -> int:
-    """The scales as a matrix, or as one number; the number of their columns."""
-    spec, rows, columns = layer.weight, layer.rows, layer.columns
-    groups, shape = 1, (rows, 1)
-    if spec.granularity == "per_tensor":
-        shape = (1,)  # type: ignore[assignment]
-    elif spec.granularity == "per_block":
-        assert spec.group_size is not None
-        shape = (-(-rows // spec.group_size), -(-columns // spec.group_size))
-    elif spec.granularity == "per_group":
-        groups = columns // spec.group_of(columns)
-        shape = (rows, groups)
-    dtype = contents.dtype(layer, "scale")
-    contents.add(layer, "weight_scale", ["scale"], lambda scale: scale.reshape(shape), dtype, shape)
-    return groups
+def _scale_shape(layer: Layer) -> tuple[int, ...]:
+    if layer.weight.granularity == "per_tensor":
+        return (1,)
+    if layer.weight.granularity == "per_block":
+        side = layer.weight.group_size
+        assert side is not None
+        return (-(-layer.rows // side), -(-layer.columns // side))
+    return (layer.rows, layer.groups)
+
+
+def _add_scale(contents: Contents, layer: Layer, shape: tuple[int, ...]) -> None:
+    def shaped(scale: Tensor) -> Tensor:
+        return _per_row(scale, layer) if shape == (layer.rows, layer.groups) else scale.reshape(shape)
+
+    contents.add(layer, "weight_scale", ["scale"], shaped, contents.dtype(layer, "scale"), shape)
+
+
+def _per_row(values: Tensor, layer: Layer) -> Tensor:
+    """One per tensor, row or group → ``[out, groups]``."""
+    shape = (layer.rows, layer.groups)
+    return values.expand(shape).contiguous() if values.dim() == 0 else values.reshape(shape)
 
 
 def quantization_config(contents: Contents) -> dict[str, Any] | None:
@@ -141,21 +162,21 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
         return None
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
-    groups: dict[tuple[QuantSpec, QuantSpec | None], list[Layer]] = {}
+    groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for layer in contents.layers:
-        groups.setdefault((layer.weight, layer.activation), []).append(layer)
-    layouts = {layout_of(*key) for key in groups}
-    schemes = {}
-    for number, ((weight, activation), layers) in enumerate(groups.items()):
-        columns = max(layer.columns for layer in layers)
-        schemes[f"group_{number}"] = QuantizationScheme(
-            targets=["Linear"] if len(groups) == 1 else [layer.name for layer in layers],
-            weights=_arguments(weight, columns),
-            input_activations=None if activation is None else _arguments(activation, columns),
-            format=layout_of(weight, activation),
-        )
+        weight, activation = layer.weight, layer.activation
+        fields = {
+            "weights": _arguments(weight, layer),
+            "input_activations": None if activation is None else _input_arguments(activation),
+            "format": layout_of(weight, activation),
+        }
+        groups.setdefault(json.dumps(fields), (fields, []))[1].append(layer.name)
+    layouts = {str(fields["format"]) for fields, _ in groups.values()}
     config = QuantizationConfig(
-        config_groups=schemes,
+        config_groups={
+            f"group_{number}": QuantizationScheme(targets=["Linear"] if len(groups) == 1 else names, **fields)
+            for number, (fields, names) in enumerate(groups.values())
+        },
         ignore=contents.ignored,
         format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
         quantization_status="compressed",
@@ -164,23 +185,37 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
     return found
 
 
-def _arguments(spec: QuantSpec, columns: int) -> dict[str, Any]:
-    strategies = {"per_tensor": "tensor", "per_channel": "channel", "per_block": "block", "per_token": "token"}
+def _arguments(spec: QuantSpec, layer: Layer) -> dict[str, Any]:
+    """Of a weight."""
+    found = _common(spec)
+    if spec.is_fp4:
+        return found
+    if spec.granularity == "per_block":
+        return {**found, "strategy": "block", "block_structure": [spec.group_size, spec.group_size]}
+    if layer.group is not None:
+        return {**found, "strategy": "group", "group_size": layer.group}
+    is_one = spec.granularity == "per_tensor" and layout_of(spec, layer.activation) != "pack-quantized"
+    return {**found, "strategy": "tensor" if is_one else "channel"}
+
+
+def _input_arguments(spec: QuantSpec) -> dict[str, Any]:
+    found = _common(spec)
+    if spec.has_factor:
+        return {**found, "dynamic": "local"}  # the scales of groups; the factor of the tensor is stored
+    return found if spec.is_fp4 else {**found, "strategy": "token" if spec.granularity == "per_token" else "tensor"}
+
+
+def _common(spec: QuantSpec) -> dict[str, Any]:
     found: dict[str, Any] = {
         "num_bits": spec.bits,
         "type": "float" if spec.is_float else "int",
         "symmetric": spec.symmetric,
-        "strategy": strategies.get(spec.granularity, "group"),
         "dynamic": spec.dynamic,
     }
-    if spec.granularity == "per_block":
-        found["block_structure"] = [spec.group_size, spec.group_size]
-    elif spec.granularity == "per_group":
-        found["group_size"] = spec.group_of(columns)
     if spec.is_fp4:
+        found["strategy"] = "tensor_group" if spec.has_factor else "group"
+        found["group_size"] = spec.group_size
         found["scale_dtype"] = "torch.float8_e4m3fn" if spec.has_factor else "torch.uint8"
-        if spec.has_factor:
-            found["strategy"] = "tensor_group"
     return found
 
 
@@ -188,16 +223,13 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.float().reshape(1)
-
-
 def _inverse(factor: Tensor) -> Tensor:
     return 1 / factor.float().reshape(1)
 
 
-def _signed(zero_point: Tensor) -> Tensor:
-    return (zero_point.to(torch.int16) - 128).to(torch.int8).reshape(1)
+def _signed(codes: Tensor) -> Tensor:
+    """uint8 → int8, the same order of numbers."""
+    return (codes.to(torch.int16) - 128).to(torch.int8)
 
 
 def _nibbles(codes: Tensor) -> Tensor:

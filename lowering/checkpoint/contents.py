@@ -1,97 +1,49 @@
 """What of a graph goes into a checkpoint: its quantized layers, and its float tensors under the model's own names."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from qcompiler.errors import TargetError
-from qcompiler.frontend import build_on_meta
-from qcompiler.ir import Graph, Site, is_op, quantized_value, stored_names
-from qcompiler.numerics import QuantSpec, pack_bits
+from qcompiler.ir import Graph, is_quantized_weight, stored_names
+from qcompiler.lowering.checkpoint.layers import Layer, input_tensors
+from qcompiler.numerics import pack_bits
 from qcompiler.storage import WeightStore
 
-__all__ = ["Contents", "Layer", "pack_words"]
+__all__ = ["Contents", "pack_words"]
 
-_ONLINE = (torch.ops.qcompiler.hadamard.default,)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A quantized linear layer.
-
-    Attributes:
-        name: the module's path.
-        rows, columns: of its weight ``[out, in]``.
-        weight: the format of the weight.
-        activation: the format of the input; None where it stays float.
-        stored: the name its parts have in the graph's store, ahead of ``_codes``, ``_scale``, ``_zero_point`` and
-            ``_factor``.
-        input_scale, input_zero_point: stored tensors, 0-D, of a static activation; in NVFP4 the first is the factor.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    weight: QuantSpec
-    activation: QuantSpec | None
-    stored: str
-    input_scale: str | None = None
-    input_zero_point: str | None = None
+_LARGEST_ERROR = 2.0**-10  # of a scale; numbers that float16 holds to all its bits have half of that
 
 
 class Contents:
     """What is written: tensors by name, each computed when it is written, so that one at a time is in memory.
 
     Args:
-        graph: a compiled one that came from a Hugging Face directory.
+        graph: one that came from a Hugging Face directory.
+        model: that it was captured from, on meta.
+        layers: its quantized layers, which leave their float weights to the layout.
 
     Attributes:
         store: the tensors of the checkpoint.
-        layers: its quantized layers; a layout adds their tensors.
+        layers: the quantized layers; a layout adds their tensors.
         ignored: the paths of linear layers that stay float.
         ties: whether the output head is the embedding.
+        notes: sentences on what is not exactly as in the graph, for the report.
 
     Raises:
         TargetError: for a graph that is no checkpoint with other numbers: one that computes something besides.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, model: nn.Module, layers: Sequence[Layer]) -> None:
         self._graph = graph
         self.store = WeightStore()
-        config = graph.provenance.get("config")
-        companions = graph.provenance.get("companions")
-        if not isinstance(config, dict) or not companions:
-            raise TargetError(
-                "a checkpoint is made of a model from a Hugging Face directory",
-                where="checkpoint",
-                got="a graph without config.json",
-                remedy="capture the model's directory, or lower to another target",
-            )
-        for node in graph.fx.nodes:
-            if is_op(node, *_ONLINE):
-                raise TargetError(
-                    "the graph rotates values at run time, which no engine does for a checkpoint",
-                    where=f"checkpoint: {node.name}",
-                    got="hadamard",
-                    remedy="use Rotate() without online rotations, or another recipe",
-                )
-        model, _ = build_on_meta(Path(str(companions)), config, trust_remote_code=False)
-        self.layers = [_layer(graph, site) for site in graph.sites() if _is_quantized(site)]
-        quantized = {layer.name for layer in self.layers}
+        self.layers = list(layers)
+        self.notes: list[str] = []
+        quantized = {layer.name for layer in layers}
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        unknown = quantized.difference(linear)
-        if unknown:
-            raise TargetError(
-                "a quantized layer is no linear layer of the model as transformers builds it",
-                where=f"checkpoint: {min(unknown)}",
-                expected="layers that checkpoints hold one by one: experts stored together are not written yet",
-                remedy="leave these layers in float with an override, or use another target",
-            )
         self.ignored = [name for name in linear if name not in quantized]
         self._add_floats(model, quantized)
         self.ties = self._is_tied(model)
@@ -119,28 +71,87 @@ class Contents:
             f"{layer.name}.{name}", tuple(stored), function, dtype=dtype, shape=shape, store=self._graph.weights
         )
 
+    def add_half_scales(self, layer: Layer) -> None:
+        """The scales of a layer as ``scales``, float16 ``[groups, out]``.
+
+        Raises:
+            TargetError: when they are written, if float16 cannot hold one.
+        """
+
+        def halved(scale: Tensor) -> Tensor:
+            values = scale.reshape(layer.rows, layer.groups).T.float()
+            rounded = values.to(torch.float16)
+            worst = ((rounded.float() - values).abs() / values.abs().clamp(min=torch.finfo(torch.float32).tiny)).max()
+            if not bool(worst <= _LARGEST_ERROR):  # not a number where infinite
+                raise TargetError(
+                    "float16, in which this layout has its scales, does not hold those of a layer",
+                    where=f"checkpoint: {layer.name}",
+                    got=f"scales from {float(values.abs().min()):.3g} to {float(values.abs().max()):.3g}",
+                    expected="numbers from 6.1e-05 to 65504",
+                    remedy="write format=compressed-tensors, or leave this layer in float with an override",
+                )
+            return rounded.contiguous()
+
+        self.add(layer, "scales", ["scale"], halved, "float16", (layer.groups, layer.rows))
+        if self.dtype(layer, "scale") == "float32":
+            self.note("scales are rounded to float16, which this layout has: the native artifact's are float32")
+
     def dtype(self, layer: Layer, part: str) -> str:
         """The dtype a part of a layer is stored in."""
         return self._graph.weights.info(f"{layer.stored}_{part}").dtype
 
+    def read(self, layer: Layer, part: str) -> Tensor:
+        """A small part of a layer, such as its factor."""
+        return self._graph.weights.read(f"{layer.stored}_{part}")
+
+    def note(self, sentence: str) -> None:
+        """Says something once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
     def _add_floats(self, model: nn.Module, quantized: set[str]) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        saved, used = set(model.state_dict()), set(self._graph.weight_names())
-        parts = {name for site in self._graph.sites() for name in _stored_by(site)}
-        added = sorted(name for name in used - saved - parts if name not in dict(model.named_buffers()))
+        saved, buffers = set(model.state_dict()), dict(model.named_buffers())
+        added = sorted(set(self._graph.weight_names()) - saved - self._parts() - set(buffers))
         if added:
             raise TargetError(
                 "the graph has a tensor that the model has no place for",
                 where=f"checkpoint: {added[0]}",
                 got=", ".join(added[:4]),
-                remedy="leave out the pass that added it, or use another target",
+                expected="the parameters of the model, rewritten",
+                remedy="leave out the pass that added it, if one did, or use another target",
             )
+        wide = 0
         for name in sorted(saved):
             if name.removesuffix(".weight") in quantized and name.endswith(".weight"):
                 continue
             known = name if name in self._graph.weights else self._tied_name(name, parameters)
             if known is not None:
                 self.store.alias(name, known, self._graph.weights)
+                wide += name in parameters and self.store.info(name).dtype == "float32"
+            elif name in parameters:
+                raise TargetError(
+                    "a parameter of the model is not among the tensors of the graph",
+                    where=f"checkpoint: {name}",
+                    got=f"{len(self._graph.weights)} tensors",
+                    expected="every parameter, as engines look for them all",
+                    remedy="lower the result of compile itself, not the native artifact read back",
+                )
+        usual = self._graph.provenance["config"].get("dtype") or self._graph.provenance["config"].get("torch_dtype")
+        if wide and usual in ("bfloat16", "float16"):
+            self.note(
+                f"{wide} vectors (norms, biases) are float32, as they were rewritten; engines round them to {usual}"
+            )
+
+    def _parts(self) -> set[str]:
+        """The stored tensors that quantized weights and rounded inputs are computed from."""
+        found: set[str] = set()
+        for node in (node for site in self._graph.sites() for node in site.nodes):
+            weight = node.args[1]
+            if isinstance(weight, fx.Node) and is_quantized_weight(weight):
+                found.update(stored_names(weight))
+            found.update(name for name in input_tensors(node.args[0]) if name is not None)
+        return found
 
     def _tied_name(self, name: str, parameters: dict[str, nn.Parameter]) -> str | None:
         """Another name that a parameter of the model has."""
@@ -169,41 +180,3 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     packed = pack_bits(codes, bits)
     width = math.ceil(codes.shape[-1] * bits / 32) * 4
     return nn.functional.pad(packed, (0, width - packed.shape[-1])).contiguous().view(torch.int32)
-
-
-def _is_quantized(site: Site) -> bool:
-    weight = site.nodes[0].args[1]
-    return isinstance(weight, fx.Node) and weight.op != "get_attr"
-
-
-def _stored_by(site: Site) -> Iterator[str]:
-    """What of the store only a layer's quantization reads."""
-    if _is_quantized(site):
-        weight = site.nodes[0].args[1]
-        assert isinstance(weight, fx.Node)
-        yield from stored_names(weight)
-    for node in site.nodes:
-        if quantized_value(node.args[0]) is not None:
-            yield from _input_names(node.args[0])
-
-
-def _input_names(rounded: Any) -> list[str]:
-    """Scale and zero point (or factor) of an activation, where they are stored."""
-    codes = rounded.args[0]
-    parts = [part for node in (rounded, codes) for part in node.all_input_nodes if part.op == "get_attr"]
-    scales = [part for node in codes.all_input_nodes for part in node.all_input_nodes if part.op == "get_attr"]
-    return list(dict.fromkeys(str(part.target) for part in (*parts, *scales)))
-
-
-def _layer(graph: Graph, site: Site) -> Layer:
-    scheme = graph.schemes[site.name]
-    assert scheme.weight is not None
-    weight = site.nodes[0].args[1]
-    assert isinstance(weight, fx.Node)
-    stored = stored_names(weight)[0].removesuffix("_codes")
-    rounded = site.nodes[0].args[0]
-    names = _input_names(rounded) if quantized_value(rounded) is not None else []
-    activation = scheme.activation if quantized_value(rounded) is not None else None
-    scale = next((name for name in names if not name.endswith("_zero_point")), None)
-    zero = next((name for name in names if name.endswith("_zero_point")), None)
-    return Layer(site.name, site.out_features, site.in_features, scheme.weight, activation, stored, scale, zero)

@@ -4,18 +4,21 @@ Weights lie transposed, unsigned, packed along the input channels; zero points a
 did. Source: GPTQModel's linear modules; vLLM takes symmetric codes of 4 and 8 bits.
 """
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcompiler.lowering.checkpoint.contents import Contents, Layer, pack_words
+from qcompiler.errors import TargetError
+from qcompiler.lowering.checkpoint.contents import Contents, pack_words
+from qcompiler.lowering.checkpoint.layers import Layer
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Support
 
-__all__ = ["READER", "add_layer", "extra_files", "quantization_config", "supports"]
+__all__ = ["add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
 
-READER = None
 _GROUPS = (32, 64, 128)
 
 
@@ -36,23 +39,36 @@ def supports(scheme: Scheme, width: int) -> Support:
     return Support("fused")
 
 
+def check_layers(layers: Sequence[Layer]) -> None:
+    """Refuses layers whose output channels do not fill words of zero points.
+
+    Raises:
+        TargetError: that names the layer.
+    """
+    for layer in layers:
+        if layer.rows * layer.weight.bits % 32:
+            raise TargetError(
+                "the output channels of a layer do not fill whole words, which GPTQ checkpoints pack them in",
+                where=f"checkpoint: {layer.name}",
+                got=f"{layer.rows} output channels of {layer.weight.bits} bits",
+                expected=f"a multiple of {32 // layer.weight.bits}",
+                remedy="leave it in float with an override, or write format=compressed-tensors",
+            )
+
+
 def add_layer(contents: Contents, layer: Layer) -> None:
     """Adds the tensors of a layer."""
     bits, rows, columns = layer.weight.bits, layer.rows, layer.columns
-    group, middle = layer.weight.group_of(columns), 1 << (bits - 1)
-    groups, per_word = columns // group, 32 // bits
+    middle, per_word = 1 << (bits - 1), 32 // bits
 
     def packed(codes: Tensor) -> Tensor:
         return pack_words((codes.to(torch.int16) + middle).to(torch.uint8), bits).T.contiguous()
 
-    def scales(scale: Tensor) -> Tensor:
-        return scale.reshape(rows, groups).T.to(torch.float16).contiguous()
-
     contents.add(layer, "qweight", ["codes"], packed, "int32", (columns // per_word, rows))
-    contents.add(layer, "scales", ["scale"], scales, "float16", (groups, rows))
-    zeros = torch.full((groups, rows), middle - 1, dtype=torch.uint8)
+    contents.add_half_scales(layer)
+    zeros = torch.full((layer.groups, rows), middle - 1, dtype=torch.uint8)
     contents.store.set(f"{layer.name}.qzeros", pack_words(zeros, bits))
-    contents.store.set(f"{layer.name}.g_idx", torch.arange(columns, dtype=torch.int32) // group)
+    contents.store.set(f"{layer.name}.g_idx", torch.arange(columns, dtype=torch.int32) // (layer.group or columns))
 
 
 def quantization_config(contents: Contents) -> dict[str, Any] | None:
@@ -69,11 +85,11 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
         "lm_head": any(layer.name == "lm_head" for layer in contents.layers),
     }
     different = {
-        f"+:^{layer.name.replace('.', chr(92) + '.')}$": fields
+        f"+:^{re.escape(layer.name)}$": fields
         for layer, fields in zip(contents.layers[1:], others, strict=True)
         if fields != first
     }
-    different |= {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in contents.ignored if name != "lm_head"}
+    different |= {f"-:^{re.escape(name)}$": {} for name in contents.ignored if name != "lm_head"}
     return {**found, "dynamic": different} if different else found
 
 
@@ -84,5 +100,4 @@ def extra_files(contents: Contents) -> dict[str, Any]:
 
 
 def _fields(layer: Layer) -> dict[str, Any]:
-    group = layer.weight.group_of(layer.columns)
-    return {"bits": layer.weight.bits, "group_size": -1 if group == layer.columns else group}
+    return {"bits": layer.weight.bits, "group_size": layer.group or -1}

@@ -7,23 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
+from torch import nn
 from typing_extensions import Doc
 
 import qcompiler
 from qcompiler.artifacts import HFArtifact
-from qcompiler.errors import MissingDependencyError
-from qcompiler.ir import CacheFormat, Graph
-from qcompiler.lowering.checkpoint import awq, card, compressed_tensors, gptq
+from qcompiler.errors import MissingDependencyError, TargetError
+from qcompiler.ir import CacheFormat, Graph, is_op
+from qcompiler.lowering.checkpoint import awq, card, compressed_tensors, gptq, modelopt
 from qcompiler.lowering.checkpoint.contents import Contents
-from qcompiler.numerics import Scheme
-from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target, choose_device
-from qcompiler.storage import StagedFiles, read_companions
+from qcompiler.lowering.checkpoint.layers import (
+    Layer,
+    build_source,
+    check_layers,
+    fused_layers,
+    planned_layers,
+    written_layers,
+)
+from qcompiler.numerics import QuantSpec, Scheme
+from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target, Within, check_schemes, choose_device
+from qcompiler.storage import SOURCE_ONLY, StagedFiles, read_companions
 
 __all__ = ["CheckpointTarget"]
 
-_LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
+_LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "modelopt": modelopt}
 _MARK = "qcompiler_version"  # in config.json
-_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -34,9 +43,12 @@ class CheckpointTarget(Target):
     where it has a kernel, ``writes-only`` where the layout holds what no engine is known to run.
     """
 
-    format: Annotated[Literal["compressed-tensors", "gptq", "awq"], Doc("The library whose layout it has.")] = (
-        "compressed-tensors"
-    )
+    format: Annotated[
+        Literal["compressed-tensors", "gptq", "awq", "modelopt"], Doc("The library whose layout it has.")
+    ] = "compressed-tensors"
+    shard_bytes: Annotated[
+        int, Within(1), Doc("The most that a file of tensors holds; a larger tensor has its own.")
+    ] = 5_000_000_000
 
     name: ClassVar[str] = "checkpoint"
     main_file: ClassVar[str | None] = "config.json"
@@ -53,7 +65,7 @@ class CheckpointTarget(Target):
         )
 
     def check_graph(self, graph: Graph) -> None:
-        """Refuses what did not come from a Hugging Face directory.
+        """Refuses what did not come from a Hugging Face directory, or computes what no checkpoint tells.
 
         Raises:
             TargetError: if so.
@@ -62,18 +74,44 @@ class CheckpointTarget(Target):
         if self.format == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
             raise MissingDependencyError(
                 "writing this layout needs a package that is not installed",
+                where="checkpoint",
                 got="no module compressed_tensors",
                 remedy="pip install compressed-tensors",
             )
-        Contents(graph)
+        model = build_source(graph)
+        check_layers(graph, [], model)
+        Contents(graph, model, written_layers(graph))
+
+    def check_assigned(self, graph: Graph) -> None:
+        """Refuses layers that the layout cannot pack, and different formats of layers that engines fuse.
+
+        Raises:
+            TargetError: that names them.
+        """
+        self._check_layers(graph, planned_layers(graph), build_source(graph))
+
+    def _check_layers(self, graph: Graph, layers: list[Layer], model: nn.Module) -> None:
+        check_layers(graph, layers, model)
+        _LAYOUTS[self.format].check_layers(layers)
 
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
         """Writes the directory; ``config.json`` appears last."""
         assert directory is not None
-        layout = _LAYOUTS[self.format]
-        contents = Contents(graph)
-        for layer in contents.layers:
+        check_schemes(graph.schemes, {site.name: site.in_features for site in graph.sites()}, [self])
+        if graph.signature.has_quantized_cache:
+            raise TargetError(
+                "a quantized cache is not written into checkpoints",
+                where="checkpoint",
+                got="a cache that the graph rounds",
+                expected="a float cache, which engines quantize themselves",
+                remedy="leave QuantizeKVCache out of the recipe",
+            )
+        layout, model, layers = _LAYOUTS[self.format], build_source(graph), written_layers(graph)
+        self._check_layers(graph, layers, model)
+        contents = Contents(graph, model, layers)
+        for layer in layers:
             layout.add_layer(contents, layer)
+        _note_factors(graph, contents)
         config = _config(graph, contents)
         quantization = layout.quantization_config(contents)
         if quantization is not None:
@@ -82,12 +120,13 @@ class CheckpointTarget(Target):
         files |= {name: _json(value) for name, value in layout.extra_files(contents).items()}
         files["README.md"] = card.text(graph, self.format).encode()
         files["config.json"] = _json({**config, _MARK: qcompiler.__version__})
-        contents.store.save(directory, max_shard_bytes=_SHARD_BYTES)
+        contents.store.save(directory, max_shard_bytes=self.shard_bytes)
         with StagedFiles(directory) as staged:
             for name in sorted(files, key=lambda name: name == "config.json"):
                 with staged.file(name) as write:
                     write(files[name])
-        written = sorted(path.name for path in directory.rglob("*") if path.is_file())
+        readers = self._readers(graph, contents, directory)
+        written = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
         report = {
             "target": self.name,
             "format": self.format,
@@ -95,12 +134,27 @@ class CheckpointTarget(Target):
             "bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
             "files": written,
             "ignored": contents.ignored,
-            "notes": [],
+            "notes": contents.notes,
         }
-        if layout.READER is None:
-            report["notes"] = [f"not compared: nothing here reads {self.format}"]
-            return Lowered(report)
-        return Lowered(report, readers=[Reader(lambda: HFArtifact(directory))])
+        return Lowered(report, readers=readers)
+
+    def _readers(self, graph: Graph, contents: Contents, directory: Path) -> list[Reader]:
+        """transformers, for what it reads of a model that predicts tokens."""
+        if self.format != "compressed-tensors":
+            contents.note(f"not compared: nothing here reads {self.format}")
+            return []
+        if not graph.signature.has_cache:
+            contents.note("not compared: transformers reads it back as a model that predicts tokens, and this is none")
+            return []
+        if not any(layer.weight.is_fp4 for layer in contents.layers):
+            return [Reader(lambda: HFArtifact(directory))]
+        if any(_chooses_exponents(layer.activation) for layer in contents.layers):
+            contents.note("not compared: readers of MXFP4 choose the scales of inputs by rules of their own")
+            return []
+        contents.note("transformers rounds the weights of 4-bit floats to bfloat16; engines do not")
+        weights = [node.args[1] for site in graph.sites() for node in site.nodes]
+        rounded = {str(node) for node in weights if is_op(node, torch.ops.qcompiler.fp4_dequantize.default)}
+        return [Reader(lambda: HFArtifact(directory), dtype=torch.bfloat16, rounded=rounded)]
 
     @classmethod
     def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
@@ -118,10 +172,30 @@ class CheckpointTarget(Target):
 
 def _config(graph: Graph, contents: Contents) -> dict[str, Any]:
     """The model's configuration; a head that is no longer the embedding is said to be none."""
-    config: dict[str, Any] = dict(graph.provenance["config"])
+    config: dict[str, Any] = {key: value for key, value in graph.provenance["config"].items() if key not in SOURCE_ONLY}
     if not contents.ties:
         config["tie_word_embeddings"] = False
     return config
+
+
+def _chooses_exponents(activation: QuantSpec | None) -> bool:
+    """Whether inputs are rounded to MXFP4."""
+    return activation is not None and activation.is_fp4 and not activation.has_factor
+
+
+def _note_factors(graph: Graph, contents: Contents) -> None:
+    """Engines that fuse layers take one factor of NVFP4 for all of them: the weights of the others would be off."""
+    layers = {layer.name: layer for layer in contents.layers if layer.weight.has_factor}
+    worst: tuple[float, list[str]] = (1.0, [])
+    for names in fused_layers(graph):
+        factors = [float(contents.read(layers[name], "factor")) for name in names if name in layers]
+        if factors:
+            worst = max(worst, (max(factors) / min(factors), names))
+    if worst[0] > 1:
+        contents.note(
+            f"layers that read one value have factors of their own, up to {worst[0]:.2f} times each other "
+            f"({', '.join(worst[1])}): vLLM takes one for all of them, and so gets other weights; transformers does not"
+        )
 
 
 def _json(value: Any) -> bytes:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class HFArtifact:
             _refuse_codes_as_weights(self.path, store)
         with contextlib.suppress(UnsupportedModelError):  # what transformers says of it itself comes below
             build_on_meta(self.path, config, trust_remote_code, stored_bytes=store.stored_bytes())
-        self._model, missing, unused = _load(self.path, trust_remote_code)
+        self._model, missing, unused = _load(self.path, store, trust_remote_code)
         self._model.to(device)
         self._device = torch.device(device)
         text_config = self._model.config.get_text_config()
@@ -231,7 +231,7 @@ def _read_auto_config(directory: Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, list[str], frozenset[str]]:
+def _load(directory: Path, store: WeightStore, trust_remote_code: bool) -> tuple[Any, list[str], frozenset[str]]:
     """The model in float32, the parameters the checkpoint did not give, and the tensors the model does not use."""
     from transformers import AutoModelForCausalLM
 
@@ -267,8 +267,9 @@ def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, list[str], fro
             got=config.model_type,
             expected="a model that predicts each token from those before it",
         ) from error
-    if info["mismatched_keys"]:
-        name, stored, declared = sorted(info["mismatched_keys"])[0]
+    mismatched = sorted(set(info["mismatched_keys"]) - _decompress(model, store, info["mismatched_keys"]))
+    if mismatched:
+        name, stored, declared = mismatched[0]
         raise WeightError(
             "the checkpoint does not fit config.json",
             where=f"{directory}: {name}",
@@ -280,6 +281,29 @@ def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, list[str], fro
         unexpected = sorted(info["unexpected_keys"])
         _log.warning("%s: %d tensors belong to no parameter, such as %s", directory, len(unexpected), unexpected[0])
     return model.eval().requires_grad_(False), sorted(info["missing_keys"]), frozenset(info["unexpected_keys"])
+
+
+def _decompress(
+    model: Any, store: WeightStore, mismatched: Collection[tuple[str, Any, Any]]
+) -> set[tuple[str, Any, Any]]:
+    """Makes float weights in float32 of a model that compressed-tensors would decompress as it first runs.
+
+    transformers expects zero points of packed weights unpacked, though its own decompression takes them packed, and
+    gives weights of 4-bit floats in bfloat16, which no layer in float32 takes.
+
+    Returns:
+        What it set right of what was mismatched: zero points.
+    """
+    if not hasattr(model, "ct_decompress_hook"):
+        return set()
+    settled = {item for item in mismatched if item[0].endswith(".weight_zero_point")}
+    for name, *_ in settled:
+        path, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(path), attribute, torch.nn.Parameter(store.read(name), requires_grad=False))
+    with _quiet():
+        model.hf_quantizer.compressor.decompress_model(model)
+    torch.nn.Module.float(model)  # its own method refuses quantized models
+    return settled
 
 
 def _refuse_ignored_quantization(directory: Path, config: dict[str, Any]) -> None:

@@ -122,12 +122,22 @@ class Target(ABC):
             MissingDependencyError: without a package that lowering needs.
         """
 
+    def check_assigned(self, graph: Graph) -> None:  # noqa: B027 - as above
+        """Refuses, once schemes are assigned and ahead of calibration, layers that it does not take beside each other.
+
+        Args:
+            graph: with `Graph.schemes`; `supports` has been asked about each of them.
+
+        Raises:
+            TargetError: that names the layers.
+        """
+
     @abstractmethod
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
         """Makes files, or a model, of a quantized graph, which is not changed.
 
         Args:
-            graph: one that `check_graph` and `supports` have let pass.
+            graph: one that `check_graph`, `supports` and `check_assigned` have let pass.
             directory: an empty one, whose files become visible together afterwards; None where nothing is written.
 
         Raises:

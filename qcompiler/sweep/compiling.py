@@ -208,6 +208,8 @@ def _terms(graph: Graph) -> int:
 
 def _check_schemes(graph: Graph, targets: Sequence[Target]) -> None:
     check_schemes(graph.schemes, {site.name: site.in_features for site in graph.sites()}, targets)
+    for target in targets:
+        target.check_assigned(graph)
 
 
 def _workspace(work_dir: str | Path | None, graph: Graph) -> Path:

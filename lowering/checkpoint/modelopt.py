@@ -1,0 +1,175 @@
+"""The layout of NVIDIA's ModelOpt (unified Hugging Face export), which TensorRT-LLM, vLLM and SGLang read.
+
+Source: ModelOpt's export to Hugging Face directories; vLLM 0.32 takes all of these but 4-bit integers. All layers of a
+checkpoint have one algorithm here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qcompiler
+from qcompiler.errors import TargetError
+from qcompiler.lowering.checkpoint.contents import Contents
+from qcompiler.lowering.checkpoint.layers import Layer
+from qcompiler.numerics import QuantSpec, Scheme
+from qcompiler.protocol import Support
+
+__all__ = ["add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
+
+_TAKEN = "fp8-tensor, fp8-dynamic, nvfp4, nvfp4a16 or w4a16"
+
+
+def _algorithm(weight: QuantSpec, activation: QuantSpec | None) -> str | None:
+    """The name that ModelOpt has for a format; None where it has none."""
+    if weight.has_factor:
+        if activation is None:
+            return "W4A16_NVFP4"
+        return "NVFP4" if replace(activation, dynamic=False) == weight else None
+    if weight.dtype == "float8_e4m3fn" and activation is not None and activation.dtype == weight.dtype:
+        if weight.granularity == "per_tensor" and activation.granularity == "per_tensor" and not activation.dynamic:
+            return "FP8"
+        if weight.granularity == "per_channel" and activation.granularity == "per_token" and activation.clip == 1:
+            return "FP8_PER_CHANNEL_PER_TOKEN"
+    if weight.dtype == "int4" and weight.granularity == "per_group" and activation is None:
+        return "W4A16_AWQ" if weight.symmetric and not weight.codebook else None
+    return None
+
+
+def supports(scheme: Scheme, width: int) -> Support:
+    """What becomes of a layer."""
+    weight = scheme.weight
+    algorithm = None if weight is None else _algorithm(weight, scheme.activation)
+    if weight is None or algorithm is None:
+        return Support("refused", "ModelOpt has no algorithm of this format", f"choose {_TAKEN}")
+    if width % (weight.group_size or 1):
+        reason = f"groups of {weight.group_size} do not divide {width} input channels"
+        return Support("refused", reason, "choose another group size, or leave the layer in float")
+    if algorithm == "W4A16_AWQ":
+        return Support("fused", "in TensorRT-LLM; vLLM takes no 4-bit integers in this layout")
+    if weight.is_fp4:
+        return Support("fused", "on Blackwell; elsewhere vLLM dequantizes the weight as it multiplies")
+    return Support("fused")
+
+
+def check_layers(layers: Sequence[Layer]) -> None:
+    """Refuses layers of several formats, and output channels that do not fill bytes.
+
+    Raises:
+        TargetError: that names the layer.
+    """
+    for layer in layers:
+        first = layers[0]
+        if (layer.weight, layer.activation) != (first.weight, first.activation):
+            raise TargetError(
+                "a ModelOpt checkpoint has one format for all its layers",
+                where=f"checkpoint: {first.name}, {layer.name}",
+                got=f"{_named(first)} and {_named(layer)}",
+                expected="one format",
+                remedy="leave others in float by overrides, or write format=compressed-tensors",
+            )
+        if layer.weight.dtype == "int4" and layer.rows % 2:
+            raise TargetError(
+                "the output channels of a layer do not fill whole bytes, which ModelOpt checkpoints pack them in",
+                where=f"checkpoint: {layer.name}",
+                got=f"{layer.rows} output channels",
+                expected="an even number",
+                remedy="leave it in float with an override, or write format=compressed-tensors",
+            )
+
+
+def _named(layer: Layer) -> str:
+    return f"{layer.weight}, activation {layer.activation or 'float'}"
+
+
+def add_layer(contents: Contents, layer: Layer) -> None:
+    """Adds the tensors of a layer."""
+    spec, rows, columns = layer.weight, layer.rows, layer.columns
+    if spec.has_factor:
+        assert spec.group_size is not None
+        contents.add(layer, "weight", ["codes"], _along_in, "uint8", (rows, columns // 2))
+        shape: tuple[int, ...] = (rows, columns // spec.group_size)
+        contents.add(layer, "weight_scale", ["scale"], lambda scale: scale, "float8_e4m3fn", shape)
+        contents.add(layer, "weight_scale_2", ["factor"], _number, "float32", ())
+    elif spec.is_float:
+        contents.add(layer, "weight", ["codes"], lambda codes: codes, "float8_e4m3fn", (rows, columns))
+        shape = () if spec.granularity == "per_tensor" else (rows,)
+        contents.add(layer, "weight_scale", ["scale"], lambda s: s.float().reshape(shape), "float32", shape)
+    else:
+        contents.add(layer, "weight", ["codes"], _along_out, "uint8", (rows // 2, columns))
+        groups = (rows, layer.groups)
+        contents.add(layer, "weight_scale", ["scale"], lambda s: s.float().reshape(groups), "float32", groups)
+    if layer.input_scale is not None:
+        contents.add(layer, "input_scale", [layer.input_scale], _number, "float32", ())
+
+
+def _number(value: Tensor) -> Tensor:
+    return value.float().reshape(())
+
+
+def _along_in(codes: Tensor) -> Tensor:
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def _along_out(codes: Tensor) -> Tensor:
+    """int8 ``[out, in]`` → uint8 ``[out / 2, in]``: two's complement, the even row in the low nibble."""
+    nibbles = codes.view(torch.uint8) & 15
+    return nibbles[0::2] | nibbles[1::2] << 4
+
+
+def _fields(contents: Contents) -> dict[str, Any]:
+    first = contents.layers[0]
+    algorithm = _algorithm(first.weight, first.activation)
+    fields: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": None}
+    if first.weight.group_size is not None:
+        fields["group_size"] = first.weight.group_size
+    if algorithm == "W4A16_AWQ":  # scales of channels are folded into the layers ahead
+        fields |= {"has_zero_point": False, "pre_quant_scale": False}
+    return fields
+
+
+def _producer() -> dict[str, str]:
+    """Readers know the layout by this name; the version says who wrote it."""
+    return {"name": "modelopt", "version": f"qcompiler {qcompiler.__version__}"}
+
+
+def quantization_config(contents: Contents) -> dict[str, Any] | None:
+    """What ``config.json`` says."""
+    if not contents.layers:
+        return None
+    fields, first = _fields(contents), contents.layers[0]
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": _arguments(first.weight, is_input=False)}
+    if first.activation is not None:
+        group["input_activations"] = _arguments(first.activation, is_input=True)
+    return {
+        "quant_method": "modelopt",
+        **fields,
+        "ignore": contents.ignored,
+        "config_groups": {"group_0": group},
+        "kv_cache_scheme": None,
+        "producer": _producer(),
+    }
+
+
+def _arguments(spec: QuantSpec, *, is_input: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "dynamic": spec.dynamic,
+        "num_bits": spec.bits,
+        "type": "float" if spec.is_float else "int",
+    }
+    if spec.group_size is not None:
+        found["group_size"] = spec.group_size
+    if spec.granularity in ("per_channel", "per_token"):
+        found["strategy"] = "token" if is_input else "channel"
+    return found
+
+
+def extra_files(contents: Contents) -> dict[str, Any]:
+    """``hf_quant_config.json``."""
+    if not contents.layers:
+        return {}
+    quantization = {**_fields(contents), "exclude_modules": contents.ignored}
+    return {"hf_quant_config.json": {"producer": _producer(), "quantization": quantization}}
