@@ -83,12 +83,14 @@ class CheckpointTarget(Target):
         Contents(graph, model, written_layers(graph))
 
     def check_assigned(self, graph: Graph) -> None:
-        """Refuses layers that the layout cannot pack, and different formats of layers that engines fuse.
+        """Refuses layers that the layout cannot pack, different formats of layers that engines fuse, and new tensors.
 
         Raises:
             TargetError: that names them.
         """
-        self._check_layers(graph, planned_layers(graph), build_source(graph))
+        model = build_source(graph)
+        self._check_layers(graph, planned_layers(graph), model)
+        Contents(graph, model, written_layers(graph))
 
     def _check_layers(self, graph: Graph, layers: list[Layer], model: nn.Module) -> None:
         check_layers(graph, layers, model)

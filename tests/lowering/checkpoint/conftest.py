@@ -41,7 +41,7 @@ def graph(source: Path) -> Graph:
 @pytest.fixture(scope="session")
 def odd_graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
     """Of a model with widths that fill no words: hidden 72, intermediate 100, and biases."""
-    options = {"hidden_size": 72, "intermediate_size": 100, "attention_bias": True, "mlp_bias": True}
+    options: dict[str, Any] = {"hidden_size": 72, "intermediate_size": 100, "attention_bias": True, "mlp_bias": True}
     return qc.capture(save_source(tmp_path_factory.mktemp("odd"), **options))
 
 

@@ -31,9 +31,7 @@ def configurations(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return own, beside["quantization"]
 
 
-@pytest.mark.parametrize(
-    ("scheme", "algorithm"), [("fp8-tensor", "FP8"), ("fp8-dynamic", "FP8_PER_CHANNEL_PER_TOKEN")]
-)
+@pytest.mark.parametrize(("scheme", "algorithm"), [("fp8-tensor", "FP8"), ("fp8-dynamic", "FP8_PER_CHANNEL_PER_TOKEN")])
 def test_floats_of_eight_bits(scheme: str, algorithm: str, graph: Graph, write: Write) -> None:
     directory, report, result = write(graph, scheme, TARGET)
     tensors = unpacking.read_tensors(directory)
