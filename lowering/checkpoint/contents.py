@@ -47,6 +47,7 @@ class Contents:
         self.ignored = [name for name in linear if name not in quantized]
         self._add_floats(model, quantized)
         self.ties = self._is_tied(model)
+        self._drop_tied(model)
 
     def add(
         self,
@@ -157,6 +158,12 @@ class Contents:
         """Another name that a parameter of the model has."""
         same = (other for other, value in parameters.items() if value is parameters.get(name))
         return next((other for other in same if other in self._graph.weights), None)
+
+    def _drop_tied(self, model: nn.Module) -> None:
+        """Leaves out what is the same tensor as another, as transformers does: engines look for the source of a tie."""
+        for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+            if name in self.store and source in self.store and name in self.store.tied(source):
+                self.store.remove(name)
 
     def _is_tied(self, model: Any) -> bool:
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
