@@ -5,7 +5,7 @@ it; `staging` writes aside and renames.
 """
 
 from qcompiler.storage.checkpoint import no_directory
-from qcompiler.storage.companions import companion_files, left_behind, read_companions
+from qcompiler.storage.companions import SOURCE_ONLY, companion_files, left_behind, read_companions
 from qcompiler.storage.reading import read_named
 from qcompiler.storage.staging import (
     StagedFiles,
@@ -20,6 +20,7 @@ from qcompiler.storage.stored_tensor import stack
 from qcompiler.storage.weights import WeightStore
 
 __all__ = [
+    "SOURCE_ONLY",
     "StagedFiles",
     "WeightStore",
     "companion_files",

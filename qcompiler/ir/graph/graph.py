@@ -190,6 +190,21 @@ class Graph:
         """
         quantizing.set_weight(self, site, quantized)
 
+    def set_stored_weight(self, site: Site, spec: QuantSpec) -> None:
+        """As `set_weight`, for parts that are in the store already, or are derived there when they are read.
+
+        Args:
+            site: a site with a float weight.
+            spec: the number format; no codebook. The store has, in the dtypes and shapes that `set_weight` gives them,
+                the weight's name followed by ``_codes``, ``_scale`` and, as the format asks for them, ``_zero_point``
+                or ``_factor``.
+
+        Raises:
+            PipelineError: if the site is quantized already, or the codes are not those of the format.
+            WeightError: if a part is missing.
+        """
+        quantizing.set_stored_weight(self, site, spec)
+
     def stored_node(self, name: str) -> Node:
         """A new node that reads a stored tensor, at the insertion point of `fx`."""
         info = self.weights.info(name)
