@@ -69,9 +69,9 @@ def load(directory: str | Path, *, trust_remote_code: bool = False) -> CompileRe
         ArtifactError: if there is none, or it is damaged.
         QCompilerError: for a checkpoint, as `qcompiler.frontend.capture_checkpoint`.
     """
-    if is_quantized_checkpoint(Path(directory)):
-        return _of_checkpoint(Path(directory), trust_remote_code)
     root = native_directory(Path(directory))
+    if not (root / MANIFEST).is_file() and is_quantized_checkpoint(root):
+        return _of_checkpoint(root, trust_remote_code)
     graph, manifest, report = load_native(root)
     manifest.pop("schema")
     return CompileResult(graph, CompileReport.from_dict(report), manifest, load_held_out(root), root.resolve())

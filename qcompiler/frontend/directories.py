@@ -119,7 +119,7 @@ def is_quantized_checkpoint(directory: Path) -> bool:
     Raises:
         WeightError: a damaged checkpoint.
     """
-    if not (directory / "config.json").is_file() or (directory / "manifest.json").is_file():
+    if not (directory / "config.json").is_file():
         return False
     try:
         settings = find_settings(directory, read_config(directory))

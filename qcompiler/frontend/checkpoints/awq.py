@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import InputError, UnsupportedModelError, WeightError
-from qcompiler.frontend.checkpoints.contents import FLOATS, Checkpoint, Layer
+from qcompiler.frontend.checkpoints.contents import FLOATS, Checkpoint, Layer, names_in
 from qcompiler.numerics import QuantSpec, Scheme
 
 __all__ = ["read"]
@@ -35,9 +35,9 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
         raise UnsupportedModelError("a layout of AWQ that is not read", where=where, got=version, expected="gemm")
     if type(group_size) is not int or (group_size < 1 and group_size != -1):
         raise InputError("not a group size", where=where, got=group_size, expected="-1, 32, 64, 128, ...")
-    kept = settings.get("modules_to_not_convert") or []
+    kept = names_in(settings, "modules_to_not_convert", where)
     for module in checkpoint.modules("qweight"):
-        if any(isinstance(name, str) and name in (module, *module.split(".")) for name in kept):
+        if any(name in (module, *module.split(".")) for name in kept):
             raise WeightError(
                 "a layer holds codes, but the settings leave it in float", where=f"{module}.qweight", got=where
             )

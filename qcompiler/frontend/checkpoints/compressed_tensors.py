@@ -69,7 +69,7 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
             )
         _add(checkpoint, module, group, where)
     if settings.get("kv_cache_scheme") is not None:
-        checkpoint.lost.append("the cache stays in float: the checkpoint's kv_cache_scheme is left to engines")
+        checkpoint.lost["the cache stays in float: what kv_cache_scheme says is left to engines"] = []
 
 
 def _add(checkpoint: Checkpoint, module: str, group: Group, where: str) -> None:
@@ -93,9 +93,12 @@ def _add(checkpoint: Checkpoint, module: str, group: Group, where: str) -> None:
     if group.activation is not None:
         activation = activation_spec(group)
         if activation is None:
-            checkpoint.lost.append(f"{module}: its input stays in float, no operator rounds to {group.activation}")
+            lost = f"inputs stay in float, since no operator rounds them as {group.activation}"
+            checkpoint.lost.setdefault(lost, []).append(module)
         else:
             scheme, qparams = Scheme(spec, activation), _input_qparams(checkpoint, module, activation)
+            if activation.is_fp4 and not activation.has_factor:
+                checkpoint.notes["exponents of MXFP4 inputs are those of the OCP specification"] = []
     if order is not None:
         _put_in_order(checkpoint, module, order)
     checkpoint.add(Layer(module, rows, columns, scheme, order, **qparams))
@@ -122,7 +125,7 @@ def _add_packed(checkpoint: Checkpoint, module: str, group: Group, spec: QuantSp
 
         checkpoint.part(module, "zero_point", [zeros], zero_point, spec.stored_dtype, shape_of_scale)
     if spec.bits != bits:
-        checkpoint.notes.append(f"{module}: its codes of {bits} bits are held in 8")
+        checkpoint.notes.setdefault(f"codes of {bits} bits are held in 8", []).append(module)
     return rows, columns
 
 

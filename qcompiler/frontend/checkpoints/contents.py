@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompiler.errors import WeightError
+from qcompiler.errors import InputError, WeightError
 from qcompiler.numerics import QuantSpec, Scheme, unpack_bits
 from qcompiler.storage import WeightStore
 
-__all__ = ["FLOATS", "Checkpoint", "Layer", "group_order", "unpack_words"]
+__all__ = ["FLOATS", "Checkpoint", "Layer", "group_order", "names_in", "unpack_words"]
 
 FLOATS = ("float32", "float16", "bfloat16")
 """Dtypes of scales."""
@@ -55,8 +55,8 @@ class Checkpoint:
         parts: codes, scales, zero points and factors of layers, by names and in forms of `Graph.set_stored_weight`.
         layers: by the name of the float weight.
         floats: the tensors of the unquantized model, under its stored names; filled by `finish`.
-        notes: sentences for the report.
-        lost: what the checkpoint says and a graph cannot do, a sentence each.
+        notes: sentences for the report, with the layers that each is about.
+        lost: what the checkpoint says and a graph cannot do, the same way.
     """
 
     stored: WeightStore
@@ -64,8 +64,8 @@ class Checkpoint:
     parts: WeightStore = field(default_factory=WeightStore)
     layers: dict[str, Layer] = field(default_factory=dict)
     floats: WeightStore = field(default_factory=WeightStore)
-    notes: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    lost: dict[str, list[str]] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
 
     def modules(self, *suffixes: str) -> list[str]:
@@ -192,6 +192,18 @@ def _dequantized(parts: Mapping[str, Tensor], spec: QuantSpec, layer: Layer) -> 
     if layer.order is None:
         return weight  # type: ignore[no-any-return]
     return torch.empty_like(weight).index_copy(1, layer.order, weight)
+
+
+def names_in(settings: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """A list of names among the settings; none where there is none.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    found = settings.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise InputError("a list of names is wanted", where=f"{where}: {key}", got=found)
+    return found
 
 
 def unpack_words(words: Tensor, bits: int, width: int) -> Tensor:

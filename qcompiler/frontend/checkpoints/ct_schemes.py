@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompiler.errors import InputError, UnsupportedModelError
+from qcompiler.frontend.checkpoints.contents import names_in
 from qcompiler.numerics import QuantSpec
 
 __all__ = ["Arguments", "Group", "activation_spec", "group_of", "is_ignored", "read_groups", "weight_spec"]
@@ -119,7 +120,7 @@ def read_groups(settings: Mapping[str, Any], where: str) -> list[Group]:
     found = []
     for name, fields in groups.items():
         place = f"{where}: config_groups.{name}"
-        if not isinstance(fields, Mapping) or not isinstance(fields.get("targets"), Sequence):
+        if not isinstance(fields, Mapping) or not names_in(fields, "targets", place):
             raise UnsupportedModelError(
                 "a group of layers is not spelled out", where=place, got=fields, expected="an object with targets"
             )
@@ -132,7 +133,7 @@ def read_groups(settings: Mapping[str, Any], where: str) -> list[Group]:
         layout, activation = fields.get("format") or settings.get("format"), fields.get("input_activations")
         found.append(
             Group(
-                tuple(str(target) for target in fields["targets"]),
+                tuple(fields["targets"]),
                 str(layout),
                 Arguments.read(fields["weights"], f"{place}.weights"),
                 None if activation is None else Arguments.read(activation, f"{place}.input_activations"),
@@ -153,9 +154,9 @@ def group_of(module: str, groups: Sequence[Group], where: str) -> Group | None:
 
 def is_ignored(module: str, settings: Mapping[str, Any], where: str) -> bool:
     """Whether the settings leave a layer in float."""
-    patterns = settings.get("ignore") or []
+    patterns = names_in(settings, "ignore", where)
     return any(
-        pattern == module or (str(pattern)[:3] == "re:" and _fits(pattern, module, where)) for pattern in patterns
+        pattern == module or (pattern.startswith("re:") and _fits(pattern, module, where)) for pattern in patterns
     )
 
 

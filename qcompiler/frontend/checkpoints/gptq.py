@@ -28,6 +28,7 @@ _WORDS = ("int32",)
 def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> None:
     """Adds the layers of a checkpoint; see `qcompiler.frontend.checkpoints`."""
     layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    layout = "marlin" if settings.get("is_marlin_format") else layout
     if layout not in _LAYOUTS:
         raise UnsupportedModelError(
             "a layout of GPTQ that is not read", where=where, got=layout, expected=" or ".join(_LAYOUTS)
@@ -160,4 +161,5 @@ def _add_uneven(checkpoint: Checkpoint, module: str, bits: int, columns: int, ze
 
     names = [f"{module}.{part}" for part in ("qweight", "scales", "g_idx")]
     checkpoint.add_float(module, names, weight, (rows, columns))
-    checkpoint.notes.append(f"{module}: its groups have different sizes (g_idx), so it is taken as a float weight")
+    note = "groups of different sizes have no form here (g_idx), and are taken as float weights"
+    checkpoint.notes.setdefault(note, []).append(module)

@@ -79,13 +79,17 @@ def place_layers(graph: Graph, checkpoint: Checkpoint, unused: Iterable[str]) ->
     _round_inputs(graph, found)
     rest = [name.removesuffix(".weight") for name in checkpoint.layers if name not in placed.union(unused)]
     if rest:
-        more = f" and {len(rest) - _SHOWN} more" if len(rest) > _SHOWN else ""
-        graph.notes.append(
-            f"{len(rest)} quantized layers have no linear layer of the graph to themselves, and are taken as float "
-            f"weights: {', '.join(rest[:_SHOWN])}{more}"
-        )
-    graph.notes += checkpoint.notes
-    graph.lost += checkpoint.lost
+        note = "layers that are no linear layer of the graph by themselves are taken as float weights"
+        graph.notes.append(_sentence(note, rest))
+    graph.notes += [_sentence(text, modules) for text, modules in checkpoint.notes.items()]
+    graph.lost += [_sentence(text, modules) for text, modules in checkpoint.lost.items()]
+
+
+def _sentence(text: str, modules: list[str]) -> str:
+    if not modules:
+        return text
+    more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
+    return f"{text}: {', '.join(modules[:_SHOWN])}{more}"
 
 
 def _by_version(checkpoint: Checkpoint) -> dict[object, Layer]:

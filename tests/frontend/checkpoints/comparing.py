@@ -1,7 +1,5 @@
 """What tests of readers compare: logits of our arithmetic on codes, and of transformers on the numbers they mean."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ def logits(graph: Graph) -> Tensor:
     return NativeArtifact(graph).forward(IDS)
 
 
-def assert_same_model(pair: Pair, *, sites: int = 14) -> Graph:
+def assert_same_model(pair: Pair, *, sites: int = 7) -> Graph:
     """The captured graph, with so many quantized sites, gives what transformers gives of the float model."""
     graph = qc.capture(pair.quantized)
     assert len(graph.schemes) == sites
@@ -27,13 +25,3 @@ def assert_same_model(pair: Pair, *, sites: int = 14) -> Graph:
     assert difference <= 1e-5 * expected.abs().max(), difference
     assert expected.std() > 1e-2
     return graph
-
-
-def shift_codes(directory: Path, name: str) -> None:
-    """Changes one word of codes."""
-    from tests.frontend.checkpoints.packers import edit_tensors
-
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[name].view(torch.uint8)[0, 0] ^= 1
-
-    edit_tensors(directory, change)

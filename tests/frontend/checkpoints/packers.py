@@ -46,8 +46,8 @@ class Pair:
 
 
 def write_pair(place: Path, make: Make, settings: Mapping[str, Any]) -> Pair:
-    """Writes a tiny Llama whose linear layers are ``make(name, rows, columns, generator)``; None leaves one as it is."""
-    pair = Pair(save_checkpoint(place / "quantized"), place / "floats")
+    """Writes a tiny Llama whose linear layers are ``make(name, rows, columns, generator)``; None leaves one alone."""
+    pair = Pair(save_checkpoint(place / "quantized", layers=1), place / "floats")
     shutil.copytree(pair.quantized, pair.floats)
     tensors = load_file(pair.quantized / "model.safetensors")
     packed, floats = dict(tensors), dict(tensors)

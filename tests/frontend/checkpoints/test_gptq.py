@@ -58,7 +58,7 @@ def test_the_last_group_may_be_short(tmp_path):
 def shuffled(name, columns, generator):
     """Groups of act-order; the three layers that read one value have one order, as they have one Gram matrix."""
     shared = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("gate_proj", "up_proj")
-    order = np.random.default_rng(len(shared) + int(shared.split(".")[2])).permutation(columns)
+    order = np.random.default_rng(len(shared)).permutation(columns)
     places = np.zeros(columns, dtype=np.int64)
     places[order] = np.arange(columns) // 32
     return places
@@ -68,27 +68,32 @@ def shuffled(name, columns, generator):
 def test_act_order_selects_columns(tmp_path, symmetric):
     graph = assert_same_model(gptq_pair(tmp_path, symmetric=symmetric, g_idx=shuffled))
     selects = [node for node in graph.fx.nodes if node.target is torch.ops.aten.index_select.default]
-    assert len(selects) == 8  # of four values in each layer
+    assert len(selects) == 4  # of as many values
     assert graph.schemes[UP].weight.group_size == 32
     onnx = qc.lower(qc.load(tmp_path / "quantized"), "onnx", tmp_path / "onnx")
-    assert onnx["parity"]["max_abs_logit_diff"] < 1e-4
+    assert onnx["parity"]["max_difference"] <= 1e-4
 
 
 def test_act_order_has_no_checkpoint_form(tmp_path):
     pair = gptq_pair(tmp_path, g_idx=shuffled)
-    with pytest.raises(qc.errors.TargetError, match="input_order|no place"):
+    with pytest.raises(qc.errors.TargetError, match="no place"):
         qc.lower(pair.quantized, "checkpoint", tmp_path / "out")
 
 
 def test_groups_of_different_sizes_are_float(tmp_path):
     def uneven(name, columns, generator):
-        return np.arange(columns) * columns // 64 % 2 if name == UP else np.arange(columns) // 32
+        return np.minimum(np.arange(columns) % 3, 1) if name == UP else np.arange(columns) // 32
 
-    graph = assert_same_model(gptq_pair(tmp_path, g_idx=uneven), sites=13)
+    graph = assert_same_model(gptq_pair(tmp_path, g_idx=uneven), sites=6)
     assert UP not in graph.schemes
     (note,) = graph.notes
     assert UP in note
     assert "different sizes" in note
+
+
+def test_the_layout_of_a_kernel(directory):
+    edit_settings(directory, is_marlin_format=True)
+    assert refused(directory, UnsupportedModelError, "layout").got == "marlin"
 
 
 def test_a_layer_in_another_format(tmp_path):
@@ -98,8 +103,8 @@ def test_a_layer_in_another_format(tmp_path):
         return gptq_weight(rows, columns, generator, bits=8 if name.endswith("down_proj") else 4)
 
     dynamic = {r"-:.*\.o_proj": {}, r"+:.*\.down_proj": {"bits": 8}}
-    graph = assert_same_model(write_pair(tmp_path, make, {**SETTINGS, "dynamic": dynamic}), sites=12)
-    assert graph.schemes["model.layers.1.mlp.down_proj"].weight.bits == 8
+    graph = assert_same_model(write_pair(tmp_path, make, {**SETTINGS, "dynamic": dynamic}), sites=6)
+    assert graph.schemes["model.layers.0.mlp.down_proj"].weight.bits == 8
 
 
 def test_settings_in_a_file_of_their_own(tmp_path):
