@@ -47,7 +47,13 @@ class Pair:
 
 def write_pair(place: Path, make: Make, settings: Mapping[str, Any]) -> Pair:
     """Writes a tiny Llama whose linear layers are ``make(name, rows, columns, generator)``; None leaves one alone."""
-    pair = Pair(save_checkpoint(place / "quantized", layers=1), place / "floats")
+    save_checkpoint(place / "quantized", layers=1)
+    return rewrite_pair(place, make, settings)
+
+
+def rewrite_pair(place: Path, make: Make, settings: Mapping[str, Any]) -> Pair:
+    """The same of a float model that lies in ``quantized``."""
+    pair = Pair(place / "quantized", place / "floats")
     shutil.copytree(pair.quantized, pair.floats)
     tensors = load_file(pair.quantized / "model.safetensors")
     packed, floats = dict(tensors), dict(tensors)
@@ -224,6 +230,7 @@ def fp4_weight(rows: int, columns: int, generator: np.random.Generator, *, nv: b
     packed = (codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8)
     numbers = np.array([*_E2M1, *(-value for value in _E2M1)])[codes]
     tensors = {"weight_packed": torch.from_numpy(packed)}
+    sizes: Any
     if nv:
         scales = torch.from_numpy(generator.uniform(16, 448, (rows, columns // group))).to(torch.float8_e4m3fn)
         tensors |= {"weight_scale": scales, "weight_global_scale": torch.tensor([20000.0])}
