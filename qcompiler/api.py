@@ -25,7 +25,13 @@ from qcompiler.artifacts import (
 from qcompiler.artifacts import evaluate as evaluate_artifact
 from qcompiler.artifacts import generate as generate_text
 from qcompiler.errors import InputError, TargetError
-from qcompiler.frontend import canonicalize, capture_directory, capture_module, open_checkpoint
+from qcompiler.frontend import (
+    canonicalize,
+    capture_checkpoint,
+    capture_module,
+    is_quantized_checkpoint,
+    refuse_quantized,
+)
 from qcompiler.ir import Graph
 from qcompiler.lowering import targets as known_targets
 from qcompiler.numerics import Scheme
@@ -89,7 +95,8 @@ def capture(
     """Turns a model into a canonical graph; weights of a directory stay on disk.
 
     Args:
-        model: a Hugging Face directory, a transformers model, or any module with ``example_inputs``.
+        model: a Hugging Face directory, a transformers model, or any module with ``example_inputs``. Of a quantized
+            checkpoint (compressed-tensors, GPTQ, AWQ), sites have the codes that its files hold.
         example_inputs: positional tensors for a plain module.
         dynamic_shapes: for a plain module, as `torch.export.export` takes them.
         trust_remote_code: run modelling code a directory brings along.
@@ -97,12 +104,9 @@ def capture(
     Raises:
         InputError, WeightError, UnsupportedModelError: see `qcompiler.frontend.capture`.
     """
-    if isinstance(model, nn.Module):
-        graph = capture_module(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    else:
-        graph = capture_directory(model, trust_remote_code=trust_remote_code)
-        graph.provenance["companions"] = str(model)
-    return canonicalize(graph)
+    if not isinstance(model, nn.Module):
+        return capture_checkpoint(model, trust_remote_code=trust_remote_code)
+    return canonicalize(capture_module(model, example_inputs, dynamic_shapes=dynamic_shapes))
 
 
 def compile(
@@ -207,8 +211,8 @@ def check_arguments(
     pipeline = Pipeline(override_schemes(load_recipe(recipe), overrides))
     choose_device(device)
     check_work_dir(work_dir)
-    if isinstance(model, (str, Path)):
-        open_checkpoint(Path(model))
+    if not isinstance(model, nn.Module):
+        refuse_quantized(model)
     return pipeline.passes
 
 
@@ -291,7 +295,7 @@ def open_artifact(
     """Anything that runs: ``OUT``, ``OUT/native``, ``OUT/onnx``, or a Hugging Face directory.
 
     Args:
-        path: the directory.
+        path: the directory. A quantized checkpoint that `capture` reads is run as a native artifact is.
         exact: compute as written; False allows an engine's faster ways (ONNX Runtime's 8-bit activations).
         engine: ``kernels`` runs a native artifact by fused low-bit operators; by default, its reference arithmetic.
         device: ``cpu``, ``cuda`` or ``auto``; by default ``auto`` for kernels, and the CPU for everything else.
@@ -304,11 +308,11 @@ def open_artifact(
     root = Path(path)
     if not root.is_dir():
         raise no_directory(root)
-    native = native_directory(root)
-    if (native / MANIFEST).is_file():
+    if (native_directory(root) / MANIFEST).is_file() or is_quantized_checkpoint(root):
+        result = load(root, trust_remote_code=trust_remote_code)
         if engine is not None:
-            return open_with_engine(load(native), engine, device or "auto")
-        return load(native).artifact(choose_device(device or "cpu"))
+            return open_with_engine(result, engine, device or "auto")
+        return result.artifact(choose_device(device or "cpu"))
     if engine is not None:
         raise TargetError(f"{engine} run native artifacts alone", where=root, remedy="give OUT or OUT/native")
     for target in known_targets():

@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import Doc
 
 import qcompiler
-from qcompiler.artifacts import HFArtifact
+from qcompiler.artifacts import HFArtifact, load
 from qcompiler.errors import MissingDependencyError, TargetError
 from qcompiler.ir import CacheFormat, Graph, is_op
 from qcompiler.lowering.checkpoint import awq, card, compressed_tensors, gptq, modelopt
@@ -142,6 +142,9 @@ class CheckpointTarget(Target):
 
     def _readers(self, graph: Graph, contents: Contents, directory: Path) -> list[Reader]:
         """transformers, for what it reads of a model that predicts tokens."""
+        if self.format in ("gptq", "awq") and graph.signature.index_of_output("logits") is not None:
+            contents.note(f"compared as qcompiler reads it back: transformers needs gptqmodel for {self.format}")
+            return [Reader(lambda: load(directory).artifact())]
         if self.format != "compressed-tensors":
             contents.note(f"not compared: nothing here reads {self.format}")
             return []

@@ -33,6 +33,8 @@ def check_original(artifact: Artifact, against: Artifact) -> tuple[str, ...]:
         return ()
     if found is None:
         reason = "it is quantized, or written by another program"
+    elif any(side.provenance.get("checkpoint") for side in (artifact, against)):
+        reason = "it was quantized by another program"
     elif any(side.provenance.get("in_memory") for side in (artifact, against)):
         reason = "a model that was compiled from memory has another fingerprint than its directory"
     else:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import qcompiler
 from qcompiler.artifacts.native import (
     MANIFEST,
     NativeArtifact,
@@ -14,6 +15,7 @@ from qcompiler.artifacts.native import (
     load_native,
     save_native,
 )
+from qcompiler.frontend import capture_checkpoint, is_quantized_checkpoint
 from qcompiler.ir import Graph
 from qcompiler.protocol import Artifact
 from qcompiler.reporting import CompileReport
@@ -54,16 +56,40 @@ class CompileResult:
         return NativeArtifact(self.graph, Path(companions) if companions else None, device)
 
 
-def load(directory: str | Path) -> CompileResult:
-    """Reads a native artifact: ``OUT`` or ``OUT/native``. Weights stay on disk until they are used.
+def load(directory: str | Path, *, trust_remote_code: bool = False) -> CompileResult:
+    """Reads a native artifact (``OUT`` or ``OUT/native``), or a quantized checkpoint of another program.
+
+    Weights stay on disk until they are used. What is made of a checkpoint has an empty recipe.
+
+    Args:
+        directory: of either.
+        trust_remote_code: run modelling code that a checkpoint brings along.
 
     Raises:
         ArtifactError: if there is none, or it is damaged.
+        QCompilerError: for a checkpoint, as `qcompiler.frontend.capture_checkpoint`.
     """
     root = native_directory(Path(directory))
+    if not (root / MANIFEST).is_file() and is_quantized_checkpoint(root):
+        return _of_checkpoint(root, trust_remote_code)
     graph, manifest, report = load_native(root)
     manifest.pop("schema")
     return CompileResult(graph, CompileReport.from_dict(report), manifest, load_held_out(root), root.resolve())
+
+
+def _of_checkpoint(directory: Path, trust_remote_code: bool) -> CompileResult:
+    graph = capture_checkpoint(directory, trust_remote_code=trust_remote_code)
+    size = graph.weights.stored_bytes(graph.weight_names())
+    report = CompileReport(
+        unrecognized=list(graph.unrecognized),
+        notes=[*graph.notes, *graph.lost],
+        bytes_before=size,
+        bytes_after=size,
+        parameters=int(graph.provenance["parameters"]),
+        cache_bytes_per_token=graph.signature.cache_bytes_per_token,
+    )
+    manifest = {"qcompiler": qcompiler.__version__, "torch": torch.__version__, "recipe": []}
+    return CompileResult(graph, report, manifest)
 
 
 def native_directory(path: Path) -> Path:

@@ -156,7 +156,9 @@ def compile(
 @app.command()
 def convert(
     context: typer.Context,
-    artifact: Annotated[Path, typer.Argument(help="OUT or OUT/native, of an earlier compilation.")],
+    artifact: Annotated[
+        Path, typer.Argument(help="OUT or OUT/native, of an earlier compilation; or a quantized checkpoint.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A directory for the targets; OUT itself will do.")],
     to: To,
     overwrite: Overwrite = False,
@@ -172,8 +174,15 @@ def convert(
     kept.wanted, kept.output = {target.name: text for text, target in targets.items()}, str(output)
     kept.source = str(artifact)
     made = list(targets.values())
+    model = artifact if result.saved_in is None else None  # a checkpoint of another program
     with opened_output(
-        output, list(kept.wanted), kept, overwrite=overwrite, targets=made, inputs=(result.saved_in,)
+        output,
+        list(kept.wanted),
+        kept,
+        overwrite=overwrite,
+        targets=made,
+        model=model,
+        inputs=(result.saved_in,),
     ) as out:
         written = {target.name: _add_target(result, target, out) for target in made}
     found = {

@@ -2,12 +2,17 @@
 
 In: a Hugging Face directory or an `nn.Module`. Out: a `Graph` whose norms, attention and layers are one operator
 each. `capture` begins, `exporting` traces, `skeleton` and `conversions` bind tensors, `canonicalize` and its rules
-recognise.
+recognise. `checkpoints` reads those that are quantized already: their layers become quantized sites.
 """
 
 from qcompiler.frontend.canonicalization import canonicalize
-from qcompiler.frontend.capture import capture_directory, capture_module
-from qcompiler.frontend.directories import fingerprint_directory, open_checkpoint, read_config
+from qcompiler.frontend.capture import capture_checkpoint, capture_directory, capture_module
+from qcompiler.frontend.directories import (
+    fingerprint_directory,
+    is_quantized_checkpoint,
+    read_config,
+    refuse_quantized,
+)
 from qcompiler.frontend.model_config import declared, declared_positions
 from qcompiler.frontend.pattern import Miss, Rule, apply_rules, expect
 from qcompiler.frontend.pattern import replace as replace_call
@@ -19,13 +24,15 @@ __all__ = [
     "apply_rules",
     "build_on_meta",
     "canonicalize",
+    "capture_checkpoint",
     "capture_directory",
     "capture_module",
     "declared",
     "declared_positions",
     "expect",
     "fingerprint_directory",
-    "open_checkpoint",
+    "is_quantized_checkpoint",
     "read_config",
+    "refuse_quantized",
     "replace_call",
 ]

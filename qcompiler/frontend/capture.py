@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from qcompiler.errors import InputError, UnsupportedModelError
-from qcompiler.frontend.directories import bound_checkpoint, read_config
+from qcompiler.frontend.canonicalization import canonicalize
+from qcompiler.frontend.checkpoints import place_layers
+from qcompiler.frontend.directories import Opened, bound_checkpoint, read_config
 from qcompiler.frontend.exporting import (
     Exported,
     export,
@@ -36,37 +38,55 @@ from qcompiler.ir import (
     Signature,
     symbolic_size,
 )
-from qcompiler.storage import WeightStore
+from qcompiler.storage import SOURCE_ONLY, WeightStore
 
-__all__ = ["capture_directory", "capture_module"]
+__all__ = ["capture_checkpoint", "capture_directory", "capture_module"]
 
 _EXAMPLE = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}
 _FREE = torch.export.Dim.DYNAMIC
 
 
 def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> Graph:
-    """Captures the model of a Hugging Face directory. No weight is read.
+    """Captures the model of a Hugging Face directory, without canonicalizing it. No weight is read.
 
     Args:
-        path: a directory with ``config.json`` and safetensors.
+        path: a directory with ``config.json`` and safetensors; of a quantized checkpoint, float weights are computed
+            from its codes when they are read.
         trust_remote_code: run modelling code the directory brings along.
 
     Raises:
         InputError: no such directory, or a missing or broken ``config.json``.
         WeightError: a damaged checkpoint, or one that lacks a parameter of the model.
-        UnsupportedModelError: the model is quantized already, or cannot be built or exported.
+        UnsupportedModelError: a quantized checkpoint in a format that is not read, or a model that cannot be built or
+            exported.
     """
-    directory = Path(path)
-    store, model, binding = bound_checkpoint(directory, trust_remote_code)
-    fingerprint = binding.weights.fingerprint()  # of the checkpoint: constants of the graph come to the store later
-    graph = _capture_transformers(model, binding.weights)
-    graph.provenance.update(source=str(directory), config=read_config(directory), fingerprint=fingerprint)
-    if (lost := unused_tensors(binding.unused, store, model)) is not None:
+    return _capture_opened(Path(path), bound_checkpoint(Path(path), trust_remote_code))
+
+
+def capture_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> Graph:
+    """As `capture_directory`, to a canonical graph; layers of a quantized checkpoint are quantized sites of it.
+
+    Their codes and scales are read when they are wanted, as the weights of a float checkpoint are.
+    """
+    opened = bound_checkpoint(Path(path), trust_remote_code)
+    graph = canonicalize(_capture_opened(Path(path), opened))
+    graph.provenance["companions"] = str(path)
+    if opened.quantized is not None:
+        graph.provenance["checkpoint"] = opened.quantized.method
+        place_layers(graph, opened.quantized, opened.binding.unused)
+    return graph
+
+
+def _capture_opened(directory: Path, opened: Opened) -> Graph:
+    graph = _capture_transformers(opened.model, opened.binding.weights)
+    config = {key: value for key, value in read_config(directory).items() if key not in SOURCE_ONLY}
+    graph.provenance.update(source=str(directory), config=config, fingerprint=opened.fingerprint)
+    if (lost := unused_tensors(opened.binding.unused, opened.store, opened.model)) is not None:
         graph.lost.append(lost)
     graph.notes += [
         f"{first} and {second} are one tensor by config.json, but stored with different values: each is kept, as "
         "transformers keeps it"
-        for first, second in binding.untied
+        for first, second in opened.binding.untied
     ]
     return graph
 

@@ -1,20 +1,56 @@
 """Hugging Face directories: their configuration, and their tensors bound to a model by name."""
 
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from qcompiler.errors import InputError, UnsupportedModelError
+from qcompiler.frontend.checkpoints import (
+    Checkpoint,
+    Settings,
+    check_linear,
+    find_settings,
+    read_checkpoint,
+)
 from qcompiler.frontend.skeleton import (
     Binding,
     bind_checkpoint,
     build_on_meta,
 )
+from qcompiler.ir import Graph
 from qcompiler.storage import WeightStore, no_directory
 
-__all__ = ["bound_checkpoint", "fingerprint_directory", "open_checkpoint", "read_config"]
+__all__ = [
+    "Opened",
+    "bound_checkpoint",
+    "fingerprint_directory",
+    "is_quantized_checkpoint",
+    "read_config",
+    "refuse_quantized",
+]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A Hugging Face directory, its tensors bound to its model by name.
+
+    Attributes:
+        store: the tensors of the model as stored; of a quantized checkpoint, those of the unquantized model.
+        model: on meta.
+        binding: which tensor is which parameter.
+        quantized: layers with codes; None for a float checkpoint.
+        fingerprint: of what lies in the files.
+    """
+
+    store: WeightStore
+    model: nn.Module
+    binding: Binding
+    quantized: Checkpoint | None
+    fingerprint: str
 
 
 def fingerprint_directory(path: str | Path, *, trust_remote_code: bool = False) -> str:
@@ -22,38 +58,81 @@ def fingerprint_directory(path: str | Path, *, trust_remote_code: bool = False) 
     lies and however its tensors are divided into files.
 
     Raises:
-        QCompilerError: as `capture_directory`.
+        QCompilerError: as `capture_directory`; besides, for a quantized checkpoint, which nothing is compiled from.
     """
-    _, _, binding = bound_checkpoint(Path(path), trust_remote_code)
-    return binding.weights.fingerprint()
+    refuse_quantized(path)
+    return bound_checkpoint(Path(path), trust_remote_code).fingerprint
 
 
-def bound_checkpoint(directory: Path, trust_remote_code: bool) -> tuple[WeightStore, nn.Module, Binding]:
-    """The stored tensors, the model on meta, and which tensor is which parameter."""
-    config, store = open_checkpoint(directory)
-    model, computed = build_on_meta(directory, config, trust_remote_code, stored_bytes=store.stored_bytes())
-    return store, model, bind_checkpoint(store, model, computed)
-
-
-def open_checkpoint(directory: Path) -> tuple[dict[str, Any], WeightStore]:
-    """The configuration and the stored tensors of a Hugging Face directory; headers are read, no weight.
+def bound_checkpoint(directory: Path, trust_remote_code: bool) -> Opened:
+    """The stored tensors, the model on meta, and which tensor is which parameter.
 
     Raises:
+        QCompilerError: as `capture_directory`.
+    """
+    config, settings = _read_settings(directory)
+    stored = store = WeightStore.from_directory(directory)
+    quantized = None
+    if settings is not None and settings.describe(stored):
+        quantized = read_checkpoint(stored, settings)
+        store = quantized.floats
+    model, computed = build_on_meta(directory, config, trust_remote_code, stored_bytes=stored.stored_bytes())
+    checked = None if quantized is None else partial(check_linear, quantized)
+    binding = bind_checkpoint(store, model, computed, checked)
+    fingerprint = (binding.weights if quantized is None else stored).fingerprint()
+    return Opened(store, model, binding, quantized, fingerprint)
+
+
+def refuse_quantized(model: str | Path | Graph) -> None:
+    """Refuses what was quantized by another program: the directory of a checkpoint, or what was captured from it.
+
+    Of a directory, headers are read, no weight.
+
+    Raises:
+        UnsupportedModelError: if it was, or the weights of a directory lie elsewhere.
         InputError: no such directory, a missing or broken ``config.json``, or a compiled model.
         WeightError: a damaged checkpoint.
-        UnsupportedModelError: the model is quantized already, or its weights lie elsewhere.
     """
+    if isinstance(model, Graph):
+        if "checkpoint" in model.provenance:
+            raise _quantized(model.provenance["source"], model.provenance["checkpoint"])
+        return
+    _, settings = _read_settings(Path(model))
+    store = WeightStore.from_directory(Path(model))
+    if settings is not None and settings.describe(store):
+        raise _quantized(settings.where, settings.method)
+
+
+def _quantized(where: str, method: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "this checkpoint is quantized already",
+        where=where,
+        got=method,
+        expected="a float checkpoint",
+        remedy="compile the original model; `qcompiler convert` takes this one to a target as it is",
+    )
+
+
+def is_quantized_checkpoint(directory: Path) -> bool:
+    """Whether a directory holds a quantized checkpoint in a layout that `capture_directory` reads.
+
+    Raises:
+        WeightError: a damaged checkpoint.
+    """
+    if not (directory / "config.json").is_file():
+        return False
+    try:
+        settings = find_settings(directory, read_config(directory))
+    except (InputError, UnsupportedModelError):
+        return False
+    return settings is not None and settings.describe(WeightStore.from_directory(directory))
+
+
+def _read_settings(directory: Path) -> tuple[dict[str, Any], Settings | None]:
+    """``config.json``, and what the directory says of its quantization."""
     _refuse_artifact(directory)
     config = read_config(directory)
-    if config.get("quantization_config") is not None:
-        settings = config["quantization_config"]
-        raise UnsupportedModelError(
-            "this checkpoint is quantized already",
-            where=directory / "config.json",
-            got=settings.get("quant_method") if isinstance(settings, dict) else settings,
-            expected="a float checkpoint",
-            remedy="compile the original model",
-        )
+    settings = find_settings(directory, config)
     if config.get("transformers_weights") is not None:
         raise UnsupportedModelError(
             "config.json says that the weights lie elsewhere than usual",
@@ -62,7 +141,7 @@ def open_checkpoint(directory: Path) -> tuple[dict[str, Any], WeightStore]:
             expected="model.safetensors or its shards, and no such field",
             remedy="load the model with transformers and save it anew: model.save_pretrained(DIR)",
         )
-    return config, WeightStore.from_directory(directory)
+    return config, settings
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,12 @@ class Binding:
     untied: list[tuple[str, str]]
 
 
-def bind_checkpoint(store: WeightStore, model: nn.Module, computed: Mapping[str, Tensor]) -> Binding:
+def bind_checkpoint(
+    store: WeightStore,
+    model: nn.Module,
+    computed: Mapping[str, Tensor],
+    check: Callable[[WeightStore, nn.Module], None] | None = None,
+) -> Binding:
     """Finds the tensors of a model in a checkpoint, as transformers does (`qcompiler.frontend.conversions`).
 
     A tied parameter may be stored under any of its names. Where several are stored and their values differ, the
@@ -199,12 +204,15 @@ def bind_checkpoint(store: WeightStore, model: nn.Module, computed: Mapping[str,
         store: left as it is.
         model: on meta; parameters that turn out not to be tied are given apart.
         computed: values of buffers that are not in the checkpoint.
+        check: called with the tensors by the names of the model, ahead of all other checks of them.
 
     Raises:
         WeightError: if a parameter is missing or of another shape.
         UnsupportedModelError: if a parameter is stored as codes, or a buffer has no value.
     """
     weights, unused = convert_names(store, model)
+    if check is not None:
+        check(weights, model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owners: dict[int, list[str]] = {}
     for name, parameter in parameters.items():

@@ -24,7 +24,7 @@ def test_it_is_short() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformers_computes_what_the_native_artifact_does(dtype: str, tmp_path: Path) -> None:
     result = qc.compile(save_checkpoint(tmp_path / "model", layers=1), [AWQ(), RTN(bits=4, group_size=16)])
-    report = qc.lower(result, FloatCheckpoint(dtype), tmp_path / "out")
+    report = qc.lower(result, f"{FILE}:FloatCheckpoint:dtype={dtype}", tmp_path / "out")
     assert report["parity"]["max_difference"] < (1e-5 if dtype == "float32" else 5e-2)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     (site, *_) = result.graph.sites()
@@ -35,7 +35,7 @@ def test_transformers_computes_what_the_native_artifact_does(dtype: str, tmp_pat
 def test_a_wrong_weight_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def save(tensors: dict[str, torch.Tensor], *arguments: object, **options: object) -> None:
         name = next(name for name in tensors if name.endswith("down_proj.weight"))
-        save_file({**tensors, name: 1.5 * tensors[name]}, *arguments, **options)  # type: ignore[arg-type]
+        save_file({**tensors, name: 1.5 * tensors[name]}, *arguments, **options)
 
     result = qc.compile(save_checkpoint(tmp_path / "model", layers=1), [RTN(bits=4, group_size=16)])
     monkeypatch.setattr(custom_target, "save_file", save)

@@ -193,6 +193,21 @@ class Graph:
         """
         quantizing.set_weight(self, site, quantized)
 
+    def set_stored_weight(self, site: Site, spec: QuantSpec) -> None:
+        """As `set_weight`, for parts that are in the store already, or are derived there when they are read.
+
+        Args:
+            site: a site with a float weight.
+            spec: the number format; no codebook. The store has, in the dtypes and shapes that `set_weight` gives them,
+                the weight's name followed by ``_codes``, ``_scale`` and, as the format asks for them, ``_zero_point``
+                or ``_factor``.
+
+        Raises:
+            PipelineError: if the site is quantized already, or the codes are not those of the format.
+            WeightError: if a part is missing.
+        """
+        quantizing.set_stored_weight(self, site, spec)
+
     def read_weight(self, site: Site) -> Tensor:
         """The matrix that a site multiplies with, float32 ``[out, in]``: dequantized, where it is quantized."""
         weight = site.nodes[0].args[1]

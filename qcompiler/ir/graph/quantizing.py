@@ -1,29 +1,51 @@
 """Weights and activations of a graph replaced by their quantized forms."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from qcompiler.errors import PipelineError
 from qcompiler.ir.graph.nodes import is_stored, quantized_value
-from qcompiler.ir.qtensor import Affine, Codebook, QuantizedTensor
+from qcompiler.ir.qtensor import Codebook, QuantizedTensor
 from qcompiler.numerics import QuantSpec
 
 if TYPE_CHECKING:
     from qcompiler.ir.graph.graph import Graph
     from qcompiler.ir.graph.sites import Site
 
-__all__ = ["quantize_input", "set_weight"]
+__all__ = ["quantize_input", "set_stored_weight", "set_weight"]
 
 _canonical = torch.ops.qcompiler
 
 
 def set_weight(graph: "Graph", site: "Site", quantized: QuantizedTensor) -> None:
     """See `Graph.set_weight`."""
+    expected = (site.out_features, site.in_features)
+    if tuple(quantized.codes.shape) != expected:
+        raise PipelineError(
+            "codes of the wrong shape", where=site.name, got=tuple(quantized.codes.shape), expected=expected
+        )
+    _replace_weight(graph, site, lambda: _place_weight(graph, site, quantized))
+
+
+def set_stored_weight(graph: "Graph", site: "Site", spec: QuantSpec) -> None:
+    """See `Graph.set_stored_weight`."""
+    codes = graph.weights.info(f"{site.weight}_codes")
+    if codes.shape != (site.out_features, site.in_features) or codes.dtype != spec.stored_dtype:
+        raise PipelineError(
+            "stored codes are not those of the format",
+            where=codes.name,
+            got=f"{codes.dtype} {codes.shape}",
+            expected=f"{spec.stored_dtype} {(site.out_features, site.in_features)}",
+        )
+    _replace_weight(graph, site, lambda: _weight_node(graph, site, spec))
+
+
+def _replace_weight(graph: "Graph", site: "Site", place: Callable[[], Node]) -> None:
+    """Lets a site read what ``place`` makes at the graph's insertion point, instead of its float weight."""
     if any(not is_stored(node.args[1]) for node in site.nodes):
         raise PipelineError(
             "this weight is quantized already",
@@ -31,13 +53,8 @@ def set_weight(graph: "Graph", site: "Site", quantized: QuantizedTensor) -> None
             expected="one weight quantizer per site",
             remedy="drop one of the passes, or keep them apart with schemes",
         )
-    expected = (site.out_features, site.in_features)
-    if tuple(quantized.codes.shape) != expected:
-        raise PipelineError(
-            "codes of the wrong shape", where=site.name, got=tuple(quantized.codes.shape), expected=expected
-        )
     with graph.fx.inserting_before(site.nodes[0]):
-        weight_node = _place_weight(graph, site, quantized)
+        weight_node = place()
     for node in site.nodes:
         old = node.args[1]
         node.update_arg(1, weight_node)
@@ -52,46 +69,44 @@ def _place_weight(graph: "Graph", site: "Site", quantized: QuantizedTensor) -> N
     """Stores the parts of a quantized weight and makes the node that computes it, at the graph's insertion point."""
     if isinstance(quantized, Codebook):
         return _place_codebook(graph, site, quantized)
-    return _place_fp4(graph, site, quantized) if quantized.spec.is_fp4 else _place_affine(graph, site, quantized)
-
-
-def _place_fp4(graph: "Graph", site: "Site", quantized: Affine) -> Node:
-    parts: dict[str, Tensor | None] = {"scale": quantized.stored_scale, "factor": quantized.factor}
-    graph.weights.set(f"{site.weight}_codes", quantized.codes, dtype=quantized.spec.stored_dtype)
-    sources: list[Node | None] = [graph.stored_node(f"{site.weight}_codes")]
-    for part, tensor in parts.items():
-        if tensor is not None:
-            graph.weights.set(f"{site.weight}_{part}", tensor)
-        sources.append(None if tensor is None else graph.stored_node(f"{site.weight}_{part}"))
-    arguments = (*sources, quantized.spec.group_of(site.in_features))
-    weight = graph.fx.call_function(_canonical.fp4_dequantize.default, arguments)
-    return _described(weight, "float32", quantized.codes.shape)
-
-
-def _place_affine(graph: "Graph", site: "Site", quantized: Affine) -> Node:
     spec, store = quantized.spec, graph.weights
+    store.set(f"{site.weight}_codes", quantized.codes, dtype=spec.stored_dtype)
+    if spec.is_fp4:
+        store.set(f"{site.weight}_scale", quantized.stored_scale)
+        if quantized.factor is not None:
+            store.set(f"{site.weight}_factor", quantized.factor)
+        return _weight_node(graph, site, spec)
     scale, zero_point = quantized.scale, quantized.zero_point
-    axis, block = 1, spec.group_of(site.in_features)
     if spec.granularity == "per_block":
-        block, scale = spec.group_size or 0, quantized.stored_scale
-    if spec.granularity == "per_channel":
-        axis, block = 0, 0
+        scale = quantized.stored_scale
+    elif spec.granularity == "per_channel":
         scale = scale[:, 0]
         zero_point = None if zero_point is None else zero_point[:, 0]
     elif spec.granularity == "per_tensor":
-        axis, block = 0, 0
         scale = scale.reshape(())
         zero_point = None if zero_point is None else zero_point.reshape(())
-    store.set(f"{site.weight}_codes", quantized.codes, dtype=spec.stored_dtype)
     store.set(f"{site.weight}_scale", scale.to(quantized.scale_dtype))
     if zero_point is not None:
         store.set(f"{site.weight}_zero_point", zero_point, dtype=spec.stored_dtype)
-    codes_node = graph.stored_node(f"{site.weight}_codes")
-    scale_node = graph.stored_node(f"{site.weight}_scale")
-    zero_node = None if zero_point is None else graph.stored_node(f"{site.weight}_zero_point")
-    arguments = (codes_node, scale_node, zero_node, axis, block, torch.float32)
-    weight = graph.fx.call_function(_canonical.dequantize.default, arguments)
-    return _described(weight, "float32", quantized.codes.shape)
+    return _weight_node(graph, site, spec)
+
+
+def _weight_node(graph: "Graph", site: "Site", spec: QuantSpec) -> Node:
+    """The node that computes a weight from its stored parts, at the graph's insertion point."""
+    parts = ("codes", "scale", "factor" if spec.is_fp4 else "zero_point")
+    names = [f"{site.weight}_{part}" for part in parts]
+    is_there = (True, True, spec.has_factor if spec.is_fp4 else not spec.symmetric)
+    sources = [graph.stored_node(name) if there else None for name, there in zip(names, is_there, strict=True)]
+    if spec.is_fp4:
+        weight = graph.fx.call_function(_canonical.fp4_dequantize.default, (*sources, spec.group_of(site.in_features)))
+    else:
+        axis, block = 0, 0
+        if spec.granularity == "per_block":
+            axis, block = 1, spec.group_size or 0
+        elif spec.granularity not in ("per_channel", "per_tensor"):
+            axis, block = 1, spec.group_of(site.in_features)
+        weight = graph.fx.call_function(_canonical.dequantize.default, (*sources, axis, block, torch.float32))
+    return _described(weight, "float32", (site.out_features, site.in_features))
 
 
 def _place_codebook(graph: "Graph", site: "Site", quantized: Codebook) -> Node:

@@ -1,0 +1,15 @@
+"""Published quantized checkpoints: their codes and scales as parts of a graph, in the layouts of other libraries.
+
+| file | what |
+|---|---|
+| ``settings`` | what a directory says of its quantization, and which reader that belongs to |
+| ``contents`` | `Checkpoint`: float tensors of the unquantized model, layers with their parts, all read when wanted |
+| ``compressed_tensors``, ``ct_schemes``, ``gptq``, ``awq`` | one layout each |
+| ``placing`` | layers become quantized sites of a canonical graph |
+"""
+
+from qcompiler.frontend.checkpoints.contents import Checkpoint
+from qcompiler.frontend.checkpoints.placing import check_linear, place_layers
+from qcompiler.frontend.checkpoints.settings import Settings, find_settings, read_checkpoint
+
+__all__ = ["Checkpoint", "Settings", "check_linear", "find_settings", "place_layers", "read_checkpoint"]

@@ -1,0 +1,141 @@
+"""Layers of a quantized checkpoint become quantized sites of a graph: the nodes that a compilation would leave."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx, nn
+
+from qcompiler.errors import UnsupportedModelError
+from qcompiler.frontend.checkpoints.contents import Checkpoint, Layer
+from qcompiler.ir import Graph, Site
+from qcompiler.numerics import QuantSpec
+from qcompiler.storage import WeightStore
+
+__all__ = ["check_linear", "place_layers"]
+
+_SHOWN = 4
+_select = torch.ops.aten.index_select.default
+_Readers = dict[tuple[object, ...], list[tuple[Site, fx.Node]]]
+
+
+def check_linear(checkpoint: Checkpoint, weights: WeightStore, model: nn.Module) -> None:
+    """Refuses codes in the place of anything but the weight of a linear layer.
+
+    Args:
+        checkpoint: as read.
+        weights: its float tensors by the names of the model.
+        model: on meta.
+
+    Raises:
+        UnsupportedModelError: naming the layer.
+    """
+    layers = _by_version(checkpoint)
+    for name in weights.names():
+        layer, (path, _, attribute) = layers.get(weights.version(name)), name.rpartition(".")
+        if layer is None:
+            continue
+        module = model.get_submodule(path)
+        if not isinstance(module, nn.Linear) or attribute != "weight":
+            raise UnsupportedModelError(
+                "a quantized module is no linear layer",
+                where=layer.name,
+                got=type(module).__name__,
+                expected="Linear",
+                remedy="use the original model",
+            )
+
+
+def place_layers(graph: Graph, checkpoint: Checkpoint, unused: Iterable[str]) -> None:
+    """Gives each site of a canonical graph, in place, the codes that the checkpoint has of it; none is read.
+
+    Layers whose codes are no site of the graph, such as experts that transformers merges, stay float weights, computed
+    from their codes; a note says so.
+
+    Args:
+        graph: whose float weights are those of ``checkpoint.floats``.
+        checkpoint: as read.
+        unused: stored names that the model has no place for.
+    """
+    layers, placed = _by_version(checkpoint), set[str]()
+    orders: _Readers = {}
+    found: list[tuple[Site, Layer]] = []
+    for site in graph.sites():
+        layer = layers.get(graph.weights.version(site.weight))
+        if layer is None:
+            continue
+        assert layer.scheme.weight is not None
+        for part in ("codes", "scale", "zero_point", "factor"):
+            if f"{layer.weight}_{part}" in checkpoint.parts:
+                graph.weights.alias(f"{site.weight}_{part}", f"{layer.weight}_{part}", checkpoint.parts)
+        graph.set_stored_weight(site, layer.scheme.weight)
+        graph.schemes[site.name] = layer.scheme
+        placed.add(layer.weight)
+        found.append((site, layer))
+        if layer.order is not None:
+            for node in site.nodes:
+                orders.setdefault((node.args[0], tuple(layer.order.tolist())), []).append((site, node))
+    for (_, order), readers in orders.items():
+        _select_columns(graph, readers, torch.tensor(order))
+    _round_inputs(graph, found)
+    rest = [name.removesuffix(".weight") for name in checkpoint.layers if name not in placed.union(unused)]
+    if rest:
+        note = "layers that are no linear layer of the graph by themselves are taken as float weights"
+        graph.notes.append(_sentence(note, rest))
+    graph.notes += [_sentence(text, modules) for text, modules in checkpoint.notes.items()]
+    graph.lost += [_sentence(text, modules) for text, modules in checkpoint.lost.items()]
+
+
+def _sentence(text: str, modules: list[str]) -> str:
+    if not modules:
+        return text
+    more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
+    return f"{text}: {', '.join(modules[:_SHOWN])}{more}"
+
+
+def _by_version(checkpoint: Checkpoint) -> dict[object, Layer]:
+    return {checkpoint.floats.version(name): layer for name, layer in checkpoint.layers.items()}
+
+
+def _select_columns(graph: Graph, readers: list[tuple[Site, fx.Node]], order: Tensor) -> None:
+    """Puts the columns of a value in the order of the codes, ahead of layers whose codes have it."""
+    name, nodes = f"{readers[0][0].name}.input_order", _in_order(graph, readers)
+    graph.weights.set(name, order)
+    value = nodes[0].args[0]
+    assert isinstance(value, fx.Node)
+    with graph.fx.inserting_before(nodes[0]):
+        stored = graph.stored_node(name)
+    graph.insert(_select, value, nodes, -1, stored)
+
+
+def _round_inputs(graph: Graph, found: list[tuple[Site, Layer]]) -> None:
+    """Rounds inputs, once for all layers that round one value with the same scale."""
+    groups: _Readers = {}
+    layers = {}
+    for site, layer in found:
+        spec = layer.scheme.activation
+        if spec is None:
+            continue
+        numbers = tuple(None if t is None else t.item() for t in (layer.input_scale, layer.input_zero_point))
+        for node in site.nodes:
+            groups.setdefault((node.args[0], spec, *numbers), []).append((site, node))
+        layers[site.name] = layer
+    for readers in groups.values():
+        first = readers[0][0].name
+        _round_input(graph, layers[first], first, _in_order(graph, readers))
+
+
+def _round_input(graph: Graph, layer: Layer, site: str, nodes: list[fx.Node]) -> None:
+    spec: QuantSpec | None = layer.scheme.activation
+    value, names = nodes[0].args[0], list[str | None]()
+    assert spec is not None
+    assert isinstance(value, fx.Node)
+    for part, number in (("scale", layer.input_scale), ("zero_point", layer.input_zero_point)):
+        names.append(None if number is None else f"{site}.input_{part}")
+        if number is not None:
+            graph.weights.set(f"{site}.input_{part}", number)
+    graph.quantize_input(value, nodes, spec, *names)
+
+
+def _in_order(graph: Graph, readers: list[tuple[Site, fx.Node]]) -> list[fx.Node]:
+    place = {node: index for index, node in enumerate(graph.fx.nodes)}
+    return sorted((node for _, node in readers), key=place.__getitem__)
