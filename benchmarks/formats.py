@@ -24,7 +24,7 @@ from qcompiler.errors import QCompilerError
 from qcompiler.lowering.checkpoint import CheckpointTarget
 
 DRIVER = Path(__file__).parent / "peer_drivers" / "read_vllm.py"
-LAYOUTS = ("compressed-tensors", "gptq", "awq")
+LAYOUTS = ("compressed-tensors", "gptq", "awq", "modelopt")
 RECIPES = ("w8a16", "w4a16-gptq", "w3a16-gptq", "w4a16-awq", "w8a8-smoothquant", "w8a8-dynamic", "fp8", "fp8-dynamic")
 HEADINGS = ("recipe", "layout", "reader", "loads", "max", "tolerance", "KL", "greedy", "MB")
 
@@ -84,7 +84,8 @@ def measure(result: qc.CompileResult, recipe: str, layout: str, place: Path, vll
     if "parity" in written:
         found = written["parity"]
         numbers = (f"{found['max_difference']:.1e}", f"{found['tolerance']:.1e}", f"{1e3 * found['kl_divergence']:.3f}")
-        rows.append(Row(recipe, layout, "transformers", "yes", *numbers, "", size))
+        reader = "transformers" if layout == "compressed-tensors" else "qcompiler"
+        rows.append(Row(recipe, layout, reader, "yes", *numbers, "", size))
     if vllm is not None:
         rows.append(read_with_vllm(result, recipe, layout, place, vllm, size))
     return rows or [Row(recipe, layout, "none here", "", megabytes=size)]
