@@ -35,12 +35,15 @@ python -m sglang.launch_server --model-path PATH
 trtllm-serve PATH
 ```
 
-`PATH` is this directory. TensorRT-LLM reads 8-bit floats and NVFP4 of compressed-tensors, and 4-bit AWQ and GPTQ.
+`PATH` is this directory. Of compressed-tensors, TensorRT-LLM reads 8-bit floats with a scale per channel and token, and
+NVFP4; besides, AWQ, GPTQ and ModelOpt.
 {% if layout == "compressed-tensors" %}
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM{{ ", CompressedTensorsConfig" if has_zero_points }}
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained(
+    "PATH"{{ ", quantization_config=CompressedTensorsConfig(dequantize=True)" if has_zero_points }}
+)
 ```
 {% endif %}"""
 
@@ -54,6 +57,9 @@ def text(graph: Graph, layout: str) -> str:
         if scheme is not None and scheme.weight is not None:
             key = f"{scheme.weight}, {scheme.activation or 'float'}"
             schemes[key] = schemes.get(key, 0) + 1
-    fields = {"name": f"{source}, {layout}", "source": source, "layout": layout, "schemes": schemes}
+    weights = [scheme.weight for scheme in graph.schemes.values() if scheme.weight is not None]
+    has_zero_points = any(not weight.symmetric for weight in weights)  # transformers unpacks them in this way alone
+    fields: dict[str, Any] = {"name": f"{source}, {layout}", "source": source, "layout": layout, "schemes": schemes}
+    fields["has_zero_points"] = has_zero_points
     rendered: str = jinja2.Template(_CARD).render(fields)
     return rendered

@@ -50,6 +50,21 @@ def test_what_is_opened_computes_what_was_compiled(graph: Graph, write: Write) -
     torch.testing.assert_close(opened.forward(ids), result.artifact().forward(ids), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-g32-asym"])
+def test_what_the_card_says_loads_it(scheme: str, graph: Graph, write: Write) -> None:
+    directory, _, result = write(graph, scheme, verify=False)
+    code = (directory / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert ("dequantize=True" in code) is scheme.endswith("asym")
+    names: dict[str, Any] = {}
+    exec(code.replace("PATH", str(directory)), names)  # what a reader would paste
+    ids = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        found = names["model"](ids)
+    expected = result.artifact().forward(ids)
+    assert float((found.logits.float() - expected).abs().max()) < 0.05 * float(expected.abs().max())  # in bfloat16
+
+
 def flip_a_scale(tensors: dict[str, Tensor]) -> None:
     tensors[f"{DOWN}.weight_scale"][3, 1] *= -1
 
