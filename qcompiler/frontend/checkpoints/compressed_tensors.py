@@ -52,12 +52,10 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
             raise UnsupportedModelError("this part of compressed-tensors is not read", where=f"{where}: {key}")
     groups = read_groups(settings, where)
     stored = checkpoint.stored
-    modules = checkpoint.modules("weight_packed", "weight_scale")
-    modules += [
-        module
-        for module in checkpoint.modules("weight")
-        if module not in modules and stored.info(f"{module}.weight").dtype in _CODES
-    ]
+    modules = dict.fromkeys(checkpoint.modules("weight_packed", "weight_scale"))
+    for module in checkpoint.modules("weight"):
+        if stored.info(f"{module}.weight").dtype in _CODES:
+            modules.setdefault(module)
     for module in modules:
         group = group_of(module, groups, where)
         if group is None or is_ignored(module, settings, where):
