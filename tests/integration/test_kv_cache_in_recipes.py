@@ -22,7 +22,7 @@ from qcompiler.protocol.pass_base import (
 )
 from qcompiler.protocol.pipeline import Pipeline
 from qcompiler.protocol.statistics import CrossGram
-from qcompiler.protocol.target import Support
+from qcompiler.protocol.target import Support, Target
 from qcompiler.sweep.streaming import sweep
 from tests.models import canonical_graph, copy_graph
 from tests.passes.test_quantize_kv_cache import CPU, FORMATS, cached, each_format, quantized, tokens
@@ -188,7 +188,7 @@ def test_refused_before_calibration(monkeypatch):
     with pytest.raises(RecipeError, match="have to divide a head"):
         qc.compile(language_model(), [QuantizeKVCache(group_size=3)])
 
-    class Picky:
+    class Picky(Target):
         name = "picky"
 
         def supports(self, scheme, width):
@@ -197,8 +197,8 @@ def test_refused_before_calibration(monkeypatch):
         def supports_cache(self, spec):
             return Support("refused", "no int4") if spec.bits == 4 else Support("runs")
 
-        def check_graph(self, graph):
-            pass
+        def lower(self, graph, directory):
+            raise AssertionError
 
     with pytest.raises(TargetError, match="does not take a cache") as caught:
         qc.compile(language_model(), [QuantizeKVCache("int8", values="int4")], targets=[Picky()])

@@ -83,7 +83,7 @@ def test_damaged_recipe(
     ("option", "kind", "mentioned"),
     [
         (("--to", "tensorflow"), "TargetError", ("tensorflow", "onnx")),
-        (("--to", "onnx:colour=red"), "TargetError", ("colour=red", "opset")),
+        (("--to", "onnx:colour=red"), "TargetError", ("colour", "opset")),
         (("--to", "onnx:opset=9"), "TargetError", ("9", "21")),
         (("--to", "onnx:float=float64"), "TargetError", ("float64",)),
         (("--to", "onnx", "--to", "onnx:opset=23"), "TargetError", ("onnx, onnx",)),
