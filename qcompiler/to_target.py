@@ -12,17 +12,19 @@ import torch
 
 from qcompiler.artifacts import CompileResult, NativeArtifact, add_target, check_parity, load, with_noise
 from qcompiler.errors import QCompilerError, TargetError, did_you_mean
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, cache_formats
 from qcompiler.lowering import targets
 from qcompiler.protocol import (
     Artifact,
     Lowered,
     Target,
+    check_caches,
     check_schemes,
     foreign,
     import_object,
     list_options,
     read_options,
+    unknown_option,
 )
 from qcompiler.storage import filled_directory
 
@@ -108,16 +110,10 @@ def _is_target(value: object) -> bool:
 
 
 def _with_options(target: type[Target] | Target, options: Mapping[str, Any], where: str) -> Target:
-    fields = list_options(target if isinstance(target, type) else type(target))
+    cls = target if isinstance(target, type) else type(target)
     for name in options:
-        if name not in [field.name for field in fields]:
-            raise TargetError(
-                "unknown option of a target",
-                where=where,
-                got=name,
-                expected=", ".join(f"{field.name} ({field.values})" for field in fields) or "no options",
-                remedy=did_you_mean(name, [field.name for field in fields]),
-            )
+        if name not in [field.name for field in dataclasses.fields(cls)]:
+            raise unknown_option(cls, name, TargetError)
     with foreign("this target cannot be made", where, error=TargetError):
         return target(**options) if isinstance(target, type) else dataclasses.replace(target, **options)
 
@@ -241,6 +237,7 @@ def check_target(result: CompileResult, target: Target) -> None:
         MissingDependencyError: without a package that it needs.
     """
     check_schemes(result.graph.schemes, {site.name: site.in_features for site in result.graph.sites()}, [target])
+    check_caches(cache_formats(result.graph), [target])
     target.check_graph(result.graph)
     target.check_assigned(result.graph)
 
@@ -248,7 +245,10 @@ def check_target(result: CompileResult, target: Target) -> None:
 def write_target(
     result: CompileResult, target: Target, directory: str | Path, *, verify: bool = True
 ) -> dict[str, Any]:
-    """`lower` to a target with files, without an entry in any report yet: for who moves the directory afterwards."""
+    """`lower` to a target with files, without an entry in any report yet: for who moves the directory afterwards.
+
+    The target is not asked about the model: see `check_target`.
+    """
     assert target.main_file is not None
     # compared in a place that is not final yet: what was not verified must not look as if it had been
     with filled_directory(directory, last=target.main_file) as place:

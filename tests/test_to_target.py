@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import qcompiler as qc
 from qcompiler import api
@@ -13,7 +14,7 @@ from qcompiler.errors import TargetError, VerificationError
 from qcompiler.lowering import targets
 from qcompiler.lowering.kernels import KernelsTarget
 from qcompiler.lowering.onnx import OnnxTarget
-from qcompiler.passes import RTN
+from qcompiler.passes import RTN, QuantizeKVCache
 from qcompiler.to_target import describe_targets, make_target, written_target
 from tests.tiny_checkpoint import command
 from tests.tiny_graphs import language_model
@@ -157,6 +158,11 @@ def test_a_guest_s_target(guest: Callable[..., str], tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="does not take this scheme"):
         qc.lower(qc.compile(language_model(), [RTN(bits=3)]), guest("Names"), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
+    tokens = qc.Calibration.from_tokens(torch.arange(24).reshape(2, 12))
+    cached = qc.compile(language_model(), [QuantizeKVCache("int8")], tokens)
+    with pytest.raises(TargetError, match="does not take a cache") as caught:
+        qc.lower(cached, guest("Names"), tmp_path / "cached")
+    assert (caught.value.where, caught.value.got) == ("names", "int8 per token symmetric")
     with pytest.raises(VerificationError):
         qc.lower(result, guest("Names", 1.01), tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from qcompiler.errors import TargetError
 from qcompiler.lowering.checkpoint.contents import Contents, pack_words
-from qcompiler.lowering.checkpoint.layers import Layer
+from qcompiler.lowering.checkpoint.layers import Layer, check_rows, integer_support
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Support
 
 __all__ = ["add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the eight output channels in a word, lowest bits first
-_GROUPS = (32, 64, 128)
 
 
 def supports(scheme: Scheme, width: int) -> Support:
@@ -34,9 +33,7 @@ def supports(scheme: Scheme, width: int) -> Support:
     group = weight.group_of(width)
     if width % group:
         return Support("refused", f"groups of {group} do not divide {width} input channels")
-    if group not in (*_GROUPS, width):
-        return Support("writes-only", f"groups of {group}: vLLM has kernels for 32, 64, 128 and whole channels")
-    return Support("fused")
+    return integer_support(weight, width)
 
 
 def check_layers(layers: Sequence[Layer]) -> None:
@@ -47,14 +44,7 @@ def check_layers(layers: Sequence[Layer]) -> None:
     """
     size = _group_size(layers)
     for layer in layers:
-        if layer.rows % 8:
-            raise TargetError(
-                "the output channels of a layer do not fill whole words, which AWQ checkpoints pack them in",
-                where=f"checkpoint: {layer.name}",
-                got=f"{layer.rows} output channels",
-                expected="a multiple of 8",
-                remedy="leave it in float with an override, or write format=compressed-tensors",
-            )
+        check_rows(layer, 8, "AWQ")
         if (layer.group or layer.columns) != (size or layer.columns):
             raise TargetError(
                 "an AWQ checkpoint has one size of groups for all its layers",

@@ -1,4 +1,4 @@
-"""The model card: what a checkpoint is, how it was made, what was lost, and how it is served."""
+"""The model card: what a checkpoint is, and how it is served. What was lost, the native artifact's report tells."""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ tags: [qcompiler, quantized{{ ", " + layout if layout }}]
 {% for scheme, count in schemes.items() -%}
 | {{ scheme }} | {{ count }} |
 {% endfor %}
-The other layers and the embeddings are as they were. Next to this file, `report.json` of the native artifact tells what
-each layer lost.
+What stays float is as the recipe left it. What each layer lost stands in `report.html` of the native artifact.
 
 ## Serving
 

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from qcompiler.lowering.checkpoint.contents import Contents, pack_words
-from qcompiler.lowering.checkpoint.layers import Layer
-from qcompiler.numerics import QuantSpec, Scheme
+from qcompiler.lowering.checkpoint.layers import Layer, integer_support
+from qcompiler.numerics import QuantSpec, Scheme, pack_bits
 from qcompiler.protocol import Support
 
 __all__ = ["add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
-
-_MARLIN_GROUPS = (32, 64, 128)
 
 
 def supports(scheme: Scheme, width: int) -> Support:
@@ -61,10 +59,7 @@ def _weights_alone(weight: QuantSpec, width: int) -> Support:
         if weight.granularity == "per_group":
             return Support("writes-only", f"{weight}: vLLM takes a scale per tensor, channel or block")
         return Support("fused")
-    group = weight.group_of(width)
-    if group not in (*_MARLIN_GROUPS, width):
-        return Support("writes-only", f"groups of {group}: vLLM has kernels for 32, 64, 128 and whole channels")
-    return Support("fused")
+    return integer_support(weight, width)
 
 
 def _largest_group(width: int) -> int:
@@ -233,7 +228,7 @@ def _signed(codes: Tensor) -> Tensor:
 
 
 def _nibbles(codes: Tensor) -> Tensor:
-    return codes[:, 0::2] | codes[:, 1::2] << 4
+    return pack_bits(codes, 4)
 
 
 def extra_files(contents: Contents) -> dict[str, Any]:

@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompiler.errors import TargetError
 from qcompiler.lowering.checkpoint.contents import Contents, pack_words
-from qcompiler.lowering.checkpoint.layers import Layer
+from qcompiler.lowering.checkpoint.layers import Layer, check_rows, integer_support
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Support
 
 __all__ = ["add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
-
-_GROUPS = (32, 64, 128)
 
 
 def supports(scheme: Scheme, width: int) -> Support:
@@ -34,9 +31,7 @@ def supports(scheme: Scheme, width: int) -> Support:
     group = weight.group_of(width)
     if width % group or width % 32:
         return Support("refused", f"groups of {group} do not divide {width} input channels into whole words")
-    if group not in (*_GROUPS, width):
-        return Support("writes-only", f"groups of {group}: vLLM has kernels for 32, 64, 128 and whole channels")
-    return Support("fused")
+    return integer_support(weight, width)
 
 
 def check_layers(layers: Sequence[Layer]) -> None:
@@ -46,14 +41,7 @@ def check_layers(layers: Sequence[Layer]) -> None:
         TargetError: that names the layer.
     """
     for layer in layers:
-        if layer.rows * layer.weight.bits % 32:
-            raise TargetError(
-                "the output channels of a layer do not fill whole words, which GPTQ checkpoints pack them in",
-                where=f"checkpoint: {layer.name}",
-                got=f"{layer.rows} output channels of {layer.weight.bits} bits",
-                expected=f"a multiple of {32 // layer.weight.bits}",
-                remedy="leave it in float with an override, or write format=compressed-tensors",
-            )
+        check_rows(layer, 32 // layer.weight.bits, "GPTQ")
 
 
 def add_layer(contents: Contents, layer: Layer) -> None:

@@ -12,11 +12,23 @@ from qcompiler.errors import TargetError
 from qcompiler.frontend import build_on_meta
 from qcompiler.ir import Graph, Site, is_op, is_quantized_weight, quantized_value, routers, stored_names
 from qcompiler.numerics import QuantSpec
+from qcompiler.protocol import Support
 from qcompiler.storage import SOURCE_ONLY
 
-__all__ = ["Layer", "build_source", "check_layers", "fused_layers", "input_tensors", "planned_layers", "written_layers"]
+__all__ = [
+    "Layer",
+    "build_source",
+    "check_layers",
+    "check_rows",
+    "fused_layers",
+    "input_tensors",
+    "integer_support",
+    "planned_layers",
+    "written_layers",
+]
 
 _ONLINE = (torch.ops.qcompiler.hadamard.default,)
+_GROUPS = (32, 64, 128)
 _EXPERTS = (torch.ops.qcompiler.take_expert.default,)
 
 
@@ -48,6 +60,9 @@ class Layer:
         """Input channels that share a scale; None where all do."""
         size = self.weight.group_of(self.columns)
         return size if self.weight.granularity == "per_group" and size < self.columns else None
+
+    def __str__(self) -> str:
+        return f"{self.weight}, activation {self.activation or 'float'}"
 
     @property
     def groups(self) -> int:
@@ -166,7 +181,7 @@ def fused_layers(graph: Graph) -> list[list[str]]:
 
 def _check_fused(graph: Graph, layers: Mapping[str, Layer]) -> None:
     for names in fused_layers(graph):
-        formats = {name: _format(layers.get(name)) for name in names}
+        formats = {name: str(layers.get(name, "float")) for name in names}
         first = names[0]
         other = next((name for name in names if formats[name] != formats[first]), None)
         if other is not None:
@@ -179,5 +194,25 @@ def _check_fused(graph: Graph, layers: Mapping[str, Layer]) -> None:
             )
 
 
-def _format(layer: Layer | None) -> str:
-    return "float" if layer is None else f"{layer.weight}, activation {layer.activation or 'float'}"
+def check_rows(layer: Layer, multiple: int, library: str, unit: str = "words") -> None:
+    """Refuses a layer whose output channels do not fill the words (or bytes) that a layout packs them in.
+
+    Raises:
+        TargetError: if so.
+    """
+    if layer.rows % multiple:
+        raise TargetError(
+            f"the output channels of a layer do not fill whole {unit}, which {library} checkpoints pack them in",
+            where=f"checkpoint: {layer.name}",
+            got=f"{layer.rows} output channels",
+            expected=f"a multiple of {multiple}",
+            remedy="leave it in float with an override, or write format=compressed-tensors",
+        )
+
+
+def integer_support(weight: QuantSpec, width: int) -> Support:
+    """What vLLM makes of integer weights whose inputs stay float, in any layout that holds them."""
+    group = weight.group_of(width)
+    if group not in (*_GROUPS, width):
+        return Support("writes-only", f"groups of {group}: vLLM has kernels for 32, 64, 128 and whole channels")
+    return Support("fused")

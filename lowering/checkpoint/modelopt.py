@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import qcompiler
 from qcompiler.errors import TargetError
 from qcompiler.lowering.checkpoint.contents import Contents
-from qcompiler.lowering.checkpoint.layers import Layer
-from qcompiler.numerics import QuantSpec, Scheme
+from qcompiler.lowering.checkpoint.layers import Layer, check_rows
+from qcompiler.numerics import QuantSpec, Scheme, pack_bits
 from qcompiler.protocol import Support
 
 __all__ = ["add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
@@ -67,22 +66,12 @@ def check_layers(layers: Sequence[Layer]) -> None:
             raise TargetError(
                 "a ModelOpt checkpoint has one format for all its layers",
                 where=f"checkpoint: {first.name}, {layer.name}",
-                got=f"{_named(first)} and {_named(layer)}",
+                got=f"{first} and {layer}",
                 expected="one format",
                 remedy="leave others in float by overrides, or write format=compressed-tensors",
             )
-        if layer.weight.dtype == "int4" and layer.rows % 2:
-            raise TargetError(
-                "the output channels of a layer do not fill whole bytes, which ModelOpt checkpoints pack them in",
-                where=f"checkpoint: {layer.name}",
-                got=f"{layer.rows} output channels",
-                expected="an even number",
-                remedy="leave it in float with an override, or write format=compressed-tensors",
-            )
-
-
-def _named(layer: Layer) -> str:
-    return f"{layer.weight}, activation {layer.activation or 'float'}"
+        if layer.weight.dtype == "int4":
+            check_rows(layer, 2, "ModelOpt", "bytes")
 
 
 def add_layer(contents: Contents, layer: Layer) -> None:
@@ -111,13 +100,12 @@ def _number(value: Tensor) -> Tensor:
 
 
 def _along_in(codes: Tensor) -> Tensor:
-    return codes[:, 0::2] | codes[:, 1::2] << 4
+    return pack_bits(codes, 4)
 
 
 def _along_out(codes: Tensor) -> Tensor:
     """int8 ``[out, in]`` → uint8 ``[out / 2, in]``: two's complement, the even row in the low nibble."""
-    nibbles = codes.view(torch.uint8) & 15
-    return nibbles[0::2] | nibbles[1::2] << 4
+    return pack_bits(codes.T.contiguous(), 4).T.contiguous()
 
 
 def _fields(contents: Contents) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import nn
 from typing_extensions import Doc
 
 import qcompiler
 from qcompiler.artifacts import HFArtifact, load
-from qcompiler.errors import MissingDependencyError, TargetError
+from qcompiler.errors import MissingDependencyError
 from qcompiler.ir import CacheFormat, Graph, is_op
 from qcompiler.lowering.checkpoint import awq, card, compressed_tensors, gptq, modelopt
 from qcompiler.lowering.checkpoint.contents import Contents
@@ -26,7 +25,7 @@ from qcompiler.lowering.checkpoint.layers import (
     written_layers,
 )
 from qcompiler.numerics import QuantSpec, Scheme
-from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target, Within, check_schemes, choose_device
+from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target, Within, choose_device
 from qcompiler.storage import SOURCE_ONLY, StagedFiles, read_companions
 
 __all__ = ["CheckpointTarget"]
@@ -78,9 +77,7 @@ class CheckpointTarget(Target):
                 got="no module compressed_tensors",
                 remedy="pip install compressed-tensors",
             )
-        model = build_source(graph)
-        check_layers(graph, [], model)
-        Contents(graph, model, written_layers(graph))
+        self._check(graph, [])
 
     def check_assigned(self, graph: Graph) -> None:
         """Refuses layers that the layout cannot pack, different formats of layers that engines fuse, and new tensors.
@@ -88,28 +85,18 @@ class CheckpointTarget(Target):
         Raises:
             TargetError: that names them.
         """
-        model = build_source(graph)
-        self._check_layers(graph, planned_layers(graph), model)
-        Contents(graph, model, written_layers(graph))
+        self._check(graph, planned_layers(graph))
 
-    def _check_layers(self, graph: Graph, layers: list[Layer], model: nn.Module) -> None:
+    def _check(self, graph: Graph, layers: list[Layer]) -> None:
+        model = build_source(graph)
         check_layers(graph, layers, model)
         _LAYOUTS[self.format].check_layers(layers)
+        Contents(graph, model, written_layers(graph))
 
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
         """Writes the directory; ``config.json`` appears last."""
         assert directory is not None
-        check_schemes(graph.schemes, {site.name: site.in_features for site in graph.sites()}, [self])
-        if graph.signature.has_quantized_cache:
-            raise TargetError(
-                "a quantized cache is not written into checkpoints",
-                where="checkpoint",
-                got="a cache that the graph rounds",
-                expected="a float cache, which engines quantize themselves",
-                remedy="leave QuantizeKVCache out of the recipe",
-            )
         layout, model, layers = _LAYOUTS[self.format], build_source(graph), written_layers(graph)
-        self._check_layers(graph, layers, model)
         contents = Contents(graph, model, layers)
         for layer in layers:
             layout.add_layer(contents, layer)

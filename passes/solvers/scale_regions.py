@@ -1,6 +1,7 @@
 """What the passes that fold scales into regions share: they differ in how a scale is chosen."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -78,7 +79,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class ScaleRegions(Pass):
+class ScaleRegions(Pass, ABC):
     """Folds a scale into every region of a segment.
 
     A pass implements `counts`, `kinds` and `choose`.
@@ -89,14 +90,15 @@ class ScaleRegions(Pass):
     rewrites_upstream: ClassVar[bool] = True
 
     @property
+    @abstractmethod
     def kinds(self) -> tuple[type[Statistic], ...]:
         """The statistics wanted of every input, among `Gram`, `AbsMax` and `RowSample`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counts(self, graph: Graph, site: Site) -> bool:
         """Whether a layer has a say in the scale of its region; the others take it along."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choose(
         self, region: Region, readers: list[Consumer], statistics: Mapping[str, InputStatistics], context: PassContext
     ) -> Choice:
@@ -108,7 +110,6 @@ class ScaleRegions(Pass):
             statistics: of their inputs, by site.
             context: as in `Pass.rewrite`.
         """
-        raise NotImplementedError
 
     def waves(self, segment: Segment, graph: Graph) -> list[Wave]:
         """The sites that read from a region and count, all at once; none, where there are just reasons to report."""

@@ -134,6 +134,7 @@ def compile(
             result.save(place)
         result.saved_in = out.root / "native"
         for target in targets.values():
+            api.check_target(result, target)  # of what the passes have made of the graph
             _add_target(result, target, out)
         result.report.peak_rss_bytes = peak_rss_bytes()
     fields = result.report.to_dict()

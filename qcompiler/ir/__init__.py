@@ -32,7 +32,7 @@ from qcompiler.ir.signature import (
     Role,
     Signature,
 )
-from qcompiler.ir.static_cache import static_caches, static_qparams
+from qcompiler.ir.static_cache import cache_formats, static_caches, static_qparams
 from qcompiler.ir.walks import ancestors, descendants
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "Stretch",
     "activation_rounding",
     "ancestors",
+    "cache_formats",
     "cache_rounding",
     "descendants",
     "empty_cache",

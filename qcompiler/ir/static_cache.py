@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler.ir.cache_format import CacheFormat
+from qcompiler.ir.cache_format import FLOAT_CACHES, CacheFormat
 from qcompiler.ir.graph import Graph, is_op
 from qcompiler.ir.kv_cache import kept_range
 from qcompiler.ir.signature import Port
 
-__all__ = ["static_caches", "static_qparams"]
+__all__ = ["cache_formats", "static_caches", "static_qparams"]
 
 _canonical = torch.ops.qcompiler
 _CODES = ("key", "value")
@@ -64,6 +64,21 @@ def static_caches(graph: Graph) -> Graph | None:
     _drop_ports(copy, dynamic)
     copy.fx.lint()
     return copy
+
+
+def cache_formats(graph: Graph) -> list[CacheFormat]:
+    """The formats that a graph caches keys and values in, each once; none of them for float caches."""
+    found = []
+    for node, port in zip(graph.outputs, graph.signature.outputs, strict=True):
+        if port.role == "present" and port.part in _CODES and port.dtype not in FLOAT_CACHES:
+            _, scale, zero, _, block, dtype, *bits = _quantize_of(node).args
+            kind = "float8_e4m3fn" if dtype == torch.float8_e4m3fn else f"int{bits[0] if bits else 8}"
+            is_static = isinstance(scale, Node) and scale.op == "get_attr"
+            width = 2 * int(port.shape[3]) if kind == "int4" else port.shape[3]
+            group = None if is_static or block == width else block
+            scales = "static" if is_static else "per_token"
+            found.append(CacheFormat(kind, scales, group, symmetric=zero is None))  # type: ignore[arg-type]
+    return list(dict.fromkeys(found))
 
 
 def _is_scale(port: Port) -> bool:

@@ -219,6 +219,12 @@ class QuantSpec:
             return torch.float32
         return weight_dtype if weight_dtype in _SCALE_DTYPES.values() else torch.float32
 
+    def place(self, width: int) -> tuple[int, int]:
+        """Axis and block of a weight of ``width`` input channels, as ``dequantize`` takes them."""
+        if self.granularity == "per_block":
+            return 1, self.group_size or 0
+        return (1, self.group_of(width)) if self.granularity == "per_group" else (0, 0)
+
     def group_of(self, width: int) -> int:
         """Elements along the last axis (of length ``width``) that share one scale."""
         return min(self.group_size, width) if self.group_size is not None else width

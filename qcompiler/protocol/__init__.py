@@ -11,7 +11,7 @@ from qcompiler.protocol.declarations import check_declared, check_exact, state_o
 from qcompiler.protocol.devices import choose_device
 from qcompiler.protocol.histograms import Histogram, MinMax
 from qcompiler.protocol.importing import foreign, import_object
-from qcompiler.protocol.options import Within, describe_hint, list_options, read_options
+from qcompiler.protocol.options import Within, describe_hint, list_options, read_options, unknown_option
 from qcompiler.protocol.pass_base import (
     ACTIVATIONS_QUANTIZED,
     CACHE_QUANTIZED,
@@ -128,5 +128,6 @@ __all__ = [
     "refuse_codebooks",
     "round_to_nearest",
     "state_of",
+    "unknown_option",
     "verify_graph",
 ]

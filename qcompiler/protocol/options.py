@@ -16,7 +16,7 @@ from typing_extensions import Doc
 
 from qcompiler.errors import QCompilerError, RecipeError, did_you_mean
 
-__all__ = ["Option", "Within", "check_options", "describe_hint", "list_options", "read_options"]
+__all__ = ["Option", "Within", "check_options", "describe_hint", "list_options", "read_options", "unknown_option"]
 
 
 _WORDS = {"true": True, "false": False, "none": None}
@@ -134,15 +134,23 @@ def read_options(cls: type[Any], texts: Mapping[str, str], error: type[QCompiler
     for given, text in texts.items():
         matching = [given] if given in names else [name for name in names if name.startswith(given)]
         if len(matching) != 1 or matching[0] in found:
-            raise error(
-                "unknown option" if not matching else "which option is meant is not clear",
-                where=cls.__name__,
-                got=given,
-                expected=", ".join(f"{option.name} ({option.values})" for option in list_options(cls)) or "no options",
-                remedy=did_you_mean(given, names),
-            )
+            raise unknown_option(cls, given, error, is_known=bool(matching))
         found[matching[0]] = _read(text, hints[matching[0]])
     return found
+
+
+def unknown_option(
+    cls: type[Any], name: str, error: type[QCompilerError] = RecipeError, *, is_known: bool = False
+) -> QCompilerError:
+    """The error for an option that a class has not; ``is_known``: for a name that several begin with."""
+    options = list_options(cls)
+    return error(
+        "which option is meant is not clear" if is_known else "unknown option",
+        where=cls.__name__,
+        got=name,
+        expected=", ".join(f"{option.name} ({option.values})" for option in options) or "no options",
+        remedy=did_you_mean(name, [option.name for option in options]),
+    )
 
 
 def _read(text: str, hint: Any) -> Any:

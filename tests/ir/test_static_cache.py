@@ -1,5 +1,7 @@
 """Caches with scales per token, made static: the same graph as one that was quantized so from the start."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ from qcompiler.artifacts.native import NativeArtifact
 from qcompiler.ir.cache_format import CacheFormat
 from qcompiler.ir.feeding import feed
 from qcompiler.ir.kv_cache import float_caches, quantize_cache
-from qcompiler.ir.static_cache import static_caches, static_qparams
+from qcompiler.ir.static_cache import cache_formats, static_caches, static_qparams
 from qcompiler.passes import QuantizeKVCache
 from tests.models import canonical_graph, copy_graph
+from tests.passes.test_quantize_kv_cache import FORMATS
 from tests.tiny_graphs import language_model
 
 
@@ -78,3 +81,18 @@ def test_scales():
     assert zero.flatten().tolist() == [10, 0]
     zeros = torch.zeros(1, 2)
     assert float(static_qparams(CacheFormat("int8", "static"), zeros, zeros)[0].min()) > 0
+
+
+@pytest.mark.parametrize("quantizer", FORMATS.values(), ids=FORMATS.keys())
+def test_the_formats_of_a_graph_are_those_that_it_was_given(quantizer):
+    graph = qc.compile(language_model(), [quantizer], Calibration.from_tokens(torch.arange(24).reshape(2, 12))).graph
+    width = next(port.shape[3] for port in language_model().signature.outputs if port.role == "present")
+
+    def alike(formats):  # one group for all of a head is none
+        return {replace(found, group_size=None) if found.block(width) >= width else found for found in formats}
+
+    assert alike(cache_formats(graph)) == alike(quantizer.cache_formats())
+
+
+def test_float_caches_have_no_format():
+    assert cache_formats(language_model()) == []

@@ -182,13 +182,8 @@ def _dequantized(parts: Mapping[str, Tensor], spec: QuantSpec, layer: Layer) -> 
     if spec.is_fp4:
         weight = _canonical.fp4_dequantize(codes, scale, parts.get("factor"), spec.group_of(layer.columns))
     else:
-        axis, block = 0, 0
-        if spec.granularity == "per_block":
-            axis, block = 1, spec.group_size or 0
-        elif spec.granularity == "per_group":
-            axis, block = 1, spec.group_of(layer.columns)
         zero = parts.get("zero_point")
-        weight = _canonical.dequantize(codes, scale.float(), zero, axis, block, torch.float32)
+        weight = _canonical.dequantize(codes, scale.float(), zero, *spec.place(layer.columns), torch.float32)
     if layer.order is None:
         return weight  # type: ignore[no-any-return]
     return torch.empty_like(weight).index_copy(1, layer.order, weight)

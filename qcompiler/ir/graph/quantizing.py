@@ -100,12 +100,8 @@ def _weight_node(graph: "Graph", site: "Site", spec: QuantSpec) -> Node:
     if spec.is_fp4:
         weight = graph.fx.call_function(_canonical.fp4_dequantize.default, (*sources, spec.group_of(site.in_features)))
     else:
-        axis, block = 0, 0
-        if spec.granularity == "per_block":
-            axis, block = 1, spec.group_size or 0
-        elif spec.granularity not in ("per_channel", "per_tensor"):
-            axis, block = 1, spec.group_of(site.in_features)
-        weight = graph.fx.call_function(_canonical.dequantize.default, (*sources, axis, block, torch.float32))
+        arguments = (*sources, *spec.place(site.in_features), torch.float32)
+        weight = graph.fx.call_function(_canonical.dequantize.default, arguments)
     return _described(weight, "float32", (site.out_features, site.in_features))
 
 

@@ -1,14 +1,25 @@
 """What tests of readers compare: logits of our arithmetic on codes, and of transformers on the numbers they mean."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor
 
 import qcompiler as qc
 from qcompiler.artifacts import HFArtifact, NativeArtifact
+from qcompiler.errors import QCompilerError
 from qcompiler.ir import Graph
 from tests.frontend.checkpoints.packers import Pair
 
 IDS = torch.arange(24).reshape(2, 12) * 97 % 4096
+
+
+def refused(directory: Path, error: type[QCompilerError], match: str) -> QCompilerError:
+    """The error that capturing ends with."""
+    with pytest.raises(error, match=match) as caught:
+        qc.capture(directory)
+    return caught.value
 
 
 def logits(graph: Graph) -> Tensor:

@@ -4,9 +4,8 @@ import shutil
 
 import pytest
 
-import qcompiler as qc
 from qcompiler.errors import InputError, UnsupportedModelError, WeightError
-from tests.frontend.checkpoints.comparing import assert_same_model
+from tests.frontend.checkpoints.comparing import assert_same_model, refused
 from tests.frontend.checkpoints.packers import awq_weight, edit_settings, edit_tensors, write_pair
 
 UP = "model.layers.0.mlp.up_proj"
@@ -43,12 +42,6 @@ def written(tmp_path_factory):
 @pytest.fixture
 def directory(written, tmp_path):
     return shutil.copytree(written.quantized, tmp_path / "model")
-
-
-def refused(directory, error, match):
-    with pytest.raises(error, match=match) as caught:
-        qc.capture(directory)
-    return caught.value
 
 
 @pytest.mark.parametrize("bits", [3, 8, "4", None])

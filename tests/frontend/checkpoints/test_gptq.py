@@ -1,6 +1,7 @@
 """GPTQ checkpoints, written in loops from the format's description."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import qcompiler as qc
 from qcompiler.errors import InputError, UnsupportedModelError, WeightError
-from tests.frontend.checkpoints.comparing import assert_same_model
+from tests.frontend.checkpoints.comparing import assert_same_model, refused
 from tests.frontend.checkpoints.packers import (
     Pair,
     edit_config,
@@ -127,15 +128,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def directory(written, tmp_path):
-    import shutil
-
     return shutil.copytree(written.quantized, tmp_path / "model")
-
-
-def refused(directory, error, match):
-    with pytest.raises(error, match=match) as caught:
-        qc.capture(directory)
-    return caught.value
 
 
 @pytest.mark.parametrize("bits", [5, 16, "4", None])

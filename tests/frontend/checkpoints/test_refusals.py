@@ -8,6 +8,7 @@ import torch
 
 import qcompiler as qc
 from qcompiler.errors import InputError, UnsupportedModelError, WeightError
+from tests.frontend.checkpoints.comparing import refused
 from tests.frontend.checkpoints.packers import (
     ct_settings,
     edit_config,
@@ -30,12 +31,6 @@ def written(tmp_path_factory):
 @pytest.fixture
 def directory(written, tmp_path):
     return shutil.copytree(written, tmp_path / "model")
-
-
-def refused(directory, error, match):
-    with pytest.raises(error, match=match) as caught:
-        qc.capture(directory)
-    return caught.value
 
 
 def edit_group(directory, **fields):
