@@ -39,6 +39,10 @@ def supports(scheme: Scheme, width: int) -> Support:
             f"groups of {weight.group_size} do not divide {width} input channels",
             f"choose groups of {_largest_group(width)}",
         )
+    is_grouped = activation is not None and not is_fp4 and activation.granularity == "per_group"
+    if activation is not None and is_grouped and width % activation.group_of(width):
+        reason = f"inputs in groups of {activation.group_size}, which do not divide {width} channels"
+        return Support("refused", reason, "choose one range per token (-dynamic)")
     if weight.granularity == "per_block" and weight.group_size != 128:
         return Support("refused", "blocks are of 128 by 128", "choose fp8-block")
     if weight.is_fp4:
@@ -49,7 +53,10 @@ def supports(scheme: Scheme, width: int) -> Support:
         return Support("writes-only", f"vLLM multiplies no {weight.dtype} weights with {activation.dtype} inputs")
     if activation.dynamic and activation.granularity == "per_tensor":
         return Support("writes-only", "dynamic ranges of whole tensors: engines take one per token")
-    if weight.granularity in ("per_group", "per_block") or weight.bits < 8 or not weight.symmetric:
+    in_blocks = weight.granularity == "per_block"
+    if in_blocks and is_grouped:
+        return Support("fused")
+    if in_blocks or is_grouped or weight.granularity == "per_group" or weight.bits < 8 or not weight.symmetric:
         return Support("writes-only", f"{weight} weights with {activation} inputs: no kernel in vLLM")
     return Support("fused")
 
@@ -197,7 +204,11 @@ def _input_arguments(spec: QuantSpec) -> dict[str, Any]:
     found = _common(spec)
     if spec.has_factor:
         return {**found, "dynamic": "local"}  # the scales of groups; the factor of the tensor is stored
-    return found if spec.is_fp4 else {**found, "strategy": "token" if spec.granularity == "per_token" else "tensor"}
+    if spec.is_fp4:
+        return found
+    if spec.granularity == "per_group":
+        return {**found, "strategy": "group", "group_size": spec.group_size}
+    return {**found, "strategy": "token" if spec.granularity == "per_token" else "tensor"}
 
 
 def _common(spec: QuantSpec) -> dict[str, Any]:

@@ -207,6 +207,10 @@ def activation_spec(group: Group) -> QuantSpec | None:
         if not fits and not (is_nv and one.dynamic is False):
             return None
         return QuantSpec("float4_e2m1", "per_group", one.group_size, scale_dtype=_fp4_scales(is_nv), dynamic=not is_nv)
+    if one.strategy == "group" and one.dynamic is True and one.bits == 8 and one.symmetric:
+        return QuantSpec(
+            "float8_e4m3fn" if one.is_float else "int8", "per_group", one.group_size, one.symmetric, dynamic=True
+        )
     if one.dynamic not in (True, False) or one.strategy not in ("tensor", "token"):
         return None
     if one.bits != 8 and not (one.bits == 4 and not one.is_float and one.dynamic):

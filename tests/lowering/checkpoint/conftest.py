@@ -45,6 +45,12 @@ def odd_graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
     return qc.capture(save_source(tmp_path_factory.mktemp("odd"), **options))
 
 
+@pytest.fixture(scope="session")
+def wide_graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """Of a model with widths that groups of 128 divide: hidden 128, intermediate 256."""
+    return qc.capture(save_source(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=256))
+
+
 def passes_of(scheme: str, overrides: dict[str, str | None] | None = None) -> list[Pass]:
     """Rounding to nearest; inputs as the schemes say, none left in float."""
     found: list[Pass] = [Assign(scheme, overrides=overrides or {})]
