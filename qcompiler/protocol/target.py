@@ -52,6 +52,8 @@ class Reader:
         dtype: what the values of the graph are rounded to.
         rounded: names of the graph's nodes that are; None: all.
         tokens: to compare on, ``(sequences, length)``.
+        steps: how many tokens are appended to the cache one by one, behind the first half of them, ahead of the rest at
+            once; None: all the others. Few where each one reads all weights.
         held_out_tokens: that are run ahead of the comparison, where there are any: a reader may refuse what only real
             text shows.
     """
@@ -62,6 +64,7 @@ class Reader:
     dtype: torch.dtype = torch.float32
     rounded: Collection[str] | None = None
     tokens: tuple[int, int] = (2, 32)
+    steps: int | None = None
     held_out_tokens: int = 0
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.errors import CalibrationError, PipelineError, ResourceError
-from qcompiler.ir import Graph, Segment, SegmentedGraph, descendants, segment_graph
+from qcompiler.ir import Graph, Segment, SegmentedGraph, Trimmer, descendants, segment_graph
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import (
     DROP,
@@ -40,7 +40,6 @@ from qcompiler.protocol import (
     check_exact,
     state_of,
 )
-from qcompiler.sweep.memory import Trimmer
 from qcompiler.sweep.position import Batch, Frontier, OutsideValues, Position, SweepContext, original_name
 from qcompiler.sweep.value_store import ValueStore
 
