@@ -57,6 +57,11 @@ class CheckpointTarget(Target):
         """What becomes of a linear layer of ``width`` input channels under ``scheme``."""
         return Support("fused") if scheme == Scheme() else _LAYOUTS[self.format].supports(scheme, width)
 
+    @property
+    def has_one_group(self) -> bool:
+        """Whether the layout says the size of groups once for all layers."""
+        return self.format in ("awq", "modelopt")
+
     def supports_cache(self, spec: CacheFormat) -> Support:
         """Engines quantize caches themselves."""
         return Support(

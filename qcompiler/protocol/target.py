@@ -113,6 +113,11 @@ class Target(ABC):
     def supports(self, scheme: Scheme, width: int) -> Support:
         """What becomes of a linear layer with ``width`` input channels under ``scheme``."""
 
+    @property
+    def has_one_group(self) -> bool:
+        """Whether all layers that have groups must have groups of one size; by default each may have its own."""
+        return False
+
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache of this format; by default it is refused."""
         return Support("refused", "float caches alone", "leave the cache in float")

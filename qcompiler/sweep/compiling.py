@@ -77,7 +77,7 @@ def compile_graph(
     dtype = graph.remember_dtypes()
     report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
     report.parameters = int(graph.provenance["parameters"])
-    context = PassContext(graph, device, seed)
+    context = PassContext(graph, device, seed, targets=tuple(targets))
     with ExitStack() as undo:
         workspace = _workspace(work_dir, graph)
         undo.callback(remove_tree, workspace)
@@ -135,6 +135,7 @@ def compile_graph(
                 report.sites += result.sites
                 report.skipped += result.skips
                 report.regions += [dict(region) for region in result.regions]
+                report.notes += result.notes
             _check_schemes(graph, targets)
             for item in stage.swept:
                 item.check(graph)
@@ -162,6 +163,7 @@ def compile_graph(
             report.sites += done.sites
             report.skipped += done.skips
             report.regions += done.regions
+            report.notes += done.notes
             report.sweeps += 1
             report.segments = done.segments
             report.bytes_spilled += done.bytes_spilled

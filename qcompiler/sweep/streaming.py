@@ -58,6 +58,7 @@ class SweepReport:
     sites: list[SiteReport] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     regions: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     segments: int = 0
     seconds: float = 0.0
     bytes_spilled: int = 0
@@ -245,6 +246,7 @@ class _Sweep:
         self.report.sites += result.sites
         self.report.skips += result.skips
         self.report.regions += [dict(region) for region in result.regions]
+        self.report.notes += [note for note in result.notes if note not in self.report.notes]
         return result
 
     def _remember_originals(self, wave: Wave) -> None:
