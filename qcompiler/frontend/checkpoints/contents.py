@@ -11,7 +11,16 @@ from qcompiler.errors import InputError, WeightError
 from qcompiler.numerics import QuantSpec, Scheme, unpack_bits
 from qcompiler.storage import WeightStore
 
-__all__ = ["FLOATS", "Checkpoint", "Layer", "group_order", "names_in", "unpack_words"]
+__all__ = [
+    "FLOATS",
+    "Checkpoint",
+    "Layer",
+    "group_order",
+    "names_in",
+    "positive_number",
+    "unpack_nibbles",
+    "unpack_words",
+]
 
 FLOATS = ("float32", "float16", "bfloat16")
 """Dtypes of scales."""
@@ -29,6 +38,7 @@ class Layer:
         scheme: the formats of weight and input.
         order: int64 ``[in]``: which column of the weight each column of the codes is; None where they are in order.
         input_scale, input_zero_point: of a static input, one number each; of NVFP4 the first is the factor.
+        input_multiplier: float32 ``[in]``, which the input is multiplied by ahead of all else.
     """
 
     name: str
@@ -38,6 +48,7 @@ class Layer:
     order: Tensor | None = None
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
+    input_multiplier: Tensor | None = None
 
     @property
     def weight(self) -> str:
@@ -184,9 +195,28 @@ def _dequantized(parts: Mapping[str, Tensor], spec: QuantSpec, layer: Layer) -> 
     else:
         zero = parts.get("zero_point")
         weight = _canonical.dequantize(codes, scale.float(), zero, *spec.place(layer.columns), torch.float32)
+    if layer.input_multiplier is not None:
+        weight = weight * layer.input_multiplier
     if layer.order is None:
         return weight  # type: ignore[no-any-return]
     return torch.empty_like(weight).index_copy(1, layer.order, weight)
+
+
+def positive_number(checkpoint: Checkpoint, module: str, part: str) -> Tensor:
+    """The scale that a module's tensor holds, float32 0-D, read and taken.
+
+    Raises:
+        WeightError: if it is not positive; and as `Checkpoint.take`.
+    """
+    found = checkpoint.number(module, part, FLOATS).float()
+    if not float(found) > 0:
+        raise WeightError("a scale is not positive", where=f"{module}.{part}", got=float(found))
+    return found
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """uint8 ``[rows, in / 2]`` → ``[rows, in]``, the first of two in the low bits."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def names_in(settings: Mapping[str, Any], key: str, where: str) -> list[str]:
