@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import UnsupportedModelError, WeightError
+from qcompiler.frontend.checkpoints.caches import take_cache_scales
 from qcompiler.frontend.checkpoints.contents import (
     FLOATS,
     Checkpoint,
@@ -34,6 +35,7 @@ from qcompiler.frontend.checkpoints.contents import (
     unpack_words,
 )
 from qcompiler.frontend.checkpoints.ct_schemes import (
+    Arguments,
     Group,
     activation_spec,
     group_of,
@@ -74,8 +76,15 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
                 remedy="check that the quantization settings belong to these weights",
             )
         _add(checkpoint, module, group, where)
-    if settings.get("kv_cache_scheme") is not None:
-        checkpoint.lost["the cache stays in float: what kv_cache_scheme says is left to engines"] = []
+    said = settings.get("kv_cache_scheme")
+    cache = None if said is None else Arguments.read(said, f"{where}: kv_cache_scheme")
+    is_fp8 = cache is not None and (cache.is_float, cache.bits, cache.symmetric, cache.dynamic) == (
+        True,
+        8,
+        True,
+        False,
+    )
+    take_cache_scales(checkpoint, is_fp8=is_fp8, said=cache)
 
 
 def _add(checkpoint: Checkpoint, module: str, group: Group, where: str) -> None:

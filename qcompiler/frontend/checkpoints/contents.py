@@ -66,6 +66,7 @@ class Checkpoint:
         parts: codes, scales, zero points and factors of layers, by names and in forms of `Graph.set_stored_weight`.
         layers: by the name of the float weight.
         floats: the tensors of the unquantized model, under its stored names; filled by `finish`.
+        cache_scales: of keys and of values, float32, by the module they lie in and ``key`` or ``value``.
         notes: sentences for the report, with the layers that each is about.
         lost: what the checkpoint says and a graph cannot do, the same way.
     """
@@ -75,6 +76,7 @@ class Checkpoint:
     parts: WeightStore = field(default_factory=WeightStore)
     layers: dict[str, Layer] = field(default_factory=dict)
     floats: WeightStore = field(default_factory=WeightStore)
+    cache_scales: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     lost: dict[str, list[str]] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)

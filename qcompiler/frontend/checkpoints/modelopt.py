@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import InputError, UnsupportedModelError, WeightError
+from qcompiler.frontend.checkpoints.caches import take_cache_scales
 from qcompiler.frontend.checkpoints.contents import (
     FLOATS,
     Checkpoint,
@@ -123,6 +124,8 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
                 remedy="check that the quantization settings belong to these weights",
             )
         _add(checkpoint, module, algorithm, fields, where)
+    cache = settings.get("kv_cache_quant_algo")
+    take_cache_scales(checkpoint, is_fp8=cache == "FP8", said=cache)
 
 
 def _algorithm(module: str, settings: Mapping[str, Any], where: str) -> tuple[Any, Mapping[str, Any]]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompiler.errors import UnsupportedModelError
+from qcompiler.frontend.checkpoints.caches import place_caches
 from qcompiler.frontend.checkpoints.contents import Checkpoint, Layer
 from qcompiler.ir import Graph, Site
 from qcompiler.numerics import QuantSpec
@@ -58,6 +59,8 @@ def place_layers(graph: Graph, checkpoint: Checkpoint, unused: Iterable[str]) ->
         unused: stored names that the model has no place for.
     """
     layers, placed = _by_version(checkpoint), set[str]()
+    names = {checkpoint.floats.version(name): name.removesuffix(".weight") for name in checkpoint.floats.names()}
+    stored = {site.name: names.get(graph.weights.version(site.weight), site.name) for site in graph.sites()}
     orders: _Readers = {}
     found: list[tuple[Site, Layer]] = []
     for site in graph.sites():
@@ -79,6 +82,7 @@ def place_layers(graph: Graph, checkpoint: Checkpoint, unused: Iterable[str]) ->
         _select_columns(graph, readers, torch.tensor(order))
     _multiply_inputs(graph, found)
     _round_inputs(graph, found)
+    place_caches(graph, checkpoint, stored)
     rest = [name.removesuffix(".weight") for name in checkpoint.layers if name not in placed.union(unused)]
     if rest:
         note = "layers that are no linear layer of the graph by themselves are taken as float weights"

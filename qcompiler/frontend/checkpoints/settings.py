@@ -127,7 +127,7 @@ def read_checkpoint(store: WeightStore, settings: Settings) -> Checkpoint:
     """
     checkpoint = Checkpoint(store, settings.method)
     _READERS[settings.method](checkpoint, settings.fields, settings.where)
-    if not checkpoint.layers and not checkpoint.floats.names():
+    if not checkpoint.layers and not checkpoint.floats.names() and not checkpoint.cache_scales:
         raise UnsupportedModelError(
             "this checkpoint is said to be quantized already, but no layer holds codes",
             where=settings.where,

@@ -213,10 +213,3 @@ def test_inputs_rounded_in_groups_stay_in_float(tmp_path):
     (lost,) = graph.lost
     assert lost.startswith("inputs stay in float, since no operator rounds them as float8 group dynamic: ")
     assert lost.endswith(" and 3 more")
-
-
-def test_a_scheme_of_the_cache_is_said_to_be_lost(tmp_path):
-    settings = ct_settings("pack-quantized", {"num_bits": 4, "group_size": 32})
-    settings["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
-    graph = assert_same_model(write_pair(tmp_path, lambda name, *sizes: packed_weight(*sizes), settings))
-    assert [sentence for sentence in graph.lost if "kv_cache_scheme" in sentence]
