@@ -31,6 +31,11 @@ from qcompiler.storage import SOURCE_ONLY, StagedFiles, read_companions
 __all__ = ["CheckpointTarget"]
 
 _LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "modelopt": modelopt}
+_READ_HERE = {
+    "gptq": "transformers needs gptqmodel for gptq",
+    "awq": "transformers needs gptqmodel for awq",
+    "modelopt": "transformers does not read modelopt",
+}
 _MARK = "qcompiler_version"  # in config.json
 
 
@@ -134,8 +139,8 @@ class CheckpointTarget(Target):
 
     def _readers(self, graph: Graph, contents: Contents, directory: Path) -> list[Reader]:
         """transformers, for what it reads of a model that predicts tokens."""
-        if self.format in ("gptq", "awq") and graph.signature.index_of_output("logits") is not None:
-            contents.note(f"compared as qcompiler reads it back: transformers needs gptqmodel for {self.format}")
+        if self.format in _READ_HERE and graph.signature.index_of_output("logits") is not None:
+            contents.note(f"compared as qcompiler reads it back: {_READ_HERE[self.format]}")
             return [Reader(lambda: load(directory).artifact())]
         if self.format != "compressed-tensors":
             contents.note(f"not compared: nothing here reads {self.format}")
