@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompiler.errors import ArtifactError, InputError, MissingDependencyError
 
-__all__ = ["OnnxArtifact", "token_input"]
+__all__ = ["OnnxArtifact", "as_tensor", "session_options", "token_input"]
 
 _METADATA = "qcompiler."
 _NUMPY = {
@@ -65,6 +65,13 @@ class OnnxArtifact:
     """
 
     def __init__(self, path: str | Path, *, accuracy_level: Literal[0, 1, 4] = 1, threads: int | None = None) -> None:
+        file = self._find(path)
+        self._options = session_options(accuracy_level, threads)
+        self._session = self._open(str(file))
+        facts = self._session.get_modelmeta().custom_metadata_map
+        self._describe(self._session.get_inputs(), self._session.get_outputs(), facts)
+
+    def _find(self, path: str | Path) -> Path:
         try:
             import onnxruntime
         except ImportError as error:
@@ -76,22 +83,26 @@ class OnnxArtifact:
         if not file.is_file():
             raise InputError("no ONNX model", where=given, expected="a folder with model.onnx")
         self.path: Path | None = file.parent
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
-        if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":  # for these threads too
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
-        try:
-            self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors have no common base but Exception
-            raise ArtifactError(
-                "ONNX Runtime cannot load this model", where=file, got=str(error).strip().splitlines()[0]
-            ) from error
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self._new_value = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-        self._inputs = {port.name: port for port in self._session.get_inputs()}
-        self._outputs = [port.name for port in self._session.get_outputs()]
+        return file
+
+    def _open(self, model: str | bytes) -> Any:
+        import onnxruntime
+
+        try:
+            return onnxruntime.InferenceSession(model, self._options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+            raise ArtifactError(
+                "ONNX Runtime cannot load this model",
+                where=self.path if isinstance(model, bytes) else model,
+                got=str(error).strip().splitlines()[0],
+            ) from error
+
+    def _describe(self, inputs: Sequence[Any], outputs: Sequence[Any], metadata: Mapping[str, str]) -> None:
+        """Takes facts from ports as ONNX Runtime describes them (``name``, ``type``, ``shape``), and metadata."""
+        self._inputs = {port.name: port for port in inputs}
+        self._outputs = [port.name for port in outputs]
         self._past = [name for name in self._inputs if name.startswith("past_key_values.")]
         self._present = [name.replace("past_key_values.", "present.", 1) for name in self._past]
         known = {"input_ids", "attention_mask", "position_ids", "token_type_ids", *self._past}
@@ -100,7 +111,7 @@ class OnnxArtifact:
         if unknown or lost or "input_ids" not in self._inputs:
             raise ArtifactError(
                 "these are not the ports of a language model",
-                where=file,
+                where=self.path,
                 got=", ".join(sorted(unknown) or sorted(self._inputs)),
                 expected="input_ids, attention_mask, position_ids, token_type_ids, past_key_values.N.* and present.N.*",
             )
@@ -111,9 +122,7 @@ class OnnxArtifact:
             sum(_item_bytes(port.type) * port.shape[1] * port.shape[3] for port in kept) if kept else None
         )
         self._result = "logits" if "logits" in self._outputs else self._outputs[0]
-        width = next(port.shape[-1] for port in self._session.get_outputs() if port.name == self._result)
-        self.vocab_size = int(width)
-        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.vocab_size = int(next(port.shape[-1] for port in outputs if port.name == self._result))
         facts = {
             key.removeprefix(_METADATA): json.loads(value)
             for key, value in metadata.items()
@@ -176,32 +185,51 @@ class OnnxArtifact:
                 expected=self.max_positions,
             )
 
-    def _empty(self, batch: int) -> _Cache:
+    def _empty(self, batch: int, length: int = 0, names: Iterable[str] | None = None) -> _Cache:
+        """A cache of a length, with nothing in it that means anything; of some inputs alone, or all."""
         values = {}
-        for name in self._past:
+        for name in self._past if names is None else names:
             port = self._inputs[name]
             _, heads, _, width = port.shape
             dtype = _FLOAT8.get(port.type) or _NUMPY[port.type]
-            values[name] = self._new_value((batch, heads, 0, width), dtype)
-        return _Cache(values, 0, batch)
+            values[name] = self._new_value((batch, heads, length, width), dtype)
+        return _Cache(values, length, batch)
 
     def _run(self, ids: Tensor, cache: _Cache, outputs: list[str]) -> tuple[Tensor, list[Any]]:
         """The first of ``outputs`` as a float32 tensor, the rest as ONNX Runtime holds them."""
+        first, *rest = self._session.run_with_ort_values(outputs, self._feed(ids, cache))
+        return as_tensor(first), rest
+
+    def _feed(self, ids: Tensor, cache: _Cache) -> dict[str, Any]:
+        """A value for each input."""
         batch, length = ids.shape
-        total = cache.length + length
         if batch != cache.batch:
             raise InputError("another batch than the cache's", got=batch, expected=cache.batch)
         feed = dict(cache.values)
         for name, port in self._inputs.items():
-            if name not in feed:
-                feed[name] = self._value(
-                    np.ascontiguousarray(token_input(name, ids, cache.length, total), _NUMPY[port.type])
-                )
-        first, *rest = self._session.run_with_ort_values(outputs, feed)
-        shared = (
-            torch.utils.dlpack.from_dlpack(first) if hasattr(first, "__dlpack__") else torch.from_numpy(first.numpy())
-        )
-        return shared.float(), rest
+            if name not in self._past:
+                given = token_input(name, ids, cache.length, cache.length + length)
+                feed[name] = self._value(np.ascontiguousarray(given, _NUMPY[port.type]))
+        return feed
+
+
+def session_options(accuracy_level: int, threads: int | None) -> Any:
+    """See `OnnxArtifact`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":  # for these threads too
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+    return options
+
+
+def as_tensor(value: Any) -> Tensor:
+    """float32, of what ONNX Runtime holds."""
+    shared = torch.utils.dlpack.from_dlpack(value) if hasattr(value, "__dlpack__") else torch.from_numpy(value.numpy())
+    return shared.float()
 
 
 def _item_bytes(kind: str) -> int:

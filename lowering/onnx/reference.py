@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qcompiler.errors import VerificationError
 from qcompiler.lowering.onnx.reader import OnnxArtifact, token_input
+from qcompiler.lowering.onnx.streamed import describe
 
 __all__ = ["MARGIN", "Float16Artifact"]
 
@@ -27,6 +28,8 @@ _LARGEST = float(np.finfo(np.float16).max)
 class Float16Artifact(OnnxArtifact):
     """A model whose `forward` is evaluated operator by operator in its own dtypes; slow, for a few tokens.
 
+    Weights are read as they are used.
+
     Args:
         path: the folder.
 
@@ -35,10 +38,13 @@ class Float16Artifact(OnnxArtifact):
     """
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
+        file = self._find(path)
+        model = onnx.load(file, load_external_data=False)
+        self._describe(*describe(model))
         self.has_cache = False  # nothing but `forward` is evaluated here
-        assert self.path is not None
-        self._evaluator = ReferenceEvaluator(str(self.path / "model.onnx"))
+        self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        del model.graph.initializer[:]
+        self._evaluator = ReferenceEvaluator(model)
         self._last_uses: dict[str, int] = {}
         for place, node in enumerate(self._evaluator.rt_nodes_):
             self._last_uses.update(dict.fromkeys([*node.input, *node.output], place))
@@ -49,10 +55,13 @@ class Float16Artifact(OnnxArtifact):
         Raises:
             VerificationError: if a float16 value is not finite, or no further than `MARGIN` from that.
         """
-        values: dict[str, Any] = {"": None, **self._evaluator.rt_inits_}
+        values: dict[str, Any] = {"": None}
         values.update({port.name: _given(port, ids) for port in self._evaluator.proto_.graph.input})
         with np.errstate(all="ignore"):  # what overflows is found below
             for place, node in enumerate(self._evaluator.rt_nodes_):
+                for name in node.input:
+                    if name not in values:
+                        values[name] = self._read(name)
                 results = node.run(*(values[name] for name in node.input))
                 for name, result in zip(node.output, results, strict=False):  # it gives optional ones unasked
                     values[name] = result
@@ -61,6 +70,12 @@ class Float16Artifact(OnnxArtifact):
                     if name and name != self._result and self._last_uses[name] == place:
                         values.pop(name, None)
         return torch.from_numpy(np.asarray(values[self._result], dtype=np.float32))
+
+    def _read(self, name: str) -> Any:
+        """A weight: of a copy of its description, which reading fills."""
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(self._weights[name])
+        return onnx.numpy_helper.to_array(tensor, str(self.path))
 
     def _check_range(self, name: str, result: object) -> None:
         if not isinstance(result, np.ndarray) or result.dtype != np.float16 or not result.size:

@@ -122,7 +122,7 @@ class OnnxTarget(Target):
         report = import_writer().write(graph, directory, self)
         is_half = self.float_dtype == "float16"
         tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
-        readers = [Reader(lambda: OnnxArtifact(directory), tolerance=tolerance, dtype=dtype)]
+        readers = [Reader(lambda: _by_onnxruntime(directory), tolerance=tolerance, dtype=dtype)]
         if is_half:  # ONNX Runtime does not compute in it on a CPU
             readers.append(
                 Reader(
@@ -219,6 +219,14 @@ class OnnxTarget(Target):
         if spec.bits == 3 or (spec.bits == 2 and self.opset < 25):
             return f"{spec.bits}-bit codes are stored in 4 bits: exact, but larger than they need be"
         return ""
+
+
+def _by_onnxruntime(directory: Path) -> Artifact:
+    """As a whole, or in pieces where it is large."""
+    from qcompiler.lowering.onnx.streamed import PIECE_BYTES, StreamedOnnxArtifact
+
+    size = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
+    return OnnxArtifact(directory) if size <= PIECE_BYTES else StreamedOnnxArtifact(directory)
 
 
 def _in_float16(directory: Path) -> Artifact:

@@ -86,7 +86,12 @@ def test_weights_are_read_once_for_all_and_dropped(monkeypatch: pytest.MonkeyPat
     graph = copy_graph(canonical_graph("llama"))
     reads: list[str] = []
     read = graph.weights.read
-    monkeypatch.setattr(graph.weights, "read", lambda name: reads.append(name) or read(name))
+
+    def spy(name: str) -> Tensor:
+        reads.append(name)
+        return read(name)
+
+    monkeypatch.setattr(graph.weights, "read", spy)
     list(StreamedArtifact(graph).run_together(RUNS))
     matrices = [name for name in reads if "proj" in name]
     assert len(matrices) == len(set(matrices)) == 14
