@@ -67,6 +67,10 @@ class CheckpointTarget(Target):
         """Whether the layout says the size of groups once for all layers."""
         return self.format in ("awq", "modelopt")
 
+    def ties(self, graph: Graph) -> list[list[str]]:
+        """Layers that read one value."""
+        return fused_layers(graph)
+
     def supports_cache(self, spec: CacheFormat) -> Support:
         """Engines quantize caches themselves."""
         return Support(
@@ -186,17 +190,22 @@ def _chooses_exponents(activation: QuantSpec | None) -> bool:
 
 
 def _note_factors(graph: Graph, contents: Contents) -> None:
-    """Engines that fuse layers take one factor of NVFP4 for all of them: the weights of the others would be off."""
-    layers = {layer.name: layer for layer in contents.layers if layer.weight.has_factor}
+    """Engines that fuse layers take one scale of whole tensors for all: the weights of the others would be off."""
+    parts = {
+        layer.name: (layer, "factor" if layer.weight.has_factor else "scale")
+        for layer in contents.layers
+        if layer.weight.is_float and layer.weight.scales_the_tensor
+    }
     worst: tuple[float, list[str]] = (1.0, [])
     for names in fused_layers(graph):
-        factors = [float(contents.read(layers[name], "factor")) for name in names if name in layers]
-        if factors:
-            worst = max(worst, (max(factors) / min(factors), names))
+        scales = [float(contents.read(*parts[name])) for name in names if name in parts]
+        if scales:
+            worst = max(worst, (max(scales) / min(scales), names))
     if worst[0] > 1:
         contents.note(
-            f"layers that read one value have factors of their own, up to {worst[0]:.2f} times each other "
-            f"({', '.join(worst[1])}): vLLM takes one for all of them, and so gets other weights; transformers does not"
+            f"layers that read one value have scales of whole tensors of their own, up to {worst[0]:.2f} times each "
+            f"other ({', '.join(worst[1])}): vLLM takes one for all of them, and so gets other weights; transformers "
+            "does not. Compiled for this target, they have one"
         )
 
 

@@ -1,6 +1,7 @@
 """What a quantized weight is: codes with their scales (`Affine`), or places in tables of values (`Codebook`)."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +48,13 @@ class Affine:
         """
         codes = numerics.quantize(weight, scale, zero_point, spec)
         return cls(codes, scale, zero_point, spec, scale_dtype, numerics.scale_factor(weight, spec))
+
+    def split(self, rows: Sequence[int]) -> list["Affine"]:
+        """Matrices of so many rows each, with what scales the whole tensor in common."""
+        if self.spec.granularity == "per_tensor":
+            return [replace(self, codes=codes.clone()) for codes in self.codes.split(list(rows))]
+        parts = (self.codes.split(list(rows)), self.scale.split(list(rows)))
+        return [replace(self, codes=codes.clone(), scale=scale.clone()) for codes, scale in zip(*parts, strict=True)]
 
     @property
     def stored_scale(self) -> Tensor:

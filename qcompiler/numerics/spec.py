@@ -155,6 +155,11 @@ class QuantSpec:
         return self.is_fp4 and self.scale_dtype == "float8_e4m3fn"
 
     @property
+    def scales_the_tensor(self) -> bool:
+        """Whether one number scales all of a tensor: its only scale, or the factor of NVFP4."""
+        return self.granularity == "per_tensor" or self.has_factor
+
+    @property
     def bits(self) -> int:
         """Bits of one code."""
         return 4 if self.is_fp4 else 8 if self.is_float else INT_BITS[self.dtype]

@@ -62,6 +62,7 @@ from qcompiler.protocol.target import (
     Target,
     check_caches,
     check_schemes,
+    tied_layers,
 )
 from qcompiler.protocol.verify import verify_graph
 from qcompiler.protocol.weight_quantizer import WeightQuantizer, refuse_codebooks
@@ -129,6 +130,7 @@ __all__ = [
     "refuse_codebooks",
     "round_to_nearest",
     "state_of",
+    "tied_layers",
     "unknown_option",
     "verify_graph",
 ]

@@ -187,6 +187,7 @@ class PassContext:
         segment: the segment being rewritten; None outside of a sweep.
         calibration: for a pass that implements `Pass.run` and is calibrated; None for others.
         targets: where the result is meant to go; all of them will be asked about every scheme.
+        ties: names of layers that share what scales a whole tensor, disjoint; see `Target.ties`.
     """
 
     graph: Graph
@@ -195,6 +196,7 @@ class PassContext:
     segment: Segment | None = None
     calibration: CalibrationRun | None = None
     targets: Sequence[Target] = ()
+    ties: Sequence[frozenset[str]] = ()
 
     def weight(self, site: Site) -> Tensor:
         """The float weight of a site, float32 ``[out, in]`` on `device`."""

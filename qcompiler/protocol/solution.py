@@ -15,7 +15,16 @@ from qcompiler.ir import Affine, Codebook, QuantizedTensor, Site
 from qcompiler.numerics import QuantSpec
 from qcompiler.protocol.pass_base import PassContext
 
-__all__ = ["SharedInput", "Solution", "check_solutions", "even_steps", "output_errors", "round_to_nearest"]
+__all__ = [
+    "LayerPart",
+    "SharedInput",
+    "Solution",
+    "check_solutions",
+    "even_steps",
+    "in_parts",
+    "output_errors",
+    "round_to_nearest",
+]
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,8 @@ class SharedInput:
 
     Attributes:
         sites: the layers.
-        weights: float32 ``[out_i, in]`` each.
+        weights: float32 ``[out_i, in]`` each. Of tied layers (`Target.ties`) whose format scales a whole tensor by one
+            number, one for all: their rows one behind the other.
         gram: float32 ``[in, in]``, ``X'X`` over the calibration rows of the input; None where it was not asked for, or
             where no row was sent to an expert.
         cross: float32 ``[in, in]``, ``Y'X`` where ``Y`` is the input in the original model; None as above.
@@ -40,6 +50,17 @@ class SharedInput:
     spec: QuantSpec
     scale_dtype: torch.dtype
     context: PassContext
+
+    @property
+    def are_tied(self) -> bool:
+        """Whether there is one weight for several layers."""
+        return len(self.weights) < len(self.sites)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the layers that each weight is of."""
+        names = [site.name for site in self.sites]
+        return [", ".join(names)] if self.are_tied else names
 
 
 @dataclass(frozen=True)
@@ -66,10 +87,10 @@ def check_solutions(found: Sequence[QuantizedTensor | Solution], layers: SharedI
         VerificationError: naming quantizer and layer, if codes, scales or tables are not those of the format.
     """
     solutions = [item if isinstance(item, Solution) else Solution(item) for item in found]
-    problems = {layers.sites[0].name: [f"{len(solutions)} weights for {len(layers.sites)} layers"]}
-    if len(solutions) == len(layers.sites):
-        pairs = zip(layers.sites, solutions, strict=True)
-        problems = {site.name: _problems(solution.quantized, site, layers) for site, solution in pairs}
+    problems = {layers.names[0]: [f"{len(solutions)} weights for {len(layers.weights)} layers"]}
+    if len(solutions) == len(layers.weights):
+        parts = zip(layers.names, layers.weights, solutions, strict=True)
+        problems = {name: _problems(solution.quantized, weight, layers) for name, weight, solution in parts}
     for where, wrong in problems.items():
         if wrong:
             raise VerificationError(
@@ -82,13 +103,13 @@ def check_solutions(found: Sequence[QuantizedTensor | Solution], layers: SharedI
     return solutions
 
 
-def _problems(found: object, site: Site, layers: SharedInput) -> list[str]:
+def _problems(found: object, weight: Tensor, layers: SharedInput) -> list[str]:
     """What is wrong with a quantized weight, against what was asked for."""
     spec = layers.spec
     if not isinstance(found, Codebook if spec.codebook else Affine):
         return [f"a value of type {type(found).__name__}"]
     assert isinstance(found, (Affine, Codebook))
-    shape, problems = (site.out_features, site.in_features), []
+    shape, problems = (len(weight), weight.shape[1]), []
     if found.spec != spec:
         problems.append(f"spec is {found.spec}")
     if (found.codes.dtype, tuple(found.codes.shape)) != (spec.code_dtype, shape):
@@ -99,7 +120,7 @@ def _problems(found: object, site: Site, layers: SharedInput) -> list[str]:
         if least < low or largest > high:
             problems.append(f"codes from {least} to {largest}, not {low} to {high}")
     if isinstance(found, Codebook):
-        table = (site.out_features, 1 << spec.bits)
+        table = (shape[0], 1 << spec.bits)
         if (found.table.dtype, tuple(found.table.shape)) != (layers.scale_dtype, table):
             problems.append(_differs("table", found.table, layers.scale_dtype, table))
         return problems
@@ -119,6 +140,42 @@ def _problems(found: object, site: Site, layers: SharedInput) -> list[str]:
 
 def _differs(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     return f"{name}: {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}"
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """What of a solution is one layer's.
+
+    Attributes:
+        site: the layer.
+        weight: float32 ``[out, in]``, as it was.
+        quantized: the same, quantized.
+        details: for the report.
+        output_errors: squared error of the output and that of round to nearest, relative to the output's square; None
+            without calibration. Of tied layers, that of all of them together.
+    """
+
+    site: Site
+    weight: Tensor
+    quantized: QuantizedTensor
+    details: Mapping[str, Any]
+    output_errors: tuple[float | None, float | None]
+
+
+def in_parts(layers: SharedInput, solutions: Sequence[Solution]) -> list[LayerPart]:
+    """What each layer gets of solutions that were checked: tied layers get the rows that are their own."""
+    pairs = list(zip(layers.weights, solutions, strict=True))
+    errors = [output_errors(weight, solution, layers) for weight, solution in pairs]
+    if not layers.are_tied:
+        return [
+            LayerPart(site, weight, solution.quantized, solution.details, error)
+            for site, (weight, solution), error in zip(layers.sites, pairs, errors, strict=True)
+        ]
+    ((weight, solution),), rows = pairs, [site.out_features for site in layers.sites]
+    assert isinstance(solution.quantized, Affine)  # a codebook has tables for each row
+    parts = zip(layers.sites, weight.split(rows), solution.quantized.split(rows), strict=True)
+    details = {**solution.details, "one_scale_with": [site.name for site in layers.sites]}
+    return [LayerPart(site, rows_of, quantized, details, errors[0]) for site, rows_of, quantized in parts]
 
 
 def output_errors(weight: Tensor, solution: Solution, layers: SharedInput) -> tuple[float | None, float | None]:

@@ -15,7 +15,7 @@ from qcompiler.numerics import Scheme
 from qcompiler.protocol.artifact import Artifact
 from qcompiler.protocol.options import check_options
 
-__all__ = ["Lowered", "Reader", "Support", "SupportStatus", "Target", "check_caches", "check_schemes"]
+__all__ = ["Lowered", "Reader", "Support", "SupportStatus", "Target", "check_caches", "check_schemes", "tied_layers"]
 
 SupportStatus = Literal["fused", "runs", "writes-only", "refused"]
 
@@ -113,6 +113,17 @@ class Target(ABC):
     def supports(self, scheme: Scheme, width: int) -> Support:
         """What becomes of a linear layer with ``width`` input channels under ``scheme``."""
 
+    def ties(self, graph: Graph) -> Sequence[Sequence[str]]:
+        """The layers that its engines make one layer of, by name; by default none.
+
+        They are rounded as one weight where their format scales a whole tensor by one number (a scale per tensor, the
+        factor of NVFP4): codes are computed with the number that all of them have.
+
+        Args:
+            graph: with schemes, ahead of calibration.
+        """
+        return ()
+
     @property
     def has_one_group(self) -> bool:
         """Whether all layers that have groups must have groups of one size; by default each may have its own."""
@@ -180,6 +191,15 @@ class Target(ABC):
     def missing_packages(cls) -> list[str]:
         """What ``pip`` would have to install for it."""
         return [name for module, name in cls.packages.items() if importlib.util.find_spec(module) is None]
+
+
+def tied_layers(graph: Graph, targets: Sequence[Target]) -> list[frozenset[str]]:
+    """What targets tie together, those that have a layer in common joined."""
+    found: list[frozenset[str]] = []
+    for names in (frozenset(tie) for target in targets for tie in target.ties(graph)):
+        touching = [tie for tie in found if tie & names]
+        found = [*(tie for tie in found if not tie & names), names.union(*touching)]
+    return found
 
 
 def check_schemes(

@@ -25,7 +25,7 @@ from qcompiler.protocol.pass_base import (
     Tap,
     Wave,
 )
-from qcompiler.protocol.solution import SharedInput, Solution, check_solutions, output_errors, round_to_nearest
+from qcompiler.protocol.solution import SharedInput, Solution, check_solutions, in_parts, round_to_nearest
 from qcompiler.protocol.statistics import CrossGram, Gram
 
 __all__ = ["WeightQuantizer", "refuse_codebooks"]
@@ -39,6 +39,9 @@ class WeightQuantizer(Pass):
     ``q``, ``k`` and ``v`` quantized already, those of ``down`` with ``gate`` and ``up``. What `quantize` returns is
     checked, put into the graph and reported, with its error and that of round to nearest. An expert that no calibration
     row was sent to is rounded to nearest, and the report says so; any other layer without rows is an error.
+
+    Layers that a target ties together (`Target.ties`) are given as one matrix where their format scales a whole tensor
+    by one number: they share that, and each keeps its own codes.
 
     `quantize_together` may be implemented instead, to solve layers that read one input together, or to see more than
     the weight: sites, the cross moment, the context. ``is_calibrated`` is to be False where no Gram matrix is wanted:
@@ -73,7 +76,7 @@ class WeightQuantizer(Pass):
         )
 
     def quantize_together(self, layers: SharedInput) -> Sequence[QuantizedTensor | Solution]:
-        """Quantizes layers that read one input and have one format; in the order of ``layers.sites``.
+        """Quantizes layers that read one input and have one format; in the order of ``layers.weights``.
 
         Where this is not overridden, ``layers`` holds one layer, and `quantize` is called.
         """
@@ -132,12 +135,15 @@ class WeightQuantizer(Pass):
         return PassResult(modified=bool(reports), sites=tuple(reports), skips=tuple(skips))
 
     def _groups(self, wave: Wave, context: PassContext) -> Iterator[tuple[tuple[Site, ...], QuantSpec]]:
-        """Layers to be solved together: one by one, unless `quantize_together` is overridden."""
+        """Layers to be solved together: one by one, unless they are tied or `quantize_together` is overridden."""
         together: dict[object, tuple[QuantSpec, list[Site]]] = {}
         for site in wave:
             spec = context.graph.schemes[site.name].weight
             if spec is not None:
-                key = (site.inputs, spec, context.scale_dtype(site)) if self._solves_together else site.name
+                tie = _tie_of(site, spec, context)
+                key: object = site.name
+                if self._solves_together or tie is not None:
+                    key = (site.inputs, spec, context.scale_dtype(site), tie)
                 together.setdefault(key, (spec, []))[1].append(site)
         for spec, sites in together.values():
             yield tuple(sites), spec
@@ -150,6 +156,8 @@ class WeightQuantizer(Pass):
         rows, gram, cross = moments.at(sites[0].inputs, kinds)
         scale_dtype = context.scale_dtype(sites[0])
         weights = tuple(context.weight(site) for site in sites)
+        if _tie_of(sites[0], spec, context) is not None and len(sites) > 1:
+            weights = (torch.cat(weights),)
         layers = SharedInput(sites, weights, gram, cross, spec, scale_dtype, context)
         before = _versions(layers)
         if kinds and not rows:
@@ -168,20 +176,26 @@ class WeightQuantizer(Pass):
         solutions = check_solutions(found, layers, self.name)
         seconds = (time.perf_counter() - start) / len(sites)
         reports = []
-        for site, weight, solution in zip(sites, weights, solutions, strict=True):
+        for part in in_parts(layers, solutions):
             reports.append(
                 SiteReport(
-                    site.name,
+                    part.site.name,
                     self.name,
                     str(spec),
-                    numerics.sqnr_db(weight, solution.quantized.dequantize()),
-                    *output_errors(weight, solution, layers),
+                    numerics.sqnr_db(part.weight, part.quantized.dequantize()),
+                    *part.output_errors,
                     seconds=seconds,
-                    details={**solution.details, **told},
+                    details={**part.details, **told},
                 )
             )
-            context.graph.set_weight(site, solution.quantized)
+            context.graph.set_weight(part.site, part.quantized)
         return reports
+
+
+def _tie_of(site: Site, spec: QuantSpec, context: PassContext) -> int | None:
+    """The number of the tie that a layer shares what scales a whole tensor with; None where it shares nothing."""
+    numbers = (number for number, tie in enumerate(context.ties) if site.name in tie)
+    return next(numbers, None) if spec.scales_the_tensor else None
 
 
 class _Moments:

@@ -26,6 +26,7 @@ from qcompiler.protocol import (
     check_exact,
     check_schemes,
     state_of,
+    tied_layers,
     verify_graph,
 )
 from qcompiler.reporting import CompileReport, peak_rss_bytes, quantized_bits_per_weight
@@ -153,7 +154,7 @@ def compile_graph(
                     graph,
                     stage.swept,
                     batches if batches is not None and stage.is_calibrated else (),
-                    context,
+                    replace(context, ties=tied_layers(graph, targets)),
                     probe=probe,
                     work_dir=workspace,
                     value_budget=memory_budget,
