@@ -4,7 +4,8 @@
 |---|---|
 | ``settings`` | what a directory says of its quantization, and which reader that belongs to |
 | ``contents`` | `Checkpoint`: float tensors of the unquantized model, layers with their parts, all read when wanted |
-| ``compressed_tensors``, ``ct_schemes``, ``gptq``, ``awq`` | one layout each |
+| ``compressed_tensors``, ``ct_schemes``, ``gptq``, ``awq``, ``modelopt``, ``fp8`` | one layout each |
+| ``caches`` | scales of keys and values become the graph's cache |
 | ``placing`` | layers become quantized sites of a canonical graph |
 """
 

@@ -18,6 +18,7 @@ __all__ = [
     "group_order",
     "names_in",
     "positive_number",
+    "powers_of_two",
     "unpack_nibbles",
     "unpack_words",
 ]
@@ -214,6 +215,11 @@ def positive_number(checkpoint: Checkpoint, module: str, part: str) -> Tensor:
     if not float(found) > 0:
         raise WeightError("a scale is not positive", where=f"{module}.{part}", got=float(found))
     return found
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """uint8, the bytes of E8M0 → float32."""
+    return torch.exp2(exponents.double() - 127).float()
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qcompiler.errors import InputError, UnsupportedModelError, WeightError
@@ -33,6 +32,7 @@ from qcompiler.frontend.checkpoints.contents import (
     Layer,
     names_in,
     positive_number,
+    powers_of_two,
     unpack_nibbles,
 )
 from qcompiler.numerics import QuantSpec, Scheme, unpack_bits
@@ -215,7 +215,7 @@ def _add_plain(checkpoint: Checkpoint, module: str, spec: QuantSpec) -> tuple[in
     if spec.granularity == "per_group":
         shape = (rows, math.ceil(columns / _MX_GROUP))
         scale = checkpoint.take(module, "weight_scale", ("uint8",), [shape])
-        checkpoint.part(module, "scale", [scale], _powers_of_two, "float32", shape)
+        checkpoint.part(module, "scale", [scale], powers_of_two, "float32", shape)
         return rows, columns
     shapes: list[tuple[int, ...]] = [(), (1,)]
     if spec.granularity == "per_channel":
@@ -230,8 +230,3 @@ def _add_plain(checkpoint: Checkpoint, module: str, spec: QuantSpec) -> tuple[in
 def _add_scale(checkpoint: Checkpoint, module: str, stored: str, shape: tuple[int, ...]) -> None:
     reshaped: Callable[[Tensor], Tensor] = lambda scale: scale.reshape(shape)  # noqa: E731
     checkpoint.part(module, "scale", [stored], reshaped, checkpoint.stored.info(stored).dtype, shape)
-
-
-def _powers_of_two(exponents: Tensor) -> Tensor:
-    """uint8, the bytes of E8M0 → float32."""
-    return torch.exp2(exponents.double() - 127).float()
