@@ -1,12 +1,12 @@
 """`Assign`: decides what is quantized where; every later pass reads it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from qcompiler.errors import RecipeError, did_you_mean
-from qcompiler.ir import Graph, ancestors, routers
+from qcompiler.ir import Graph, Site, ancestors, routers
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import (
     CANONICAL,
@@ -16,12 +16,14 @@ from qcompiler.protocol import (
     PassContext,
     PassResult,
     Skip,
+    Target,
     WeightQuantizer,
 )
 
 __all__ = ["Assign", "ShorthandQuantizer"]
 
 _RESULTS = ("logits", "scores")
+_GROUPS = (64, 32, 16)  # in the place of a default that a target refuses; powers of two, as engines have kernels for
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Assign(Pass):
 
     Attributes:
         scheme: a scheme name, see `Scheme.parse`.
-        group_size: elements per scale where the name gives none; -1: per output channel.
+        group_size: elements per scale where the name gives none; -1: per output channel. None: 128 where formats
+            have groups, or the largest of 64, 32 and 16 that all targets can hold where one of them refuses that.
         symmetric: whether there is no zero point, where the name does not say.
         scale_dtype: the dtype scales are stored in; None: the weight's own.
         overrides: glob pattern of site names → scheme name, or None for float. The last match wins.
@@ -74,7 +77,7 @@ class Assign(Pass):
         sites = graph.sites()
         last, choosing = _last_sites(graph), routers(graph)
         unmatched = set(self.overrides)
-        skips = []
+        skips, by_default = [], []
         for site in sites:
             name, reason = self.scheme, "no scheme is assigned"
             if site.name in last:
@@ -86,6 +89,8 @@ class Assign(Pass):
                     unmatched.discard(pattern)
                     name, reason = override, f"left in float by override {pattern!r}"
             graph.schemes[site.name] = self._parse(name)
+            if self._takes_default_group(name):
+                by_default.append(site)
             if name is None:
                 skips.append(Skip(site.name, self.name, reason, asked=True))
         if unmatched:
@@ -97,7 +102,14 @@ class Assign(Pass):
                 expected="patterns of site names, such as " + ", ".join(site.name for site in sites[:3]),
                 remedy=f"{near} {listed}" if near else listed,
             )
-        return PassResult(modified=False, skips=tuple(skips))
+        return PassResult(modified=False, skips=tuple(skips), notes=_fit_groups(graph, by_default, context.targets))
+
+    def _takes_default_group(self, name: str | None) -> bool:
+        """Whether a scheme has groups whose size neither its name nor an option says."""
+        if name is None or self.group_size is not None:
+            return False
+        weight, other = self._parse(name).weight, replace(self, group_size=_GROUPS[0])._parse(name).weight
+        return weight is not None and weight.granularity == "per_group" and weight != other
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,64 @@ class ShorthandQuantizer(WeightQuantizer):
             got=f"group_size={self.group_size}, symmetric={self.symmetric} without bits",
             expected="bits besides, or an Assign ahead that says it",
         )
+
+
+def _fit_groups(graph: Graph, sites: Sequence[Site], targets: Sequence[Target]) -> tuple[str, ...]:
+    """Gives layers smaller groups where a target refuses the default, and the size is all that it minds.
+
+    Args:
+        graph: with schemes, which are changed.
+        sites: layers that have the default.
+        targets: all of them must take every layer.
+
+    Returns:
+        For each new size, a sentence that names layers and sizes.
+    """
+    has_one = any(target.has_one_group for target in targets)
+    changed: dict[tuple[int | None, int], list[str]] = {}
+    for together in [sites] if has_one else [[site] for site in sites]:
+        if _are_taken({site: graph.schemes[site.name] for site in together}, targets):
+            continue
+        for size in _GROUPS:
+            found = {site: _with_groups(graph.schemes[site.name], size) for site in together}
+            if all(site.in_features % size == 0 for site in found) and _are_taken(found, targets):
+                for site, scheme in found.items():
+                    changed.setdefault((_group(graph.schemes[site.name]), size), []).append(site.name)
+                    graph.schemes[site.name] = scheme
+                break
+    return tuple(
+        f"groups of {size} instead of {default}, the default, in {_count(names)} ({_some(names)}): "
+        f"the most that {' and '.join(dict.fromkeys(target.name for target in targets))} can hold; "
+        "a size that a scheme's name gives is kept, or refused"
+        for (default, size), names in changed.items()
+    )
+
+
+def _are_taken(schemes: Mapping[Site, Scheme], targets: Sequence[Target]) -> bool:
+    for target in targets:
+        if any(target.supports(scheme, site.in_features).status == "refused" for site, scheme in schemes.items()):
+            return False
+        sizes = {scheme.weight.group_of(site.in_features) for site, scheme in schemes.items() if scheme.weight}
+        if target.has_one_group and len(sizes) > 1 and any(site.in_features > min(sizes) for site in schemes):
+            return False
+    return True
+
+
+def _with_groups(scheme: Scheme, size: int) -> Scheme:
+    assert scheme.weight is not None
+    return replace(scheme, weight=replace(scheme.weight, group_size=size))
+
+
+def _group(scheme: Scheme) -> int | None:
+    return None if scheme.weight is None else scheme.weight.group_size
+
+
+def _count(names: Sequence[str]) -> str:
+    return "1 layer" if len(names) == 1 else f"{len(names)} layers"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _last_sites(graph: Graph) -> set[str]:

@@ -40,6 +40,7 @@ RECIPES: dict[str, Callable[[], tuple[Pass, ...]]] = {
     ),
     "fp8": lambda: (Assign("fp8"), InsertQDQ(observer="minmax"), GPTQ()),
     "fp8-dynamic": lambda: (Assign("fp8-dynamic"), RTN(search="mse"), InsertQDQ(observer=None)),
+    "fp8-block": lambda: (Assign("fp8-block-dyngroup"), RTN(search="mse"), InsertQDQ(observer=None)),
     "nvfp4": lambda: (Assign("nvfp4"), InsertQDQ(observer="minmax"), GPTQ()),
     "mxfp4": lambda: (Assign("mxfp4"), InsertQDQ(), GPTQ()),
 }

@@ -126,6 +126,9 @@ def _tried(
 
 def _rounded(rows: Tensor, largest: Tensor, spec: QuantSpec) -> Tensor:
     """Activations ``[rows, channels]`` rounded to steps that cover the range with the least squared error."""
+    if spec.granularity == "per_group":
+        groups = rows.split(spec.group_of(rows.shape[-1]), dim=-1)
+        return torch.cat([_to_steps(group, group.abs().amax(-1, keepdim=True), spec) for group in groups], dim=-1)
     if spec.granularity == "per_token":
         return _to_steps(rows, rows.abs().amax(-1, keepdim=True), spec)
     tried = [_to_steps(rows, largest * reach, spec) for reach in _REACHES]

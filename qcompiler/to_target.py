@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from qcompiler.artifacts import CompileResult, NativeArtifact, add_target, check_parity, load, with_noise
+from qcompiler.artifacts import CompileResult, StreamedArtifact, add_target, check_parity, load, with_noise
 from qcompiler.errors import QCompilerError, TargetError, did_you_mean
 from qcompiler.ir import Graph, cache_formats
 from qcompiler.lowering import targets
@@ -288,7 +288,7 @@ def open_with_engine(result: CompileResult, engine: str, device: str) -> Artifac
 
 
 def _lower(result: CompileResult, target: Target, place: Path | None, *, verify: bool) -> Lowered:
-    """Lowers, and lets every reader run what came out beside the native artifact."""
+    """Lowers, and lets every reader run what came out beside the native artifact, which is run by segments."""
     lowered = target.lower(result.graph, place)
     if not verify or result.graph.signature.index_of_output("logits") is None:
         return lowered
@@ -300,26 +300,29 @@ def _lower(result: CompileResult, target: Target, place: Path | None, *, verify:
         unrounded = _unrounded(result, lowered.device)
         admits_noise = reader.rounded is not None or unrounded is not None
         lowered.report[reader.entry] = check_parity(
-            result.artifact(lowered.device),
+            StreamedArtifact(result.graph, device=lowered.device),
             found,
             tolerance=reader.tolerance,
             unrounded=unrounded,
             noisy=_noisy(result.graph, reader.rounded, reader.dtype, lowered.device) if admits_noise else (),
             rows=rows,
             length=length,
+            steps=reader.steps,
         )
     return lowered
 
 
-def _noisy(graph: Graph, rounded: Collection[str] | None, dtype: torch.dtype, device: str) -> Iterator[NativeArtifact]:
-    """Samples of a graph with the errors of a dtype, behind the nodes named or all; one in memory at a time."""
+def _noisy(
+    graph: Graph, rounded: Collection[str] | None, dtype: torch.dtype, device: str
+) -> Iterator[StreamedArtifact]:
+    """Samples of a graph with the errors of a dtype, behind the nodes named or all."""
     names = [node.name for node in graph.fx.nodes if node.op == "call_function"] if rounded is None else rounded
     for sample in range(_NOISE_SAMPLES):
-        yield NativeArtifact(with_noise(graph, names, dtype, sample=sample), device=device)
+        yield StreamedArtifact(with_noise(graph, names, dtype, sample=sample), device=device)
 
 
-def _unrounded(result: CompileResult, device: str) -> NativeArtifact | None:
+def _unrounded(result: CompileResult, device: str) -> StreamedArtifact | None:
     """The model with activations and caches in float, where it rounds them."""
     rounds = any(scheme.activation is not None for scheme in result.graph.schemes.values())
     rounds |= result.graph.signature.has_quantized_cache
-    return NativeArtifact(result.graph, device=device, round_activations=False) if rounds else None
+    return StreamedArtifact(result.graph, device=device, round_activations=False) if rounds else None

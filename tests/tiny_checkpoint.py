@@ -1,10 +1,12 @@
 """A tiny language model on disk, with the shipped tokenizer, a text for it, and the command run in this process."""
 
 import contextlib
+import functools
 import io
 import json
 import random
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +38,24 @@ _WORDS = [
 
 def save_checkpoint(directory: Path, *, layers: int = 2, **saving: Any) -> Path:
     """Writes a random Llama in bfloat16 (vocabulary 4096, hidden 64, 64 positions) and the shipped tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in _files(layers, tuple(sorted(saving.items()))).items():
+        (directory / name).write_bytes(content)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(_TOKENIZER / name, directory / name)
+    return directory
+
+
+@functools.cache
+def _files(layers: int, saving: tuple[tuple[str, Any], ...]) -> dict[str, bytes]:
+    """What is written of that model; made once per process."""
     sizes = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": POSITIONS}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     model: Any = build("llama", layers=layers, **sizes, **ids)
     model.to(torch.bfloat16)
-    model.save_pretrained(directory, **saving)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(_TOKENIZER / name, directory / name)
-    return directory
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(place, **dict(saving))
+        return {path.name: path.read_bytes() for path in Path(place).iterdir()}
 
 
 def write_text(path: Path, words: int = 2000, seed: int = 0) -> Path:

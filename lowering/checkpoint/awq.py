@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qcompiler.errors import TargetError
 from qcompiler.lowering.checkpoint.contents import Contents, pack_words
-from qcompiler.lowering.checkpoint.layers import Layer, check_rows, integer_support
+from qcompiler.lowering.checkpoint.layers import Layer, check_rows, integer_support, refuse_groups
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Support
 
@@ -30,10 +30,7 @@ def supports(scheme: Scheme, width: int) -> Support:
         return Support("refused", "AWQ checkpoints hold integers of 4 bits", "choose w4a16")
     if weight.granularity == "per_tensor":
         return Support("refused", "AWQ checkpoints have a scale per group or channel", "leave out -tensor")
-    group = weight.group_of(width)
-    if width % group:
-        return Support("refused", f"groups of {group} do not divide {width} input channels")
-    return integer_support(weight, width)
+    return refuse_groups(weight.group_of(width), width) or integer_support(weight, width)
 
 
 def check_layers(layers: Sequence[Layer]) -> None:

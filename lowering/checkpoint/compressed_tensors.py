@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.lowering.checkpoint.contents import Contents, pack_words
-from qcompiler.lowering.checkpoint.layers import Layer, integer_support
+from qcompiler.lowering.checkpoint.layers import Layer, integer_support, refuse_groups
 from qcompiler.numerics import QuantSpec, Scheme, pack_bits
 from qcompiler.protocol import Support
 
@@ -32,13 +32,14 @@ def supports(scheme: Scheme, width: int) -> Support:
             what = "a codebook" if spec.codebook else "a clipped range" if spec.clip != 1 else spec.dtype
             return Support("refused", f"{what} has no form in compressed-tensors", "choose w4a16, w8a8 or fp8")
     if weight.is_fp4 and width % (weight.group_size or 1):
-        return Support("refused", f"blocks of {weight.group_size} do not divide {width} input channels")
-    if weight.group_size is not None and weight.granularity == "per_group" and width % weight.group_of(width):
-        return Support(
-            "refused",
-            f"groups of {weight.group_size} do not divide {width} input channels",
-            f"choose groups of {_largest_group(width)}",
-        )
+        remedy = "leave the layer in float with an override"
+        return Support("refused", f"blocks of {weight.group_size} do not divide {width} input channels", remedy)
+    if weight.granularity == "per_group" and (refusal := refuse_groups(weight.group_of(width), width)):
+        return refusal
+    is_grouped = activation is not None and not is_fp4 and activation.granularity == "per_group"
+    if activation is not None and is_grouped and width % activation.group_of(width):
+        reason = f"inputs in groups of {activation.group_size}, which do not divide {width} channels"
+        return Support("refused", reason, "choose one range per token (-dynamic)")
     if weight.granularity == "per_block" and weight.group_size != 128:
         return Support("refused", "blocks are of 128 by 128", "choose fp8-block")
     if weight.is_fp4:
@@ -49,7 +50,10 @@ def supports(scheme: Scheme, width: int) -> Support:
         return Support("writes-only", f"vLLM multiplies no {weight.dtype} weights with {activation.dtype} inputs")
     if activation.dynamic and activation.granularity == "per_tensor":
         return Support("writes-only", "dynamic ranges of whole tensors: engines take one per token")
-    if weight.granularity in ("per_group", "per_block") or weight.bits < 8 or not weight.symmetric:
+    in_blocks = weight.granularity == "per_block"
+    if in_blocks and is_grouped:
+        return Support("fused")
+    if in_blocks or is_grouped or weight.granularity == "per_group" or weight.bits < 8 or not weight.symmetric:
         return Support("writes-only", f"{weight} weights with {activation} inputs: no kernel in vLLM")
     return Support("fused")
 
@@ -60,10 +64,6 @@ def _weights_alone(weight: QuantSpec, width: int) -> Support:
             return Support("writes-only", f"{weight}: vLLM takes a scale per tensor, channel or block")
         return Support("fused")
     return integer_support(weight, width)
-
-
-def _largest_group(width: int) -> int:
-    return next((group for group in (128, 64, 32) if width % group == 0), width)
 
 
 def layout_of(weight: QuantSpec, activation: QuantSpec | None) -> str:
@@ -197,7 +197,11 @@ def _input_arguments(spec: QuantSpec) -> dict[str, Any]:
     found = _common(spec)
     if spec.has_factor:
         return {**found, "dynamic": "local"}  # the scales of groups; the factor of the tensor is stored
-    return found if spec.is_fp4 else {**found, "strategy": "token" if spec.granularity == "per_token" else "tensor"}
+    if spec.is_fp4:
+        return found
+    if spec.granularity == "per_group":
+        return {**found, "strategy": "group", "group_size": spec.group_size}
+    return {**found, "strategy": "token" if spec.granularity == "per_token" else "tensor"}
 
 
 def _common(spec: QuantSpec) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.lowering.checkpoint.contents import Contents, pack_words
-from qcompiler.lowering.checkpoint.layers import Layer, check_rows, integer_support
+from qcompiler.lowering.checkpoint.layers import Layer, check_rows, integer_support, refuse_groups
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Support
 
@@ -28,9 +28,10 @@ def supports(scheme: Scheme, width: int) -> Support:
         return Support("refused", "GPTQ checkpoints hold symmetric integers of 4 or 8 bits", "choose w4a16 or w8a16")
     if weight.granularity == "per_tensor":
         return Support("refused", "GPTQ checkpoints have a scale per group or channel", "leave out -tensor")
-    group = weight.group_of(width)
-    if width % group or width % 32:
-        return Support("refused", f"groups of {group} do not divide {width} input channels into whole words")
+    if refusal := refuse_groups(weight.group_of(width), width):
+        return refusal
+    if width % 32:
+        return Support("refused", f"{width} input channels do not fill whole words", "write format=compressed-tensors")
     return integer_support(weight, width)
 
 

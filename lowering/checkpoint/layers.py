@@ -24,6 +24,7 @@ __all__ = [
     "input_tensors",
     "integer_support",
     "planned_layers",
+    "refuse_groups",
     "written_layers",
 ]
 
@@ -208,6 +209,18 @@ def check_rows(layer: Layer, multiple: int, library: str, unit: str = "words") -
             expected=f"a multiple of {multiple}",
             remedy="leave it in float with an override, or write format=compressed-tensors",
         )
+
+
+def refuse_groups(group: int | None, width: int) -> Support | None:
+    """The refusal of groups that do not divide a width, with the size that would be taken; None where they do."""
+    if width % (group or width) == 0:
+        return None
+    fitting = next((size for size in reversed(_GROUPS) if width % size == 0 and size < (group or width)), None)
+    return Support(
+        "refused",
+        f"groups of {group} do not divide {width} input channels",
+        f"choose groups of {fitting}" if fitting else "leave the layer in float with an override",
+    )
 
 
 def integer_support(weight: QuantSpec, width: int) -> Support:

@@ -13,7 +13,7 @@ from torch import Tensor
 import qcompiler
 from qcompiler.errors import TargetError
 from qcompiler.lowering.checkpoint.contents import Contents
-from qcompiler.lowering.checkpoint.layers import Layer, check_rows
+from qcompiler.lowering.checkpoint.layers import Layer, check_rows, refuse_groups
 from qcompiler.numerics import QuantSpec, Scheme, pack_bits
 from qcompiler.protocol import Support
 
@@ -44,9 +44,11 @@ def supports(scheme: Scheme, width: int) -> Support:
     algorithm = None if weight is None else _algorithm(weight, scheme.activation)
     if weight is None or algorithm is None:
         return Support("refused", "ModelOpt has no algorithm of this format", f"choose {_TAKEN}")
-    if width % (weight.group_size or 1):
-        reason = f"groups of {weight.group_size} do not divide {width} input channels"
-        return Support("refused", reason, "choose another group size, or leave the layer in float")
+    if weight.is_fp4 and width % (weight.group_size or 1):
+        remedy = "leave the layer in float with an override"
+        return Support("refused", f"blocks of {weight.group_size} do not divide {width} input channels", remedy)
+    if refusal := refuse_groups(weight.group_size, width):
+        return refusal
     if algorithm == "W4A16_AWQ":
         return Support("fused", "in TensorRT-LLM; vLLM takes no 4-bit integers in this layout")
     if weight.is_fp4:

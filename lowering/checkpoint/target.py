@@ -32,6 +32,11 @@ from qcompiler.storage import SOURCE_ONLY, StagedFiles, read_companions
 __all__ = ["CheckpointTarget"]
 
 _LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "modelopt": modelopt}
+_READ_HERE = {
+    "gptq": "transformers needs gptqmodel for gptq",
+    "awq": "transformers needs gptqmodel for awq",
+    "modelopt": "transformers does not read modelopt",
+}
 _MARK = "qcompiler_version"  # in config.json
 
 
@@ -57,6 +62,11 @@ class CheckpointTarget(Target):
     def supports(self, scheme: Scheme, width: int) -> Support:
         """What becomes of a linear layer of ``width`` input channels under ``scheme``."""
         return Support("fused") if scheme == Scheme() else _LAYOUTS[self.format].supports(scheme, width)
+
+    @property
+    def has_one_group(self) -> bool:
+        """Whether the layout says the size of groups once for all layers."""
+        return self.format in ("awq", "modelopt")
 
     def supports_cache(self, spec: CacheFormat) -> Support:
         """Engines quantize caches themselves."""
@@ -135,8 +145,8 @@ class CheckpointTarget(Target):
 
     def _readers(self, graph: Graph, contents: Contents, directory: Path) -> list[Reader]:
         """transformers, for what it reads of a model that predicts tokens."""
-        if self.format in ("gptq", "awq") and graph.signature.index_of_output("logits") is not None:
-            contents.note(f"compared as qcompiler reads it back: transformers needs gptqmodel for {self.format}")
+        if self.format in _READ_HERE and graph.signature.index_of_output("logits") is not None:
+            contents.note(f"compared as qcompiler reads it back: {_READ_HERE[self.format]}")
             return [Reader(lambda: load(directory).artifact())]
         if self.format != "compressed-tensors":
             contents.note(f"not compared: nothing here reads {self.format}")

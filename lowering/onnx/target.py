@@ -179,9 +179,17 @@ class OnnxTarget(Target):
             return Support("runs", "float weights: the product of rounded activations is computed in float")
         if weight.group_size == 1 < width:
             return self._supports_weight(weight, width)
-        if activation.is_float or weight.is_float:
+        if (activation.is_float or weight.is_float) and activation.granularity != "per_group":
             kinds = " and ".join(dict.fromkeys((weight.dtype, activation.dtype)))
             return Support("runs", f"{kinds}: no such product on a CPU; dequantized, multiplied in float")
+        if activation.granularity == "per_group":
+            if width % activation.group_of(width):
+                return Support(
+                    "refused",
+                    f"inputs in groups of {activation.group_size}, which do not divide {width} channels",
+                    "choose ranges per token (-dynamic)",
+                )
+            return Support("runs", "one scale per token and group: dequantized, multiplied in float")
         if activation.granularity == "per_token" and not activation.symmetric and weight.bits == 8:
             return Support(
                 "refused",

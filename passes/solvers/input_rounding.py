@@ -59,10 +59,10 @@ def round_rows(rows: Tensor, spec: QuantSpec, scale: Tensor | None, zero_point: 
         codes = _canonical.fp4_quantize(rows, scales, scale, block)
         dequantized: Tensor = _canonical.fp4_dequantize(codes, scales, scale, block)
         return dequantized
-    axis, block = (-1, rows.shape[-1]) if spec.granularity == "per_token" else (0, 0)
+    width = rows.shape[-1]
+    axis, block = spec.input_place(width)
     if spec.dynamic:
-        along = -1 if spec.granularity == "per_token" else None
-        scale, zero_point = _canonical.choose_qparams(rows, spec.code_dtype, along, *spec.range_options())
+        scale, zero_point = _canonical.choose_qparams(rows, *spec.range_options(width))
         zero_point = None if spec.symmetric else zero_point
     assert scale is not None
     codes = _canonical.quantize(rows, scale, zero_point, axis, block, spec.code_dtype, *spec.narrow_bits())

@@ -29,6 +29,7 @@ from qcompiler.artifacts.native import (
 from qcompiler.artifacts.noise import with_noise
 from qcompiler.artifacts.parity import check_parity
 from qcompiler.artifacts.result import CompileResult, load, native_directory
+from qcompiler.artifacts.streamed import StreamedArtifact
 from qcompiler.artifacts.tokenizing import TokenStream
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "HFArtifact",
     "NativeArtifact",
     "Scores",
+    "StreamedArtifact",
     "TokenStream",
     "add_target",
     "check_parity",

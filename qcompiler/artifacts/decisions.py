@@ -5,12 +5,14 @@ function. That is no fault, and no bound on differences of logits has room for i
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from qcompiler.ir import Around
 
 __all__ = ["Decisions"]
 
@@ -18,23 +20,35 @@ _aten = torch.ops.aten
 
 
 class Decisions:
-    """The results of every `topk` and `argmax` of a run, in order, and how to give them to another run."""
+    """The results of every `topk` and `argmax` of some runs, in order, and how to give them to others.
+
+    A run is told from another by its number, and may be left and entered again: what goes through a model segment by
+    segment does so.
+    """
 
     def __init__(self) -> None:
-        self._chosen: list[Tensor] = []
+        self._chosen: dict[int, list[Tensor]] = {}
 
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Keeps the choices of what runs inside."""
+    def recording(self) -> Around:
+        """Entered with the number of a run: keeps the choices of what runs inside."""
         self._chosen.clear()
-        with _Recording(self._chosen):
-            yield
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """What runs inside chooses as before; what makes other choices (another number, of other shapes) chooses."""
-        with _Replay(self._chosen):
-            yield
+        def around(number: int) -> AbstractContextManager[object]:
+            return _Recording(self._chosen.setdefault(number, []))
+
+        return around
+
+    def holding(self) -> Around:
+        """Entered with the number of a run: what runs inside chooses as was recorded of it.
+
+        What makes other choices (another number, of other shapes) chooses itself.
+        """
+        left = {number: iter(chosen) for number, chosen in self._chosen.items()}
+
+        def around(number: int) -> AbstractContextManager[object]:
+            return _Replay(left.get(number, iter(())))
+
+        return around
 
 
 class _Recording(TorchDispatchMode):
@@ -50,9 +64,9 @@ class _Recording(TorchDispatchMode):
 
 
 class _Replay(TorchDispatchMode):
-    def __init__(self, chosen: list[Tensor]) -> None:
+    def __init__(self, left: Iterator[Tensor]) -> None:
         super().__init__()
-        self._left = iter(chosen)
+        self._left = left
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

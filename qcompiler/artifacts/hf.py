@@ -1,6 +1,7 @@
 """Hugging Face directories as they are: the original model as an artifact, its tokenizer, its limits."""
 
 import contextlib
+import io
 import logging
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -367,14 +368,15 @@ def _parameter_count(model: Any, config: dict[str, Any], trust_remote_code: bool
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no advice from transformers; its errors still come as exceptions."""
+    """No advice from transformers and no progress bars, its own or of what it calls; errors still are exceptions."""
     from transformers.utils import logging as hf_logging
 
     verbosity, has_bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         hf_logging.set_verbosity(verbosity)
         if has_bar:

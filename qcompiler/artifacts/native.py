@@ -256,8 +256,7 @@ class NativeArtifact:
 
     def forward(self, ids: Tensor) -> Tensor:
         """float32 logits ``[batch, length, vocab]`` of int64 ``[batch, length]``, without a cache."""
-        values = feed(self._graph, ids.to(self._device))
-        logits: Tensor = self._whole.run(values, self._weights(), self._device, self._passed_through)[self._logits]
+        (logits,) = self._values(feed(self._graph, ids.to(self._device)), [self._logits])
         return logits.float()
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, object]:
@@ -272,9 +271,14 @@ class NativeArtifact:
     def _extend(self, ids: Tensor, cache: _Cache | None) -> tuple[Tensor, _Cache]:
         past = None if cache is None else cache.values
         values = feed(self._graph, ids.to(self._device), past)
-        results = self._cached.run(values, self._weights(), self._device, self._passed_through)
-        length = ids.shape[1] + (0 if cache is None else cache.length)
-        return results[self._logits].float(), _Cache([results[node] for node in self._present], length)
+        logits, *present = self._values(values, [self._logits, *self._present])
+        return logits.float(), _Cache(present, ids.shape[1] + (0 if cache is None else cache.length))
+
+    def _values(self, batch: Mapping[fx.Node, Any], wanted: list[fx.Node]) -> list[Tensor]:
+        """What nodes give for a value per placeholder: the logits, or they and the caches."""
+        stretch = self._whole if len(wanted) == 1 else self._cached
+        results = stretch.run(batch, self._weights(), self._device, self._passed_through)
+        return [results[node] for node in wanted]
 
     def stored_bytes(self) -> int:
         """Bytes of all weight tensors as stored, tied ones once."""

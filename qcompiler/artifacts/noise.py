@@ -25,6 +25,7 @@ from qcompiler.ir import Graph, is_op
 __all__ = ["with_noise"]
 
 _canonical = torch.ops.qcompiler
+_TERMS_AT_ONCE = 1 << 22  # of a weight, in float64: 32 MiB
 _MASK = 1e30  # magnitudes that only masks have: the lowest numbers of float32 and bfloat16
 
 
@@ -75,7 +76,9 @@ def _add_noise(x: Any, of_values: float, seed: int) -> Any:
 
 def _add_noise_of_terms(y: Tensor, x: Tensor, weight: Tensor, of_values: float, of_terms: float, seed: int) -> Tensor:
     """``y`` and an error within ``of_values`` of each value, and ``of_terms`` of the terms that were summed to it."""
-    terms = torch.nn.functional.linear(x.double().square(), weight.double().square())
+    squares = x.double().square()
+    rows = weight.split(max(1, _TERMS_AT_ONCE // weight.shape[1]))
+    terms = torch.cat([torch.nn.functional.linear(squares, part.double().square()) for part in rows], dim=-1)
     return _disturbed(y, (of_values**2 * y.double().square() + of_terms**2 * terms).sqrt(), seed)
 
 

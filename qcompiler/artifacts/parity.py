@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.artifacts.decisions import Decisions
+from qcompiler.artifacts.streamed import run_together
 from qcompiler.errors import VerificationError
 from qcompiler.protocol import Artifact
 
@@ -28,6 +29,7 @@ def check_parity(
     noisy: Iterable[Artifact] = (),
     rows: int = 2,
     length: int = 32,
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """Compares logits on random tokens, in one piece and through the cache.
 
@@ -55,6 +57,7 @@ def check_parity(
             difference is added to the tolerance.
         rows: sequences.
         length: tokens in each (fewer where the model takes fewer).
+        steps: how many are appended to the cache one by one, behind the first half of them; the rest at once.
 
     Returns:
         ``max_difference`` (relative), ``cached_difference`` (None without a cache), ``tolerance``, ``mean_difference``
@@ -68,9 +71,11 @@ def check_parity(
     """
     length = min(length, expected.max_positions or length, actual.max_positions or length)
     ids = torch.randint(expected.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    runs = [[ids]]
+    if actual.has_cache and expected.has_cache:
+        runs.append(_parts(ids, steps))
     decisions = Decisions()
-    with decisions.recorded():
-        reference = expected.forward(ids)
+    reference, *reference_parts = run_together(expected, runs, decisions.recording())
     largest, mean_size = reference.abs().max().item() or 1.0, _per_token(reference) or 1.0
 
     def differences(logits: Tensor, reference: Tensor = reference) -> tuple[float, float]:
@@ -86,8 +91,8 @@ def check_parity(
         return difference.abs().max().item() / largest, _per_token(difference) / mean_size
 
     def forward(artifact: Artifact) -> Tensor:
-        with decisions.held():
-            return artifact.forward(ids)
+        (logits,) = run_together(artifact, [[ids]], decisions.holding())
+        return logits
 
     own, mean_own = 0.0, 0.0  # what the model's own rounding does
     is_sampled = False
@@ -114,17 +119,12 @@ def check_parity(
             remedy="use a wider dtype or more bits of activations, or lower with verify=False",
         )
     tolerance, mean_tolerance = tolerance + own, tolerance + mean_own
-    logits = forward(actual)
+    logits, *parts = run_together(actual, runs, decisions.holding())
     difference, mean_difference = differences(logits)
     cached = None
     found_differences = [(difference, mean_difference)]
-    if actual.has_cache and expected.has_cache:
-        half = max(1, length // 2)
-        with decisions.recorded():
-            reference_pieces = _in_pieces(expected, ids, half)
-        with decisions.held():
-            pieces = _in_pieces(actual, ids, half)
-        cached, mean_cached = differences(torch.cat(pieces, dim=1), torch.cat(reference_pieces, dim=1))
+    if parts:
+        cached, mean_cached = differences(torch.cat(parts, dim=1), torch.cat(reference_parts, dim=1))
         found_differences.append((cached, mean_cached))
     found = {
         "max_difference": difference,
@@ -140,7 +140,7 @@ def check_parity(
     }
     if is_loose:
         assert exact is not None
-        forms = [logits] if cached is None else [logits, torch.cat(pieces, dim=1)]
+        forms = [logits] if cached is None else [logits, torch.cat(parts, dim=1)]
         divergence, allowed = max(_kl_divergence(exact, form) for form in forms), _SPREAD * spread
         found |= {"unrounded_divergence": divergence, "unrounded_divergence_allowed": allowed}
         if not divergence <= allowed:
@@ -167,14 +167,13 @@ def _and(differences: Iterable[float]) -> str:
     return " and ".join(f"{value:.2e}" for value in differences)
 
 
-def _in_pieces(artifact: Artifact, ids: Tensor, first: int) -> list[Tensor]:
-    """Logits of the first tokens at once, of the others one by one, through the cache."""
-    logits, cache = artifact.prefill(ids[:, :first])
-    pieces = [logits]
-    for position in range(first, ids.shape[1]):
-        logits, cache = artifact.step(ids[:, position : position + 1], cache)
-        pieces.append(logits)
-    return pieces
+def _parts(ids: Tensor, steps: int | None) -> list[Tensor]:
+    """The first half of the tokens, some of the others one by one, and what is left."""
+    half = max(1, ids.shape[1] // 2)
+    left = ids.shape[1] - half
+    alone = left if steps is None else min(steps, left)
+    sizes = [half, *[1] * alone, *([left - alone] if left > alone else [])]
+    return list(ids.split(sizes, dim=1))
 
 
 def _per_token(logits: Tensor) -> float:

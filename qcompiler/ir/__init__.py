@@ -1,13 +1,14 @@
 """The graph: operators, values, weights behind names, and how to run it.
 
 In: what the frontend traced. Out: `Graph`, which everything else reads and rewrites; `ops` are its operators,
-`qtensor` what a quantized weight is, `segments` where it may be cut, `execute` the interpreter.
+`qtensor` what a quantized weight is, `segments` where it may be cut, `execute` the interpreter,
+`run_by_segments` one that reads few weights at a time.
 """
 
 from qcompiler.ir.cache_format import FLOAT_CACHES, CacheFormat
 from qcompiler.ir.execute import Stretch, makes_a_tensor
 from qcompiler.ir.experts import is_expert, routed_from, routers
-from qcompiler.ir.feeding import empty_cache, feed, feed_tensors
+from qcompiler.ir.feeding import empty_cache, feed, feed_run, feed_tensors
 from qcompiler.ir.graph import (
     Graph,
     Site,
@@ -20,7 +21,9 @@ from qcompiler.ir.graph import (
     symbolic_size,
 )
 from qcompiler.ir.kv_cache import Cache, cache_rounding, float_caches, keep_range, quantize_cache
+from qcompiler.ir.memory import Trimmer
 from qcompiler.ir.qtensor import Affine, Codebook, Csr, QuantizedTensor
+from qcompiler.ir.run_by_segments import Around, results_of, run_by_segments
 from qcompiler.ir.segments import Segment, SegmentedGraph, segment_graph
 from qcompiler.ir.signature import (
     BATCH,
@@ -42,6 +45,7 @@ __all__ = [
     "SEQUENCE",
     "TOTAL",
     "Affine",
+    "Around",
     "Cache",
     "CacheFormat",
     "Codebook",
@@ -56,6 +60,7 @@ __all__ = [
     "Signature",
     "Site",
     "Stretch",
+    "Trimmer",
     "activation_rounding",
     "ancestors",
     "cache_formats",
@@ -63,6 +68,7 @@ __all__ = [
     "descendants",
     "empty_cache",
     "feed",
+    "feed_run",
     "feed_tensors",
     "float_caches",
     "is_expert",
@@ -72,8 +78,10 @@ __all__ = [
     "makes_a_tensor",
     "quantize_cache",
     "quantized_value",
+    "results_of",
     "routed_from",
     "routers",
+    "run_by_segments",
     "segment_graph",
     "site_name",
     "static_caches",

@@ -10,7 +10,7 @@ from qcompiler.errors import InputError
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.signature import SEQUENCE, Port
 
-__all__ = ["empty_cache", "feed", "feed_tensors"]
+__all__ = ["empty_cache", "feed", "feed_run", "feed_tensors"]
 
 
 def feed(graph: Graph, ids: Tensor, past: Sequence[Tensor] | None = None) -> dict[fx.Node, Any]:
@@ -49,10 +49,36 @@ def feed(graph: Graph, ids: Tensor, past: Sequence[Tensor] | None = None) -> dic
     return values
 
 
+def feed_run(graph: Graph, pieces: Sequence[Tensor]) -> list[dict[fx.Node, Any]]:
+    """Inputs for parts of one sequence, which go one after another through the cache.
+
+    Args:
+        graph: with an input of role ``ids``.
+        pieces: int64 ``[batch, length]`` each.
+
+    Returns:
+        One for each piece, as `feed` gives them. Behind the first, caches have their shapes alone: what they hold is
+        that of one number.
+    """
+    batches, before = [], 0
+    ports = [port for port in graph.signature.inputs if port.role == "past"]
+    for ids in pieces:
+        past = [_shape_of_cache(port, ids.shape[0], before, ids.device) for port in ports] if before else None
+        batches.append(feed(graph, ids, past))
+        before += ids.shape[1]
+    return batches
+
+
 def empty_cache(port: Port, batch: int, device: torch.device) -> Tensor:
     """What a ``past`` port takes before the first token: ``[batch, heads, 0, width]`` of its dtype."""
+    return _shape_of_cache(port, batch, 0, device)
+
+
+def _shape_of_cache(port: Port, batch: int, length: int, device: torch.device) -> Tensor:
+    """A tensor that takes no memory, as large as a cache."""
     _, heads, _, width = port.shape
-    return torch.zeros(batch, int(heads), 0, int(width), dtype=getattr(torch, port.dtype), device=device)
+    one = torch.zeros((), dtype=getattr(torch, port.dtype), device=device)
+    return one.expand(batch, int(heads), length, int(width))
 
 
 def feed_tensors(graph: Graph, tensors: Sequence[Tensor]) -> dict[fx.Node, Any]:

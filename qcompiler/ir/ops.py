@@ -22,7 +22,7 @@ it.
 | ``fp4_dequantize(codes, scale, factor?, block)`` | float32 ``code * (scale * factor)`` |
 | ``codebook_dequantize(codes, table)`` | ``[out, in]`` codes, each a place in its row of ``table[out, levels]`` |
 | ``sparse_add(w, values, columns, row_offsets)`` | a matrix plus a sparse one of its shape (CSR); `_sparse_add` |
-| ``choose_qparams(x, dtype, axis?, bits, clip)`` | ``(scale, zero_point)`` of the range ``x`` has; `_choose_qparams` |
+| ``choose_qparams(x, dtype, axis?, bits, clip, block)`` | ``(scale, zero_point)`` of ``x``; `_choose_qparams` |
 | ``choose_block_qparams(x, dtype, block, bits)`` | the same of every ``block`` elements; `_choose_block_qparams` |
 | ``pack_nibbles(codes)``, ``unpack_nibbles(packed, signed)`` | two 4-bit codes in a byte; `_pack_nibbles` |
 
@@ -220,9 +220,9 @@ def _dequantize(
 
 
 def _choose_qparams(
-    x: Tensor, dtype: torch.dtype, axis: int | None = None, bits: int = 8, clip: float = 1.0
+    x: Tensor, dtype: torch.dtype, axis: int | None = None, bits: int = 8, clip: float = 1.0, block: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The scale and zero point at which codes just cover a tensor, or each slice of it.
+    """The scale and zero point at which codes just cover a tensor, or each slice of it, or blocks of its last axis.
 
     int8: ``amax / (2^(bits-1) - 0.5)``; float8: ``amax`` divided by the largest code; uint8: the range widened to hold
     zero, ``(max - min) / (2^bits - 1)`` and ``round(-min / scale)``, as ONNX DynamicQuantizeLinear has it. No scale is
@@ -234,11 +234,17 @@ def _choose_qparams(
         axis: reduced, one scale for each slice along it (-1: per token); None: one for all.
         bits: of integer codes.
         clip: the share of the range that is covered; what lies beyond is clamped.
+        block: elements of the last axis that share a scale, the last block being short where that does not divide it;
+            for codes that are symmetric. 0: the whole axis does.
 
     Returns:
         Scale of the dtype of ``x`` and zero point of the codes' (0 but for uint8): 0-D, or the shape of ``x`` with one
-        element along ``axis``.
+        element along ``axis``, or for each block of it.
     """
+    if block:
+        blocks = F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
+        scale, zero = _choose_qparams(blocks, dtype, -1, bits, clip)
+        return scale.squeeze(-1), zero.squeeze(-1)
     axes = list(range(x.dim())) if axis is None else [axis]
     keep = axis is not None
     if dtype == torch.uint8:
@@ -370,7 +376,8 @@ for _schema, _reference in (
     ("codebook_dequantize(Tensor codes, Tensor table) -> Tensor", _codebook_dequantize),
     ("sparse_add(Tensor w, Tensor values, Tensor columns, Tensor row_offsets) -> Tensor", _sparse_add),
     (
-        "choose_qparams(Tensor x, ScalarType dtype, int? axis=None, int bits=8, float clip=1.0) -> (Tensor, Tensor)",
+        "choose_qparams(Tensor x, ScalarType dtype, int? axis=None, int bits=8, float clip=1.0, int block=0) "
+        "-> (Tensor, Tensor)",
         _choose_qparams,
     ),
     (

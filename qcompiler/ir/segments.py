@@ -107,7 +107,8 @@ def segment_graph(graph: Graph) -> SegmentedGraph:
     except one that reads an embedding table, whose weights need not be in memory together with a layer's. No cut lies
     between two uses of one linear layer: it is rewritten once.
 
-    Every linear layer that the results depend on is in exactly one segment.
+    Every linear layer that the results depend on is in exactly one segment. Products with a matrix that is computed,
+    as one with noise is, count as linear layers for where cuts lie.
     """
     results = [
         node for node, port in zip(graph.outputs, graph.signature.outputs, strict=True) if port.role != "present"
@@ -118,9 +119,11 @@ def segment_graph(graph: Graph) -> SegmentedGraph:
     kept = _alive_after(main, results)
     sites = [site for site in graph.sites() if any(node in position for node in site.nodes)]
     spans = [sorted(position[node] for node in site.nodes if node in position) for site in sites]
+    of_sites = {node for site in sites for node in site.nodes}
+    others = [[i] for i, node in enumerate(main) if is_op(node, _canonical.linear.default) and node not in of_sites]
     segments: list[Segment] = []
     start, previous, outside = 0, graph.inputs[-1], frozenset(prologue)
-    for end in _cuts(main, alive, spans):
+    for end in _cuts(main, alive, [*spans, *others]):
         inside = tuple(s for s, span in zip(sites, spans, strict=True) if start <= span[0] <= end)
         segments.append(Segment(len(segments), previous, main[end], kept[end], inside, outside))
         start, previous = end + 1, main[end]

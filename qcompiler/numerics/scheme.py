@@ -21,8 +21,11 @@ __all__ = ["Scheme"]
 
 _SCHEME = re.compile(
     r"(w(?P<w>\d+)a(?P<a>4|8|16)|fp8)"
-    r"(?P<options>(-(g\d+|channel|tensor|block|lut|sym|asym|actsym|actasym|dynamic|dyntensor|clip\d+|e5m2))*)"
+    r"(?P<options>(-(g\d+|channel|tensor|block|lut|sym|asym|actsym|actasym|dynamic|dyntensor|dyngroup|clip\d+|e5m2))*)"
 )
+
+_SHARED: dict[str, Granularity] = {"dynamic": "per_token", "dyngroup": "per_group"}
+"""What elements of an activation share a scale, where not all of them do."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,10 @@ class Scheme:
                     got=spec,
                     expected="dynamic exactly where scales are float8_e8m0fnu",
                 )
-        elif spec is not None and spec.granularity not in ("per_tensor", "per_token"):
-            raise RecipeError("activations share scales otherwise", got=spec.granularity, expected="tensor or token")
+        elif spec is not None and spec.granularity not in ("per_tensor", "per_token") and not spec.dynamic:
+            raise RecipeError(
+                "activations share scales otherwise", got=spec, expected="per tensor or token, or dynamic groups"
+            )
 
     @classmethod
     def parse(
@@ -73,9 +78,9 @@ class Scheme:
 
         Of the activation: ``w8a8`` takes one calibrated range per tensor, with a zero point (``-actsym``: without);
         ``fp8`` the same without. ``-dynamic`` takes one range per token, symmetric, at run time; ``-dyntensor`` one per
-        tensor. ``w4a4`` is always dynamic, per token where the name does not say. ``-clip90`` covers 90 percent of a
-        dynamic range. ``fp8`` is E4M3 for weight and activation; ``fp8-e5m2`` E5M2; ``fp8-block`` takes weights in
-        blocks of 128 by 128.
+        tensor, ``-dyngroup`` one per token and 128 channels. ``w4a4`` is always dynamic, per token where the name does
+        not say. ``-clip90`` covers 90 percent of a dynamic range. ``fp8`` is E4M3 for weight and activation;
+        ``fp8-e5m2`` E5M2; ``fp8-block`` takes weights in blocks of 128 by 128.
 
         ``nvfp4`` and ``mxfp4`` are 4-bit floats for weight and activation, ``nvfp4a16`` and ``mxfp4a16`` for the weight
         alone; groups and scales are those of the format. ``-floor`` (the default) and ``-ceil`` say how
@@ -100,8 +105,8 @@ class Scheme:
                 got=name,
                 expected="w2a16, w3a16, w4a16 or w8a16, with -g<size>, -channel, -tensor, -sym or -asym behind it, "
                 "or up to w4a16 with -lut (a codebook); "
-                "w8a8, w4a8 or w4a4, with -dynamic, -dyntensor, -actsym, -actasym or -clip<percent> besides; "
-                "fp8, with -dynamic, -block or -e5m2; nvfp4, nvfp4a16, mxfp4, mxfp4a16",
+                "w8a8, w4a8 or w4a4, with -dynamic, -dyntensor, -dyngroup, -actsym, -actasym or -clip<percent>; "
+                "fp8, with -dynamic, -dyngroup, -block or -e5m2; nvfp4, nvfp4a16, mxfp4, mxfp4a16",
                 remedy=did_you_mean(name, EXAMPLES),
             )
         options = match["options"].split("-")[1:]
@@ -114,11 +119,13 @@ class Scheme:
         is_float = match["w"] is None
         if match["a"] == "4":
             chosen.setdefault("dynamic", "dynamic")
+        in_groups = chosen.get("dynamic") == "dyngroup"
         activation_kinds = {"activation sign", "dynamic", "clip"}.intersection(chosen)
         if (
             (match["a"] == "16" and activation_kinds)
             or (match["a"] == "4" and match["w"] == "8")
-            or ("clip" in chosen and "dynamic" not in chosen)
+            or ("clip" in chosen and ("dynamic" not in chosen or in_groups))
+            or (in_groups and (match["a"] == "4" or chosen.get("activation sign") == "actasym"))
             or (not is_float and "float" in chosen)
             or (chosen.get("granularity") == "lut" and (match["a"] != "16" or "sign" in chosen))
             or (is_float and {"sign", "activation sign"}.intersection(chosen))
@@ -149,11 +156,12 @@ class Scheme:
         if match["a"] == "16":
             return cls(weight)
         dynamic = chosen.get("dynamic")
-        sign = chosen.get("activation sign", "actsym" if is_float or dynamic == "dynamic" else "actasym")
+        shared: Granularity = _SHARED.get(dynamic or "", "per_tensor")
+        sign = chosen.get("activation sign", "actsym" if is_float or shared != "per_tensor" else "actasym")
         activation = QuantSpec(
             dtype=dtype if is_float else f"int{match['a']}",
-            granularity="per_token" if dynamic == "dynamic" else "per_tensor",
-            group_size=None,
+            granularity=shared,
+            group_size=DEFAULT_GROUP if shared == "per_group" else None,
             symmetric=sign == "actsym",
             dynamic=dynamic is not None,
             clip=int(chosen["clip"].removeprefix("clip")) / 100 if "clip" in chosen else 1.0,

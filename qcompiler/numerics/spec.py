@@ -45,7 +45,8 @@ KIND = {
     "asym": "sign",
     "actsym": "activation sign",
 }
-KIND |= {"actasym": "activation sign", "dynamic": "dynamic", "dyntensor": "dynamic", "e5m2": "float"}
+KIND |= {"actasym": "activation sign", "e5m2": "float"}
+KIND |= dict.fromkeys(("dynamic", "dyntensor", "dyngroup"), "dynamic")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class QuantSpec:
         granularity: how many elements share a scale. ``per_group`` groups run along the last axis (a linear layer's
             input channels); the last group is short where the size does not divide the width. ``per_block`` is for
             8-bit float weights: squares of ``group_size`` rows and columns, those at the end smaller. ``per_token`` is
-            for activations: one scale per slice of the last axis, and always dynamic.
+            for activations: one scale per slice of the last axis, and always dynamic. Activations in groups have one
+            scale per token and group; they are symmetric, of eight bits, and dynamic as well.
         group_size: elements per group, or along a side of a block; given exactly when there are groups or blocks.
         symmetric: no zero point.
         scale_dtype: the dtype scales are stored in (``float32``, ``float16`` or ``bfloat16``); ``None`` means the dtype
@@ -129,9 +131,12 @@ class QuantSpec:
             object.__setattr__(self, "dynamic", True)
         if not 0 < self.clip <= 1 or (self.clip != 1 and not self.dynamic):
             raise RecipeError("a dynamic range is clipped to a share of it", got=self.clip, expected="in (0, 1]")
-        if self.dynamic and self.granularity not in ("per_token", "per_tensor") and not self.is_fp4:
+        is_plain_group = self.granularity == "per_group" and self.bits == 8 and self.symmetric and self.clip == 1
+        if self.dynamic and self.granularity not in ("per_token", "per_tensor") and not (self.is_fp4 or is_plain_group):
             raise RecipeError(
-                "dynamic ranges are per tensor or per token", got=self.granularity, expected="per_tensor or per_token"
+                "dynamic ranges are per tensor or per token, or per group of symmetric codes of eight bits",
+                got=self,
+                expected="per_tensor or per_token",
             )
 
     @property
@@ -205,9 +210,21 @@ class QuantSpec:
         """What ``quantize`` is told besides the dtype that holds the codes: their bits, where that has more."""
         return (self.bits,) if self.bits < 8 else ()
 
-    def range_options(self) -> tuple[float, ...]:
-        """What ``choose_qparams`` is told besides dtype and axis: bits and the share that is covered, where not all."""
-        return (self.bits, self.clip) if self.clip != 1 else self.narrow_bits()
+    def range_options(self, width: int) -> tuple[Any, ...]:
+        """What ``choose_qparams`` is told of an activation of ``width`` channels besides the values themselves.
+
+        Dtype and axis; bits and the share that is covered, where not all; and the block, where there are groups.
+        """
+        if self.granularity == "per_group":
+            return (self.code_dtype, -1, self.bits, self.clip, self.group_of(width))
+        along = -1 if self.granularity == "per_token" else None
+        return (self.code_dtype, along, *((self.bits, self.clip) if self.clip != 1 else self.narrow_bits()))
+
+    def input_place(self, width: int) -> tuple[int, int]:
+        """Axis and block of an activation of ``width`` channels, as ``quantize`` and ``dequantize`` take them."""
+        if self.granularity == "per_tensor":
+            return 0, 0
+        return -1, width if self.granularity == "per_token" else self.group_of(width)
 
     def scale_torch_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """The dtype scales are stored in, for a tensor of ``weight_dtype`` (one that is no scale dtype: float32)."""

@@ -1,12 +1,14 @@
 """What every runnable form of a model offers, whatever runs it: all that evaluation and generation know of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Artifact"]
+from qcompiler.ir import Around
+
+__all__ = ["Artifact", "RunsTogether"]
 
 
 @runtime_checkable
@@ -51,3 +53,19 @@ class Artifact(Protocol):
 
     def bits_per_weight(self) -> float:
         """Stored bits of all weight tensors, divided by the number of parameters of the original model."""
+
+
+@runtime_checkable
+class RunsTogether(Protocol):
+    """An artifact with a part of its weights in memory at a time, which is given much to run while it is there."""
+
+    def run_together(self, runs: Sequence[Sequence[Tensor]], around: Around = ...) -> Iterator[Tensor]:
+        """Logits of parts of texts.
+
+        Args:
+            runs: of each text the parts, int64 ``[batch, length]``, which follow one another in the cache.
+            around: entered with the number of a part, counted through all runs, whenever something of it is computed.
+
+        Yields:
+            float32 ``[batch, length, vocab]`` of one part after another.
+        """

@@ -17,6 +17,7 @@ from qcompiler.errors import PipelineError
 from qcompiler.ir import CacheFormat, Graph, Segment, Site
 from qcompiler.protocol.options import check_options
 from qcompiler.protocol.statistics import Statistic
+from qcompiler.protocol.target import Target
 
 __all__ = [
     "ACTIVATIONS_QUANTIZED",
@@ -147,6 +148,7 @@ class PassResult:
             kinds at its value that have none. Without an entry, an exact pass has left a value as it was, and an
             approximate one has changed those that depend on the sites of the wave.
         regions: one entry per region found or refused, see `CompileReport.regions`.
+        notes: sentences for the report.
     """
 
     modified: bool
@@ -154,6 +156,7 @@ class PassResult:
     skips: tuple[Skip, ...] = ()
     statistics: Mapping["Tap", "Rescale | Drop"] = field(default_factory=dict)
     regions: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ class PassContext:
         seed: the only source of randomness.
         segment: the segment being rewritten; None outside of a sweep.
         calibration: for a pass that implements `Pass.run` and is calibrated; None for others.
+        targets: where the result is meant to go; all of them will be asked about every scheme.
     """
 
     graph: Graph
@@ -190,6 +194,7 @@ class PassContext:
     seed: int
     segment: Segment | None = None
     calibration: CalibrationRun | None = None
+    targets: Sequence[Target] = ()
 
     def weight(self, site: Site) -> Tensor:
         """The float weight of a site, float32 ``[out, in]`` on `device`."""

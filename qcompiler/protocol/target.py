@@ -61,6 +61,8 @@ class Reader:
         dtype: what the values of the graph are rounded to.
         rounded: names of the graph's nodes that are; None: all.
         tokens: to compare on, ``(sequences, length)``.
+        steps: how many tokens are appended to the cache one by one, behind the first half of them, ahead of the rest at
+            once; None: all the others. Few where each one reads all weights.
         held_out_tokens: that are run ahead of the comparison, where there are any: a reader may refuse what only real
             text shows.
     """
@@ -71,6 +73,7 @@ class Reader:
     dtype: torch.dtype = torch.float32
     rounded: Collection[str] | None = None
     tokens: tuple[int, int] = (2, 32)
+    steps: int | None = None
     held_out_tokens: int = 0
 
 
@@ -136,6 +139,11 @@ class Target(ABC):
     @abstractmethod
     def supports(self, scheme: Scheme, width: int) -> Support:
         """What becomes of a linear layer with ``width`` input channels under ``scheme``."""
+
+    @property
+    def has_one_group(self) -> bool:
+        """Whether all layers that have groups must have groups of one size; by default each may have its own."""
+        return False
 
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache of this format; by default it is refused."""

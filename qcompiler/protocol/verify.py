@@ -98,12 +98,11 @@ def _activation_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Nod
         problems.append(f"codes are {dtype}, not {spec.code_dtype}")
     if node.args[1:5] != codes.args[1:5]:
         problems.append("it is not dequantized with the scale it was quantized with")
-    place = (-1, site.in_features) if spec.granularity == "per_token" else (0, 0)
+    place = spec.input_place(site.in_features)
     if (axis, block) != place:
         problems.append(f"scales run along (axis, block) {(axis, block)}, not {place}")
     if (zero is None) is not spec.symmetric:
         problems.append("a zero point where the scheme is symmetric, or none where it is not")
-    along = -1 if spec.granularity == "per_token" else None
     for index, qparam in ((0, scale), (1, zero)):
         if not isinstance(qparam, fx.Node):
             continue
@@ -111,7 +110,7 @@ def _activation_problems(graph: Graph, site: Site, spec: QuantSpec, node: fx.Nod
         if is_op(chosen, _choose_qparams) is not spec.dynamic:
             problems.append("a range that is static where the scheme is dynamic, or the other way round")
         elif isinstance(chosen, fx.Node):
-            if chosen.args != (value, spec.code_dtype, along, *spec.range_options()):
+            if chosen.args != (value, *spec.range_options(site.in_features)):
                 problems.append("a range of something else")
         elif graph.weights.info(str(qparam.target)).shape != ():
             problems.append(f"{qparam.target} is not one number")

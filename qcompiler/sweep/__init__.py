@@ -3,7 +3,7 @@
 In: a graph, a `Pipeline`, calibration tokens. Out: a `CompileResult`, the graph rewritten, what was done in its
 report. `compiling` is the whole way: `calibration_batches` are bound; `streaming` goes through the segments, and
 `position` runs the batches inside one, whose values wait in a `value_store`; `held_out` measures what was lost.
-`fisher` is a backward sweep of its own. `run_by_segments` runs a graph as it stands, for probes and held-out tokens.
+`fisher` is a backward sweep of its own.
 """
 
 from qcompiler.sweep.compiling import (

@@ -14,7 +14,7 @@ from torch import Tensor
 import qcompiler
 from qcompiler.artifacts import Calibration, CompileResult, companion_losses
 from qcompiler.errors import CalibrationError, InputError, RecipeError
-from qcompiler.ir import Graph, feed
+from qcompiler.ir import Graph, feed, results_of, run_by_segments
 from qcompiler.protocol import (
     CalibrationRun,
     Effect,
@@ -33,7 +33,6 @@ from qcompiler.storage import WeightStore, remove_tree, undisturbed
 from qcompiler.sweep.calibration_batches import calibration_batches, token_limits
 from qcompiler.sweep.held_out import HeldOutCheck, precision_note
 from qcompiler.sweep.position import Batch
-from qcompiler.sweep.run_by_segments import run_by_segments
 from qcompiler.sweep.streaming import Progress, default_value_budget, sweep
 
 __all__ = ["CalibrationInput", "check_work_dir", "compile_graph"]
@@ -78,7 +77,7 @@ def compile_graph(
     dtype = graph.remember_dtypes()
     report.bytes_before = graph.weights.stored_bytes(graph.weight_names())
     report.parameters = int(graph.provenance["parameters"])
-    context = PassContext(graph, device, seed)
+    context = PassContext(graph, device, seed, targets=tuple(targets))
     with ExitStack() as undo:
         workspace = _workspace(work_dir, graph)
         undo.callback(remove_tree, workspace)
@@ -119,7 +118,7 @@ def compile_graph(
                                 "a pass that is declared exact is checked on inputs", where=item.name, got="no inputs"
                             )
                         probe = gather()[0]
-                    expected = run_by_segments(graph, probe, device)
+                    expected = _results(graph, probe, device)
                 if item.is_calibrated:
                     _check_schemes(graph, targets)  # nothing long runs for a target that refuses
                     budget = memory_budget if memory_budget is not None else default_value_budget()
@@ -131,11 +130,12 @@ def compile_graph(
                     result = item.run(graph, context)
                 check_declared(item, result, before, state_of(graph, graph.fx.nodes), item.name)
                 if probe is not None and result.modified:
-                    check_exact(expected, run_by_segments(graph, probe, device), _terms(graph), item.name)
+                    check_exact(expected, _results(graph, probe, device), _terms(graph), item.name)
                 is_original &= item.effect is not Effect.APPROXIMATE or not result.modified
                 report.sites += result.sites
                 report.skipped += result.skips
                 report.regions += [dict(region) for region in result.regions]
+                report.notes += result.notes
             _check_schemes(graph, targets)
             for item in stage.swept:
                 item.check(graph)
@@ -163,6 +163,7 @@ def compile_graph(
             report.sites += done.sites
             report.skipped += done.skips
             report.regions += done.regions
+            report.notes += done.notes
             report.sweeps += 1
             report.segments = done.segments
             report.bytes_spilled += done.bytes_spilled
@@ -237,6 +238,10 @@ def _make_directory(work_dir: str | Path | None) -> str:
         raise InputError(
             "the work directory cannot be written", where=work_dir or tempfile.gettempdir(), got=error.strerror
         ) from error
+
+
+def _results(graph: Graph, batch: Batch, device: torch.device) -> list[Tensor]:
+    return next(run_by_segments(graph, [[batch]], device, results_of(graph)))
 
 
 def _random_probe(graph: Graph, device: torch.device) -> Batch:

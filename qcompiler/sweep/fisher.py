@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from qcompiler.errors import CalibrationError, ResourceError
-from qcompiler.ir import Graph, Segment, SegmentedGraph, Site, Stretch, feed, segment_graph
+from qcompiler.ir import Graph, Segment, SegmentedGraph, Site, Stretch, Trimmer, feed, segment_graph
 from qcompiler.storage import WeightStore
-from qcompiler.sweep.memory import Trimmer
 from qcompiler.sweep.value_store import ValueHandle, ValueStore
 
 __all__ = ["measure_fisher"]

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.artifacts import Scores
-from qcompiler.ir import Graph, feed, static_caches
-from qcompiler.sweep.run_by_segments import run_by_segments
+from qcompiler.ir import Graph, feed, run_by_segments, static_caches
 
 __all__ = ["HeldOutCheck", "precision_note"]
 
@@ -71,9 +70,11 @@ class HeldOutCheck:
 
 
 def _logits(graph: Graph, ids: Tensor, device: torch.device) -> Tensor:
-    names = [port.role for port in graph.signature.outputs if port.role != "present"]
-    results = run_by_segments(graph, feed(graph, ids.to(device)), device)
-    return results[names.index("logits")].float().cpu()
+    index = graph.signature.index_of_output("logits")
+    assert index is not None
+    (logits,) = next(run_by_segments(graph, [[feed(graph, ids.to(device))]], device, [graph.outputs[index]]))
+    found: Tensor = logits.float().cpu()
+    return found
 
 
 def precision_note(found: dict[str, Any], parameters: int) -> str | None:

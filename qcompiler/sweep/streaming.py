@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.errors import CalibrationError, PipelineError, ResourceError
-from qcompiler.ir import Graph, Segment, SegmentedGraph, descendants, segment_graph
+from qcompiler.ir import Graph, Segment, SegmentedGraph, Trimmer, descendants, segment_graph
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import (
     DROP,
@@ -40,7 +40,6 @@ from qcompiler.protocol import (
     check_exact,
     state_of,
 )
-from qcompiler.sweep.memory import Trimmer
 from qcompiler.sweep.position import Batch, Frontier, OutsideValues, Position, SweepContext, original_name
 from qcompiler.sweep.value_store import ValueStore
 
@@ -59,6 +58,7 @@ class SweepReport:
     sites: list[SiteReport] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     regions: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     segments: int = 0
     seconds: float = 0.0
     bytes_spilled: int = 0
@@ -246,6 +246,7 @@ class _Sweep:
         self.report.sites += result.sites
         self.report.skips += result.skips
         self.report.regions += [dict(region) for region in result.regions]
+        self.report.notes += [note for note in result.notes if note not in self.report.notes]
         return result
 
     def _remember_originals(self, wave: Wave) -> None:

@@ -1,4 +1,6 @@
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch import Tensor
 
 from qcompiler.artifacts.native import NativeArtifact
 from qcompiler.artifacts.parity import check_parity
+from qcompiler.artifacts.streamed import StreamedArtifact
 from qcompiler.errors import VerificationError
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import RTN
@@ -117,3 +120,16 @@ def test_divergence():
     p, q = (a.forward(ids).double().softmax(-1) for a in (artifact(), artifact(2.0)))
     assert found["kl_divergence"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-6)
     assert check_parity(artifact(), artifact(), tolerance=1e-5)["kl_divergence"] == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "lengths"), [(None, [16, *[1] * 16]), (16, [16, *[1] * 16]), (1, [16, 1, 15]), (0, [16, 16])]
+)
+def test_parts_that_go_through_the_cache(steps: int | None, lengths: list[int]) -> None:
+    class Asked(StreamedArtifact):
+        def run_together(self, runs: Sequence[Sequence[Tensor]], *arguments: Any) -> Iterator[Tensor]:
+            assert [[part.shape[1] for part in parts] for parts in runs] == [[32], lengths]
+            return super().run_together(runs, *arguments)
+
+    graph = language_model()
+    assert check_parity(NativeArtifact(graph), Asked(graph), tolerance=1e-5, steps=steps)["cached_difference"] < 1e-5

@@ -73,7 +73,9 @@ def test_classifiers_score_sequences_and_no_vocabulary(family, kind, shape, tmp_
     torch.testing.assert_close(logits, reference(model, ids, mask), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("source", ["directory", "module", "module that has run"])
+@pytest.mark.parametrize(
+    "source", ["module that has run", *(pytest.param(name, marks=pytest.mark.slow) for name in ("directory", "module"))]
+)
 def test_frequencies_that_depend_on_the_length(source, tmp_path):
     """Phi-3's long contexts: other frequencies, from one more token than it was first trained with on."""
     rope = {

@@ -269,7 +269,9 @@ def test_dtypes_without_onnx_form_are_found_before_calibration() -> None:
         qc.compile(graph, [], targets=["onnx"])
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnx_ir", "onnxruntime"])
+@pytest.mark.parametrize(
+    "package", ["onnx_ir", *(pytest.param(name, marks=pytest.mark.slow) for name in ("onnx", "onnxruntime"))]
+)
 def test_missing_packages_are_found_before_calibration(
     model: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:

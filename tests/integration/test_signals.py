@@ -95,7 +95,7 @@ def check_interrupted(outcome: Outcome) -> None:
     assert "Traceback" not in outcome.errors
 
 
-@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("number", [STOPPING[0], *(pytest.param(n, marks=pytest.mark.slow) for n in STOPPING[1:])])
 def test_while_text_is_generated(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     """More of it than the test could wait for."""
     options = ("--samples", 100000, "--length", 64, "--json")
@@ -109,7 +109,7 @@ def test_while_text_is_generated(model: Path, tmp_path: Path, number: signal.Sig
     assert not list(temporary.glob("qcompiler-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_while_a_target_is_written(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     """The native artifact stands by then, and stays."""
     mark, temporary = tmp_path / "mark", tmp_path / "temporary"
@@ -125,7 +125,7 @@ def test_while_a_target_is_written(model: Path, tmp_path: Path, number: signal.S
     assert not list(temporary.glob("qcompiler-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_in_the_middle_of_a_conversion(compiled: Path, tmp_path: Path, number: signal.Signals) -> None:
     before = sorted(compiled.rglob("*"))
     mark, temporary = tmp_path / "mark", tmp_path / "temporary"

@@ -354,3 +354,25 @@ def test_larger_activations_than_the_factor_was_made_for_are_clamped():
     x, factor = torch.full((1, 16), 100.0), torch.tensor(1.0 / 2688)  # for magnitudes up to 1
     scale = ops.fp4_scale(x, factor, 16, False)
     assert ops.fp4_dequantize(ops.fp4_quantize(x, scale, factor, 16), scale, factor, 16) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["fp8-dyngroup", "w8a8-dyngroup"])
+def test_ranges_of_tokens_and_groups(name):
+    """Each 128 channels of each token by themselves, the last 44 too."""
+    spec = Scheme.parse(name).activation
+    assert spec is not None
+    x = torch.randn(2, 3, 300) * torch.logspace(-2, 2, 300)
+    scale, zero = ops.choose_qparams(x, *spec.range_options(300))
+    assert (scale.shape, zero.shape) == ((2, 3, 3), (2, 3, 3))
+    codes = ops.quantize(x, scale, None, *spec.input_place(300), spec.code_dtype)
+    rounded = ops.dequantize(codes, scale, None, *spec.input_place(300), torch.float32)
+    for batch in range(2):
+        for token in range(3):
+            for group, start in enumerate((0, 128, 256)):
+                piece = x[batch, token, start : start + 128]
+                step = piece.abs().max() / (448 if name.startswith("fp8") else 127.5)
+                assert scale[batch, token, group] == step
+                wanted = (piece / step).to(torch.float8_e4m3fn).float() if name.startswith("fp8") else None
+                if wanted is None:
+                    wanted = (piece / step).round().clamp(-128, 127)
+                torch.testing.assert_close(rounded[batch, token, start : start + 128], wanted * step, rtol=0, atol=0)

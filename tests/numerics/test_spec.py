@@ -219,8 +219,8 @@ def test_clipped_ranges():
     assert spec is not None
     assert str(spec) == "int4 per_token symmetric dynamic clipped to 0.9"
     assert QuantSpec(**spec.to_dict()) == spec
-    assert (spec.narrow_bits(), spec.range_options()) == ((4,), (4, 0.9))
-    assert QuantSpec("int8", "per_token", None).range_options() == ()
+    assert (spec.narrow_bits(), spec.range_options(64)) == ((4,), (torch.int8, -1, 4, 0.9))
+    assert QuantSpec("int8", "per_token", None).range_options(64) == (torch.int8, -1)
     for clip in (0, 1.01):
         with pytest.raises(RecipeError, match="clipped"):
             QuantSpec("int4", "per_token", None, clip=clip)
@@ -317,3 +317,27 @@ def test_names_of_blocks_that_mean_nothing(name):
 def test_blocks_that_mean_nothing(fields):
     with pytest.raises(RecipeError):
         QuantSpec(**fields)
+
+
+@pytest.mark.parametrize("name", ["fp8-dyngroup", "w4a8-dyngroup"])
+def test_inputs_in_groups(name: str) -> None:
+    spec = Scheme.parse(name).activation
+    assert spec is not None
+    assert (spec.granularity, spec.group_size, spec.symmetric, spec.dynamic) == ("per_group", 128, True, True)
+    assert QuantSpec(**spec.to_dict()) == spec
+    assert spec.input_place(576) == (-1, 128)
+    assert spec.input_place(64) == (-1, 64)
+    assert spec.range_options(576) == (spec.code_dtype, -1, 8, 1.0, 128)
+
+
+@pytest.mark.parametrize(
+    "name", ["w4a4-dyngroup", "w8a8-dyngroup-actasym", "w8a8-dyngroup-clip90", "w8a16-dyngroup", "fp8-dynamic-dyngroup"]
+)
+def test_inputs_in_groups_of_no_meaning(name: str) -> None:
+    with pytest.raises(RecipeError):
+        Scheme.parse(name)
+
+
+def test_static_groups_of_inputs_are_refused() -> None:
+    with pytest.raises(RecipeError, match="activations share scales otherwise"):
+        Scheme(None, QuantSpec("int8", "per_group", 128))

@@ -1,4 +1,6 @@
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from qcompiler.numerics.scheme import Scheme
 from qcompiler.numerics.spec import QuantSpec
 from qcompiler.passes import Assign
 from qcompiler.protocol.pass_base import PassContext, PassResult, Skip
+from qcompiler.protocol.target import Lowered, Support, Target
 from tests.models import canonical_graph, copy_graph
 from tests.tiny_graphs import Maker, chain, language_model, other
 
@@ -136,3 +139,88 @@ def test_what_chooses_among_experts_stays_in_float():
     assert all("chooses among experts" in skip.reason for skip in result.skips if skip.site in choosing)
     assign(graph, "w4a16-g8", overrides={"*.gate": "w8a16"})
     assert {graph.schemes[name] for name in choosing} == {Scheme.parse("w8a16", group_size=None)}
+
+
+@dataclass(frozen=True)
+class Divided(Target):
+    """Takes groups that divide a layer's input channels, and no codebooks."""
+
+    one: bool = False
+
+    name: ClassVar[str] = "divided"
+
+    @property
+    def has_one_group(self) -> bool:
+        return self.one
+
+    def supports(self, scheme: Scheme, width: int) -> Support:
+        weight = scheme.weight
+        is_whole = weight is None or (not weight.codebook and width % (weight.group_size or 1) == 0)
+        return Support("runs") if is_whole else Support("refused", "groups divide widths")
+
+    def lower(self, graph: Graph, directory: Path | None) -> Lowered:
+        raise NotImplementedError
+
+
+def sizes_for(target: Target | None, *arguments: Any, **options: Any) -> tuple[dict[str, int | None], PassResult]:
+    """Group sizes by part of the first block, and what was told."""
+    graph = language_model(width=96)
+    for site in graph.sites():
+        for node in site.nodes if site.name == "0.down" else ():
+            node.meta["weight_shape"] = (96, 256)
+    targets = () if target is None else (target,)
+    result = Assign(*arguments, **options).run(graph, PassContext(graph, torch.device("cpu"), 0, targets=targets))
+    schemes = {name: graph.schemes[name].weight for name in ("0.q", "0.down")}
+    return {name: None if spec is None else spec.group_size for name, spec in schemes.items()}, result
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w3a16-asym", "w4a8-dynamic", "w4a4"])
+def test_a_default_group_gives_way_to_what_targets_can_hold(scheme: str):
+    found, result = sizes_for(Divided(), scheme)
+    assert found == {"0.q": 32, "0.down": 128}
+    narrow, wide = result.notes
+    assert narrow.startswith("groups of 32 instead of 128, the default, in 12 layers (0.q, 0.k, 0.v, ...): ")
+    assert wide.startswith("groups of 64 instead of 128, the default, in 1 layer (1.down): the most that divided can")
+
+
+def test_a_target_with_one_size_of_groups_gets_one():
+    found, result = sizes_for(Divided(one=True), "w4a16")
+    assert found == {"0.q": 32, "0.down": 32}
+    assert "in 14 layers" in result.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "size"),
+    [
+        ("w4a16-g64", {}, 64),
+        ("w4a16", {"group_size": 64}, 64),
+        ("w8a16", {"group_size": 64}, 64),
+        ("w4a16-lut", {}, None),
+        ("mxfp4a16", {}, 32),
+        ("fp8-block", {}, 128),
+    ],
+)
+def test_a_group_that_was_asked_for_stays(scheme: str, options: dict[str, Any], size: int | None):
+    found, result = sizes_for(Divided(), scheme, **options)
+    assert (found["0.q"], result.notes) == (size, ())
+
+
+def test_without_a_target_that_minds_the_default_stays():
+    for target in (None, Custom()):
+        found, result = sizes_for(target, "w4a16")
+        assert (found, result.notes) == ({"0.q": 128, "0.down": 128}, ())
+
+
+def test_a_width_that_no_group_divides_is_left_to_the_target():
+    graph = language_model(width=12)
+    context = PassContext(graph, torch.device("cpu"), 0, targets=(Divided(),))
+    assert Assign("w4a16").run(graph, context).notes == ()
+    assert graph.schemes["0.q"] == Scheme.parse("w4a16")
+
+
+@dataclass(frozen=True)
+class Custom(Divided):
+    """Takes everything."""
+
+    def supports(self, scheme: Scheme, width: int) -> Support:
+        return Support("runs")

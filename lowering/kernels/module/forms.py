@@ -155,7 +155,7 @@ def input_rounding(node: Any, width: int) -> Rounding | None:
             return None
         if zero is not None and (not is_op(zero, operator.getitem) or zero.args != (choose, 1)):
             return None
-        chosen_value, chosen_dtype, along, chosen_bits, clip = _padded(choose, 5, None, 8, 1.0)
+        chosen_value, chosen_dtype, along, chosen_bits, clip, _ = _padded(choose, 6, None, 8, 1.0, 0)
         if (chosen_value, chosen_dtype, chosen_bits) != (value, dtype, bits):
             return None
         if (axis, block, along) == (-1, width, -1):

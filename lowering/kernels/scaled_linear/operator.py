@@ -174,6 +174,8 @@ def _unknown_format(weight: QuantSpec, activation: QuantSpec) -> str:
         return "no kernel multiplies 4-bit floats"
     if weight.codebook:
         return "no kernel multiplies codebooks with 8-bit activations"
+    if activation.granularity == "per_group":
+        return f"no kernel multiplies inputs in groups of {activation.group_size}"
     if weight.is_float != activation.is_float:
         return f"no kernel multiplies {activation.dtype} with {weight.dtype}"
     if weight.is_float:

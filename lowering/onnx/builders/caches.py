@@ -10,7 +10,15 @@ from qcompiler.ir import is_op
 from qcompiler.lowering.onnx.dtypes import dtype_of
 from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument
 
-__all__ = ["CACHE_BUILDERS", "dequantize_shared", "is_of_blocks", "is_shared", "quantize_blocks", "quantize_shared"]
+__all__ = [
+    "CACHE_BUILDERS",
+    "blocks_of",
+    "dequantize_shared",
+    "is_of_blocks",
+    "is_shared",
+    "quantize_blocks",
+    "quantize_shared",
+]
 
 _canonical = torch.ops.qcompiler
 _FLOAT = ir.DataType.FLOAT
@@ -42,7 +50,7 @@ def _choose_block_qparams(e: Emitter, node: fx.Node) -> tuple[ir.Value, ...]:
     assert isinstance(x_node, fx.Node)
     assert isinstance(dtype, torch.dtype)
     assert isinstance(block, int)
-    blocks, last = _blocks(e, x_node, block), e.const([-1])
+    blocks, last = blocks_of(e, x_node, block), e.const([-1])
 
     def scale_of(reach: ir.Value, largest: float) -> ir.Value:
         found = e.op("Max", e.op("Div", reach, e.const(largest, _FLOAT)), e.const(_SMALLEST_SCALE, _FLOAT))
@@ -60,7 +68,7 @@ def _choose_block_qparams(e: Emitter, node: fx.Node) -> tuple[ir.Value, ...]:
     return scale, e.cast(e.op("Clip", zero, none, e.const(most, _FLOAT)), ir.DataType.UINT8)
 
 
-def _blocks(e: Emitter, x_node: fx.Node, block: int) -> ir.Value:
+def blocks_of(e: Emitter, x_node: fx.Node, block: int) -> ir.Value:
     """A float tensor in float32, its last axis cut into blocks."""
     *front, width = x_node.meta["shape"]
     wide = e.cast(e.value(x_node, e.float_like(x_node)), _FLOAT)
@@ -69,11 +77,12 @@ def _blocks(e: Emitter, x_node: fx.Node, block: int) -> ir.Value:
 
 def is_of_blocks(scale: object) -> bool:
     """Whether a scale is one that blocks have of themselves."""
-    return (
-        isinstance(scale, fx.Node)
-        and is_op(scale, operator.getitem)
-        and is_op(scale.args[0], _canonical.choose_block_qparams.default)
-    )
+    if not isinstance(scale, fx.Node) or not is_op(scale, operator.getitem):
+        return False
+    chosen = scale.args[0]
+    if isinstance(chosen, fx.Node) and is_op(chosen, _canonical.choose_qparams.default):
+        return len(chosen.args) > 5
+    return is_op(chosen, _canonical.choose_block_qparams.default)
 
 
 def quantize_blocks(e: Emitter, node: fx.Node, code: ir.DataType) -> ir.Value:
@@ -86,7 +95,7 @@ def quantize_blocks(e: Emitter, node: fx.Node, code: ir.DataType) -> ir.Value:
     assert isinstance(x_node, fx.Node)
     assert isinstance(block, int)
     last, one = e.const([-1]), e.const(1.0, _FLOAT)
-    values = e.op("Div", _blocks(e, x_node, block), e.op("Unsqueeze", e.value(scale, _FLOAT), last))
+    values = e.op("Div", blocks_of(e, x_node, block), e.op("Unsqueeze", e.value(scale, _FLOAT), last))
     if zero_point is not None:
         zero = e.op("Unsqueeze", e.cast(e.value(zero_point), _FLOAT), last)
         values = e.op("Add", e.op("Round", values), zero)

@@ -19,6 +19,7 @@ from qcompiler.ir import (
 )
 from qcompiler.lowering.onnx.builders.attention import attend
 from qcompiler.lowering.onnx.builders.caches import (
+    blocks_of,
     dequantize_shared,
     is_of_blocks,
     is_shared,
@@ -272,16 +273,17 @@ def _is_dynamic_uint8(x: object, scale: object, zero_point: object) -> bool:
 def _choose_qparams(e: Emitter, node: fx.Node) -> tuple[ir.Value, ...]:
     """Computed in float32 whatever the working dtype; the smallest scale is positive in float16 too."""
     x_node, dtype, axis = node.args[0], node.args[1], argument(node, 2, "axis")
-    bits, clip = argument(node, 3, "bits") or 8, argument(node, 4, "clip") or 1.0
+    bits, clip, block = argument(node, 3, "bits") or 8, argument(node, 4, "clip") or 1.0, argument(node, 5, "block")
     assert isinstance(bits, int)
+    assert isinstance(x_node, fx.Node)
     x = e.value(x_node, e.float_like(x_node))
     if dtype == torch.uint8 and axis is None and (bits, clip) == (8, 1.0):
         return _dynamic_quantize(e, x)[1:]
-    wide = e.cast(x, _FLOAT)
+    wide = blocks_of(e, x_node, block) if block else e.cast(x, _FLOAT)
     axes = None if axis is None else e.const([axis])
 
     def reduce(kind: str, value: ir.Value) -> ir.Value:
-        found = e.op(kind, value, axes, keepdims=int(axis is not None))
+        found = e.op(kind, value, axes, keepdims=int(axis is not None and not block))
         return found if clip == 1 else e.op("Mul", found, e.const(clip, _FLOAT))
 
     smallest = e.const(_SMALLEST_SCALE, _FLOAT)

@@ -24,8 +24,18 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import UnsupportedModelError, WeightError
-from qcompiler.frontend.checkpoints.contents import FLOATS, Checkpoint, Layer, group_order, unpack_words
+from qcompiler.frontend.checkpoints.caches import take_cache_scales
+from qcompiler.frontend.checkpoints.contents import (
+    FLOATS,
+    Checkpoint,
+    Layer,
+    group_order,
+    positive_number,
+    unpack_nibbles,
+    unpack_words,
+)
 from qcompiler.frontend.checkpoints.ct_schemes import (
+    Arguments,
     Group,
     activation_spec,
     group_of,
@@ -66,8 +76,15 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
                 remedy="check that the quantization settings belong to these weights",
             )
         _add(checkpoint, module, group, where)
-    if settings.get("kv_cache_scheme") is not None:
-        checkpoint.lost["the cache stays in float: what kv_cache_scheme says is left to engines"] = []
+    said = settings.get("kv_cache_scheme")
+    cache = None if said is None else Arguments.read(said, f"{where}: kv_cache_scheme")
+    is_fp8 = cache is not None and (cache.is_float, cache.bits, cache.symmetric, cache.dynamic) == (
+        True,
+        8,
+        True,
+        False,
+    )
+    take_cache_scales(checkpoint, is_fp8=is_fp8, said=cache)
 
 
 def _add(checkpoint: Checkpoint, module: str, group: Group, where: str) -> None:
@@ -176,7 +193,7 @@ def _add_fp4(checkpoint: Checkpoint, module: str, spec: QuantSpec) -> tuple[int,
     scale_dtype = "float8_e4m3fn" if spec.has_factor else "uint8"
     shape = (rows, math.ceil(columns / group))
     scale = checkpoint.take(module, "weight_scale", (scale_dtype,), [shape])
-    checkpoint.part(module, "codes", [f"{module}.weight_packed"], _nibbles, spec.stored_dtype, (rows, columns))
+    checkpoint.part(module, "codes", [f"{module}.weight_packed"], unpack_nibbles, spec.stored_dtype, (rows, columns))
     checkpoint.part(module, "scale", [scale], _same, scale_dtype, shape)
     if spec.has_factor:
         divisor = checkpoint.take(module, "weight_global_scale", ("float32",), [(1,), ()])
@@ -190,14 +207,12 @@ def _input_qparams(checkpoint: Checkpoint, module: str, spec: QuantSpec) -> dict
         return {"input_scale": _inverse(checkpoint.number(module, "input_global_scale", FLOATS))}
     if spec.dynamic:
         return {}
-    found = {"input_scale": checkpoint.number(module, "input_scale", FLOATS).float()}
+    found = {"input_scale": positive_number(checkpoint, module, "input_scale")}
     if not spec.symmetric:
         zero = checkpoint.number(module, "input_zero_point", ("int8",))
         found["input_zero_point"] = (zero.to(torch.int16) + 128).to(torch.uint8)
     elif checkpoint.has(module, "input_zero_point"):
         checkpoint.take(module, "input_zero_point", ("int8", "float8_e4m3fn"))
-    if not float(found["input_scale"]) > 0:
-        raise WeightError("the scale of an input is not positive", where=f"{module}.input_scale")
     return found
 
 
@@ -207,10 +222,6 @@ def _put_in_order(checkpoint: Checkpoint, module: str, order: Tensor) -> None:
     info = checkpoint.parts.info(name)
     select: Callable[[Tensor], Tensor] = lambda codes: codes[:, order]  # noqa: E731
     checkpoint.parts.derive(name, (name,), select, dtype=info.dtype, shape=info.shape)
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def _inverse(number: Tensor) -> Tensor:

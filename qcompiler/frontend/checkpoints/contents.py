@@ -11,7 +11,16 @@ from qcompiler.errors import InputError, WeightError
 from qcompiler.numerics import QuantSpec, Scheme, unpack_bits
 from qcompiler.storage import WeightStore
 
-__all__ = ["FLOATS", "Checkpoint", "Layer", "group_order", "names_in", "unpack_words"]
+__all__ = [
+    "FLOATS",
+    "Checkpoint",
+    "Layer",
+    "group_order",
+    "names_in",
+    "positive_number",
+    "unpack_nibbles",
+    "unpack_words",
+]
 
 FLOATS = ("float32", "float16", "bfloat16")
 """Dtypes of scales."""
@@ -29,6 +38,7 @@ class Layer:
         scheme: the formats of weight and input.
         order: int64 ``[in]``: which column of the weight each column of the codes is; None where they are in order.
         input_scale, input_zero_point: of a static input, one number each; of NVFP4 the first is the factor.
+        input_multiplier: float32 ``[in]``, which the input is multiplied by ahead of all else.
     """
 
     name: str
@@ -38,6 +48,7 @@ class Layer:
     order: Tensor | None = None
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
+    input_multiplier: Tensor | None = None
 
     @property
     def weight(self) -> str:
@@ -55,6 +66,7 @@ class Checkpoint:
         parts: codes, scales, zero points and factors of layers, by names and in forms of `Graph.set_stored_weight`.
         layers: by the name of the float weight.
         floats: the tensors of the unquantized model, under its stored names; filled by `finish`.
+        cache_scales: of keys and of values, float32, by the module they lie in and ``key`` or ``value``.
         notes: sentences for the report, with the layers that each is about.
         lost: what the checkpoint says and a graph cannot do, the same way.
     """
@@ -64,6 +76,7 @@ class Checkpoint:
     parts: WeightStore = field(default_factory=WeightStore)
     layers: dict[str, Layer] = field(default_factory=dict)
     floats: WeightStore = field(default_factory=WeightStore)
+    cache_scales: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     lost: dict[str, list[str]] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
@@ -184,9 +197,28 @@ def _dequantized(parts: Mapping[str, Tensor], spec: QuantSpec, layer: Layer) -> 
     else:
         zero = parts.get("zero_point")
         weight = _canonical.dequantize(codes, scale.float(), zero, *spec.place(layer.columns), torch.float32)
+    if layer.input_multiplier is not None:
+        weight = weight * layer.input_multiplier
     if layer.order is None:
         return weight  # type: ignore[no-any-return]
     return torch.empty_like(weight).index_copy(1, layer.order, weight)
+
+
+def positive_number(checkpoint: Checkpoint, module: str, part: str) -> Tensor:
+    """The scale that a module's tensor holds, float32 0-D, read and taken.
+
+    Raises:
+        WeightError: if it is not positive; and as `Checkpoint.take`.
+    """
+    found = checkpoint.number(module, part, FLOATS).float()
+    if not float(found) > 0:
+        raise WeightError("a scale is not positive", where=f"{module}.{part}", got=float(found))
+    return found
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """uint8 ``[rows, in / 2]`` → ``[rows, in]``, the first of two in the low bits."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def names_in(settings: Mapping[str, Any], key: str, where: str) -> list[str]:

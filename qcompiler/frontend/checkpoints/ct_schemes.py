@@ -15,7 +15,7 @@ _KEYS = {
     *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"),
     *("scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
 }
-_STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group")
+_STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 _FP4_GROUPS = {"nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32}
 _HELD_BITS = (2, 3, 4, 8)  # integers that codes have types for
 
@@ -28,7 +28,7 @@ class Arguments:
         bits: of a code.
         is_float: whether codes are floating point numbers.
         symmetric: no zero point.
-        strategy: ``tensor``, ``channel``, ``group``, ``block``, ``token`` or ``tensor_group``.
+        strategy: ``tensor``, ``channel``, ``group``, ``block``, ``token``, ``tensor_group`` or ``attn_head``.
         group_size: of the last axis; None without groups.
         block: rows and columns of a block; None without blocks.
         dynamic: False, True, or ``local``: of groups, but relative to a stored scale.
@@ -207,6 +207,10 @@ def activation_spec(group: Group) -> QuantSpec | None:
         if not fits and not (is_nv and one.dynamic is False):
             return None
         return QuantSpec("float4_e2m1", "per_group", one.group_size, scale_dtype=_fp4_scales(is_nv), dynamic=not is_nv)
+    if one.strategy == "group" and one.dynamic is True and one.bits == 8 and one.symmetric:
+        return QuantSpec(
+            "float8_e4m3fn" if one.is_float else "int8", "per_group", one.group_size, one.symmetric, dynamic=True
+        )
     if one.dynamic not in (True, False) or one.strategy not in ("tensor", "token"):
         return None
     if one.bits != 8 and not (one.bits == 4 and not one.is_float and one.dynamic):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompiler.errors import UnsupportedModelError
+from qcompiler.frontend.checkpoints.caches import place_caches
 from qcompiler.frontend.checkpoints.contents import Checkpoint, Layer
 from qcompiler.ir import Graph, Site
 from qcompiler.numerics import QuantSpec
@@ -15,6 +16,7 @@ __all__ = ["check_linear", "place_layers"]
 
 _SHOWN = 4
 _select = torch.ops.aten.index_select.default
+_mul = torch.ops.aten.mul.Tensor
 _Readers = dict[tuple[object, ...], list[tuple[Site, fx.Node]]]
 
 
@@ -57,6 +59,8 @@ def place_layers(graph: Graph, checkpoint: Checkpoint, unused: Iterable[str]) ->
         unused: stored names that the model has no place for.
     """
     layers, placed = _by_version(checkpoint), set[str]()
+    names = {checkpoint.floats.version(name): name.removesuffix(".weight") for name in checkpoint.floats.names()}
+    stored = {site.name: names.get(graph.weights.version(site.weight), site.name) for site in graph.sites()}
     orders: _Readers = {}
     found: list[tuple[Site, Layer]] = []
     for site in graph.sites():
@@ -76,7 +80,9 @@ def place_layers(graph: Graph, checkpoint: Checkpoint, unused: Iterable[str]) ->
                 orders.setdefault((node.args[0], tuple(layer.order.tolist())), []).append((site, node))
     for (_, order), readers in orders.items():
         _select_columns(graph, readers, torch.tensor(order))
+    _multiply_inputs(graph, found)
     _round_inputs(graph, found)
+    place_caches(graph, checkpoint, stored)
     rest = [name.removesuffix(".weight") for name in checkpoint.layers if name not in placed.union(unused)]
     if rest:
         note = "layers that are no linear layer of the graph by themselves are taken as float weights"
@@ -105,6 +111,21 @@ def _select_columns(graph: Graph, readers: list[tuple[Site, fx.Node]], order: Te
     with graph.fx.inserting_before(nodes[0]):
         stored = graph.stored_node(name)
     graph.insert(_select, value, nodes, -1, stored)
+
+
+def _multiply_inputs(graph: Graph, found: list[tuple[Site, Layer]]) -> None:
+    """Multiplies values by vectors, once for all layers that read one value with the same vector."""
+    groups: _Readers = {}
+    for site, layer in found:
+        if layer.input_multiplier is not None:
+            for node in site.nodes:
+                groups.setdefault((node.args[0], tuple(layer.input_multiplier.tolist())), []).append((site, node))
+    for (_, numbers), readers in groups.items():
+        nodes = _in_order(graph, readers)
+        value, name = nodes[0].args[0], f"{readers[0][0].name}.input_multiplier"
+        assert isinstance(value, fx.Node)
+        assert isinstance(numbers, tuple)
+        graph.insert(_mul, value, nodes, tensors={name: torch.tensor(numbers)})
 
 
 def _round_inputs(graph: Graph, found: list[tuple[Site, Layer]]) -> None:

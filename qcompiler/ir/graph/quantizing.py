@@ -142,14 +142,14 @@ def quantize_input(
         for node in readers:
             node.update_arg(0, result)
         return result
-    axis, block = (-1, readers[0].meta["weight_shape"][1]) if spec.granularity == "per_token" else (0, 0)
+    width = readers[0].meta["weight_shape"][1]
+    axis, block = spec.input_place(width)
     shape, code_dtype = value.meta.get("shape"), str(spec.code_dtype).removeprefix("torch.")
     with graph.fx.inserting_before(readers[0]):
         if spec.dynamic:
-            along = -1 if spec.granularity == "per_token" else None
-            wanted = (value, spec.code_dtype, along, *spec.range_options())
+            wanted = (value, *spec.range_options(width))
             chosen = graph.fx.call_function(_canonical.choose_qparams.default, wanted)
-            range_shape = () if along is None or shape is None else (*shape[:-1], 1)
+            range_shape = () if not block or shape is None else (*shape[:-1], -(-width // block))
             scale_node = _described(graph.fx.call_function(operator.getitem, (chosen, 0)), "float32", range_shape)
             zero_node = None
             if not spec.symmetric:

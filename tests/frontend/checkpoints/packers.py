@@ -45,9 +45,9 @@ class Pair:
     floats: Path
 
 
-def write_pair(place: Path, make: Make, settings: Mapping[str, Any]) -> Pair:
+def write_pair(place: Path, make: Make, settings: Mapping[str, Any], *, layers: int = 1) -> Pair:
     """Writes a tiny Llama whose linear layers are ``make(name, rows, columns, generator)``; None leaves one alone."""
-    save_checkpoint(place / "quantized", layers=1)
+    save_checkpoint(place / "quantized", layers=layers)
     return rewrite_pair(place, make, settings)
 
 

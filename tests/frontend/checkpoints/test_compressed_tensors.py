@@ -3,11 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-import qcompiler as qc
-from qcompiler.artifacts import HFArtifact
-from tests.frontend.checkpoints.comparing import IDS, assert_same_model, logits
+from tests.frontend.checkpoints.comparing import assert_rounded_model, assert_same_model
 from tests.frontend.checkpoints.packers import (
     ct_settings,
     edit_tensors,
@@ -140,25 +137,6 @@ def test_layers_of_several_formats(tmp_path):
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def reference(directory, round_input):
-    """Logits of transformers, with every input of a quantized layer rounded by a function of layer and value."""
-    artifact = HFArtifact(directory)
-    for name, module in artifact._model.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            module.register_forward_pre_hook(lambda _, args, name=name: (round_input(name, args[0]),))
-    return artifact.forward(IDS)
-
-
-def close(pair, round_input):
-    expected = reference(pair.floats, round_input)
-    graph = qc.capture(pair.quantized)
-    difference = (logits(graph) - expected).abs().max()
-    plain = HFArtifact(pair.floats).forward(IDS)
-    assert (plain - expected).abs().max() > 20 * difference  # that inputs are rounded is what is seen
-    assert difference <= 1e-3 * expected.abs().max()  # a value in the middle of two codes may fall on either
-    return graph
-
-
 def per_token(x, largest, dtype=None):
     scale = x.abs().amax(-1, keepdim=True) / largest
     codes = torch.round(x / scale).clamp(-128, 127) if dtype is None else (x / scale).clamp(-448, 448).to(dtype).float()
@@ -170,7 +148,7 @@ def test_inputs_rounded_per_token(tmp_path, kind):
     inputs = {"num_bits": 8, "type": kind[:-1], "strategy": "token", "dynamic": True}
     pair = plain_pair(tmp_path, kind=kind, strategy="channel", inputs=inputs)
     largest, dtype = (127.5, None) if kind == "int8" else (448, torch.float8_e4m3fn)
-    graph = close(pair, lambda name, x: per_token(x, largest, dtype))
+    graph = assert_rounded_model(pair, lambda name, x: per_token(x, largest, dtype))
     assert graph.schemes[UP].activation.granularity == "per_token"
     rounded = [node for node in graph.fx.nodes if node.target is torch.ops.qcompiler.quantize.default]
     assert len(rounded) == 4  # once for all layers that read a value
@@ -200,7 +178,7 @@ def test_inputs_rounded_with_a_static_scale(tmp_path, symmetric):
 
     inputs = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": symmetric, "dynamic": False}
     pair = plain_pair(tmp_path, kind="int8", strategy="tensor", inputs=inputs, change=change)
-    graph = close(pair, round_input)
+    graph = assert_rounded_model(pair, round_input)
     rounded = [node for node in graph.fx.nodes if node.target is torch.ops.qcompiler.quantize.default]
     sites = [site for site in graph.sites() if site.name in graph.schemes]
     wanted = {(site.inputs[0].args[0].args[0], scale_of(site.name), zero_of(site.name)) for site in sites}
@@ -224,7 +202,7 @@ def test_inputs_of_nvfp4(tmp_path):
         nearest = grid[((blocks / scale).abs()[..., None] - grid).abs().argmin(-1)]
         return (nearest * blocks.sign() * scale).flatten(-2)
 
-    graph = close(pair, round_input)
+    graph = assert_rounded_model(pair, round_input)
     assert graph.schemes[UP].activation.has_factor
 
 
@@ -235,10 +213,3 @@ def test_inputs_rounded_in_groups_stay_in_float(tmp_path):
     (lost,) = graph.lost
     assert lost.startswith("inputs stay in float, since no operator rounds them as float8 group dynamic: ")
     assert lost.endswith(" and 3 more")
-
-
-def test_a_scheme_of_the_cache_is_said_to_be_lost(tmp_path):
-    settings = ct_settings("pack-quantized", {"num_bits": 4, "group_size": 32})
-    settings["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
-    graph = assert_same_model(write_pair(tmp_path, lambda name, *sizes: packed_weight(*sizes), settings))
-    assert [sentence for sentence in graph.lost if "kv_cache_scheme" in sentence]

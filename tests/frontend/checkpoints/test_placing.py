@@ -9,7 +9,7 @@ from qcompiler.numerics import Scheme
 from qcompiler.passes import RTN, Assign
 from qcompiler.protocol import verify_graph
 from qcompiler.storage.safetensors_io import SafetensorsFile
-from tests.frontend.checkpoints.comparing import IDS
+from tests.frontend.checkpoints.comparing import IDS, assert_same_parts
 from tests.frontend.checkpoints.packers import (
     ct_settings,
     gptq_weight,
@@ -133,21 +133,6 @@ def test_a_layout_that_does_not_hold_the_codes(pair, tmp_path):
     assert "4 bits" in " ".join(error.values())
 
 
-def assert_same_parts(before, after):
-    """Codes, scales and zero points of all sites are those of another graph, bit for bit."""
-    names = [name for name, scheme in before.schemes.items() if scheme != Scheme()]
-    assert list(after.schemes) == names
-    for name in names:
-        parts = [part for part in ("codes", "scale", "zero_point") if f"{name}.weight_{part}" in before.weights]
-        assert parts[:2] == ["codes", "scale"]
-        for part in ("codes", "scale", "zero_point", "factor"):
-            key = f"{name}.weight_{part}"
-            assert (key in before.weights) == (key in after.weights)
-            if part in parts:
-                first, second = before.weights.read(key), after.weights.read(key)
-                assert torch.equal(first.flatten().double(), second.flatten().double()), key
-
-
 @pytest.mark.parametrize(
     ("scheme", "layout"),
     [
@@ -163,6 +148,8 @@ def assert_same_parts(before, after):
         ("w8a16", "gptq"),
         ("w4a16-g32", "awq"),
         ("w4a16-g32-asym", "awq"),
+        ("w4a16-g32", "modelopt"),
+        ("nvfp4a16", "modelopt"),
     ],
 )
 def test_what_was_written_is_read_bit_for_bit(tmp_path, scheme, layout):

@@ -39,7 +39,7 @@ def edit_group(directory, **fields):
     edit_settings(directory, config_groups={"group_0": {**group, **fields}})
 
 
-@pytest.mark.parametrize("method", ["modelopt", "qcompiler", "", None, [], {"a": 1}, 4])
+@pytest.mark.parametrize("method", ["qcompiler", "", None, [], {"a": 1}, 4])
 def test_methods_that_are_not_read(directory, method):
     edit_settings(directory, quant_method=method)
     error = refused(directory, UnsupportedModelError, "quantized already")
@@ -50,12 +50,6 @@ def test_methods_that_are_not_read(directory, method):
 def test_settings_that_are_no_object(directory, settings):
     edit_config(directory, quantization_config=settings)
     refused(directory, InputError, "not an object")
-
-
-def test_settings_of_modelopt_in_their_own_file(directory):
-    edit_config(directory, quantization_config=None)
-    (directory / "hf_quant_config.json").write_text("{}")
-    assert refused(directory, UnsupportedModelError, "quantized already").got == "modelopt"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", b"\xff"])

@@ -16,6 +16,12 @@ from qcompiler.numerics import Scheme
 from qcompiler.passes import RTN, Assign, InsertQDQ
 from qcompiler.protocol import Pass
 from tests.models import VOCABULARY, build
+from tests.traced_once import trace_once
+
+
+@pytest.fixture(autouse=True)
+def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_once(monkeypatch)
 
 
 def save_source(directory: Path, family: str = "llama", *, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
@@ -43,6 +49,12 @@ def odd_graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
     """Of a model with widths that fill no words: hidden 72, intermediate 100, and biases."""
     options: dict[str, Any] = {"hidden_size": 72, "intermediate_size": 100, "attention_bias": True, "mlp_bias": True}
     return qc.capture(save_source(tmp_path_factory.mktemp("odd"), **options))
+
+
+@pytest.fixture(scope="session")
+def wide_graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """Of a model with widths that groups of 128 divide: hidden 128, intermediate 256."""
+    return qc.capture(save_source(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=256))
 
 
 def passes_of(scheme: str, overrides: dict[str, str | None] | None = None) -> list[Pass]:

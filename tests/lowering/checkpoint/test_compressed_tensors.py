@@ -111,6 +111,20 @@ def test_eight_bits_with_inputs(scheme: str, graph: Graph, write: Write) -> None
     assert report["parity"]["max_difference"] < NEAR
 
 
+@pytest.mark.parametrize(("scheme", "kind"), [("fp8-block-dyngroup", "float"), ("w8a8-dyngroup", "int")])
+def test_inputs_in_groups(
+    scheme: str, kind: str, wide_graph: Graph, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blocks of 128 by 128 and inputs in groups of 128 is what engines multiply 8-bit floats in."""
+    directory, report, _ = write(wide_graph, scheme)
+    assert capsys.readouterr().err == ""  # no bar of a library either
+    args = group(unpacking.read_config(directory))["input_activations"]
+    expected = {"num_bits": 8, "type": kind, "strategy": "group", "group_size": 128, "dynamic": True}
+    assert {key: args[key] for key in expected} == expected
+    assert f"{DOWN}.input_scale" not in unpacking.read_tensors(directory)
+    assert report["parity"]["max_difference"] < NEAR
+
+
 @pytest.mark.parametrize("scheme", ["w4a8-g32", "w4a8-g32-asym", "w4a4-g32"])
 def test_four_bits_with_inputs(scheme: str, graph: Graph, write: Write) -> None:
     directory, report, result = write(graph, scheme)

@@ -11,7 +11,8 @@ from qcompiler.errors import TargetError
 from qcompiler.ir.graph import Graph
 from qcompiler.lowering.checkpoint.layers import fused_layers
 from qcompiler.passes import RTN, Assign, InsertQDQ, QuantizeKVCache, Rotate
-from tests.lowering.checkpoint.conftest import compiled, passes_of, save_source
+from tests.lowering.checkpoint import unpacking
+from tests.lowering.checkpoint.conftest import Write, compiled, passes_of, save_source
 from tests.models import model_of
 
 BLOCK = "model.layers.0"
@@ -98,3 +99,46 @@ def test_schemes_and_caches_that_were_not_asked_about(graph: Graph, tmp_path: Pa
         with pytest.raises(TargetError, match=what):
             qc.lower(result, "checkpoint", tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def wide_graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """Hidden 192, which 128 does not divide, and intermediate 256."""
+    sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 256, "vocab_size": 64}
+    return qc.capture(save_source(tmp_path_factory.mktemp("wide"), **sizes))
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme", "down"),
+    [
+        ("compressed-tensors", "w4a16-asym", 128),
+        ("gptq", "w4a16", 128),
+        ("awq", "w4a16", 64),
+        ("modelopt", "w4a16", 64),
+    ],
+)
+def test_a_default_group_that_does_not_divide_a_width(
+    form: str, scheme: str, down: int, wide_graph: Graph, write: Write
+) -> None:
+    directory, report, result = write(wide_graph, scheme, f"checkpoint:format={form}")
+    sizes = {name: scheme.weight.group_size for name, scheme in result.graph.schemes.items() if scheme.weight}
+    assert sizes == {**dict.fromkeys(sizes, 64), f"{BLOCK}.mlp.down_proj": down}
+    (note,) = (note for note in result.report.notes if "the default" in note)
+    assert note.startswith(f"groups of 64 instead of 128, the default, in {6 if down == 128 else 7} layers ({QKV[0]}")
+    scales = {"gptq": "scales", "awq": "scales"}.get(form, "weight_scale")
+    shape = list(unpacking.read_tensors(directory)[f"{QKV[0]}.{scales}"].shape)
+    assert shape == ([3, 192] if scales == "scales" else [192, 3])
+    assert form == "modelopt" or report["parity"]["max_difference"] < 1e-5
+
+
+def test_a_group_that_was_asked_for_and_does_not_divide_a_width(wide_graph: Graph) -> None:
+    for form in ("compressed-tensors", "gptq", "awq", "modelopt"):
+        with pytest.raises(TargetError, match="do not divide 192") as caught:
+            compiled(wide_graph, passes_of("w4a16-g128"), f"checkpoint:format={form}")
+        assert str(caught.value.remedy).startswith("choose groups of 64")
+
+
+def test_blocks_of_floats_that_do_not_divide_a_width(odd_graph: Graph) -> None:
+    with pytest.raises(TargetError, match="blocks of 16 do not divide 72") as caught:
+        compiled(odd_graph, passes_of("nvfp4a16"), "checkpoint")
+    assert str(caught.value.remedy).startswith("leave the layer in float")

@@ -62,7 +62,9 @@ def test_what_float16_cannot_hold_is_refused_with_its_place(plant: Callable[[Any
     assert "parity" in qc.lower(result, "onnx", tmp_path / "wide")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mixtral", "gemma2"))]
+)
 def test_honest_models_pass(family: str, tmp_path: Path) -> None:
     written = qc.lower(compiled(build(family)), "onnx", tmp_path / "out", float_dtype="float16")
     found = written["float16_parity"]
@@ -70,7 +72,7 @@ def test_honest_models_pass(family: str, tmp_path: Path) -> None:
     assert found["tokens"] == 16
 
 
-@pytest.mark.parametrize("cache", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("cache", ["int8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp8", "int4"))])
 def test_quantized_caches_are_evaluated_too(cache: Any, tmp_path: Path) -> None:
     result = compiled(build("llama"), Assign("w4a16-g16"), QuantizeKVCache(cache), RTN())
     written = qc.lower(result, "onnx", tmp_path / "out", float_dtype="float16")

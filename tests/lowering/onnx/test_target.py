@@ -52,6 +52,8 @@ def test_support(name, width, status, reason):
         ("fp8-e5m2", 4096, "runs", "float8_e5m2: no such product"),
         ("fp8-dynamic", 4096, "runs", "float8_e4m3fn"),
         ("fp8-block", 4096, "runs", "float8_e4m3fn"),
+        ("fp8-block-dyngroup", 4096, "runs", "one scale per token and group"),
+        ("w8a8-dyngroup", 576, "refused", "groups of 128, which do not divide 576"),
     ],
 )
 def test_support_of_rounded_activations(name, width, status, reason):

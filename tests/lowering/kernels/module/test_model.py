@@ -104,7 +104,13 @@ def test_generation_equals_that_of_the_native_artifact():
         model.generate("Once")
 
 
-@pytest.mark.parametrize(("name", "backend"), [("w4a16", "eager"), *((name, "aot_eager") for name in RECIPES)])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("w4a16", "eager"),
+        *(pytest.param(name, "aot_eager", marks=() if "+" in name else pytest.mark.slow) for name in RECIPES),
+    ],
+)
 def test_torch_compile_takes_it_whole(name, backend):
     model = lower(graph_of(name), device=CPU)
     expected_cache = model.new_cache(2, 16)

@@ -61,6 +61,7 @@ def compiled(match: str = "") -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 def test_default_configurations_compile_without_spills():
     found = compiled("default")
     assert {entry["name"] for entry in found} == {f"{name}-256-bf16-default" for name in ACTIVATIONS}

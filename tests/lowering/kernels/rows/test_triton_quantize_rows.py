@@ -169,6 +169,7 @@ def check_machine_code(found: list[dict]) -> None:
     assert {"elements-default-e4m3", "rows-default-4096-8-e4m3-bf16-norm", "loop-default-4096-8-int8-fp16"} <= names
 
 
+@pytest.mark.slow
 def test_default_configurations_compile_without_spills():
     check_machine_code(machine_code("--match", "default", "--capability", "90"))
 

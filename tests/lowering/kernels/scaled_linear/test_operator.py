@@ -31,13 +31,12 @@ def quantized(spec: QuantSpec, outputs: int, width: int) -> Affine:
 def codes_of(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes, scale and zero point that a graph computes for an activation."""
     if spec.dynamic:
-        axis = -1 if spec.granularity == "per_token" else None
-        scale, zero = torch.ops.qcompiler.choose_qparams(x, spec.code_dtype, axis, *spec.range_options())
+        scale, zero = torch.ops.qcompiler.choose_qparams(x, *spec.range_options(x.shape[-1]))
     else:
         ends = torch.tensor([x.min().clamp(max=0), x.max().clamp(min=0)])
         scale, zero = numerics.range_qparams(ends[0], ends[1], spec, torch.float32)
     zero = None if spec.symmetric else zero
-    axis, block = (-1, x.shape[-1]) if spec.granularity == "per_token" else (0, 0)
+    axis, block = spec.input_place(x.shape[-1])
     return torch.ops.qcompiler.quantize(x, scale, zero, axis, block, spec.code_dtype, spec.bits), scale, zero
 
 

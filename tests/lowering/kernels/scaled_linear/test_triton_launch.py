@@ -47,7 +47,7 @@ def laid_out(scheme: str, outputs: int, width: int) -> plain.ScaledLinear:
 def codes_of(layer: plain.ScaledLinear, *shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     x, spec = torch.randn(*shape) + 0.2, layer.activation
     if spec.dynamic:
-        scale, zero = torch.ops.qcompiler.choose_qparams(x, spec.code_dtype, -1, *spec.range_options())
+        scale, zero = torch.ops.qcompiler.choose_qparams(x, *spec.range_options(x.shape[-1]))
     else:
         ends = torch.stack([x.min().clamp(max=0), x.max().clamp(min=0)])
         scale, zero = numerics.range_qparams(ends[0], ends[1], spec, torch.float32)

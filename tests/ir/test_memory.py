@@ -7,7 +7,7 @@ import pytest
 
 _SCRIPT = """
 import os, resource, torch
-from qcompiler.sweep.memory import Trimmer
+from qcompiler.ir.memory import Trimmer
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
