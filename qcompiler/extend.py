@@ -8,8 +8,9 @@ layers that read one input can be solved together as a `SharedInput`. `numerics`
 Any other pass derives from `Pass` and says by `Effect` what it may change; a statistic has the methods of
 `Statistic`, and a `Tap` asks for it at a value; what a pass did is a `PassResult` of `SiteReport` and `Skip`. Numbers
 that an option may take are said by `Within`. A target derives from `Target`: it answers with `Support`, and gives a
-`Lowered` that a `Reader` is for; what runs is an `Artifact`. `check_pass` holds a pass to what it declares. Passes to
-stand beside, such as `Assign`, are in `qcompiler.passes`.
+`Lowered` that a `Reader` is for, and that may finish its files by what the `Compilation` was; what runs is an
+`Artifact`. `check_pass` holds a pass to what it declares. Passes to stand beside, such as `Assign`, are in
+`qcompiler.passes`.
 
 A `RangeStatistic` chooses ranges of activations for `InsertQDQ`. A pass that rewrites the `Graph` inserts operators
 into it, or applies a `Rule` by `apply_rules`: it looks for calls by `expect`, raises `Miss` where something does not
@@ -32,6 +33,7 @@ from qcompiler.protocol import (
     WEIGHTS_QUANTIZED,
     AbsMax,
     Artifact,
+    Compilation,
     CrossGram,
     Effect,
     Gram,
@@ -73,6 +75,7 @@ __all__ = [
     "Artifact",
     "CalibrationError",
     "Codebook",
+    "Compilation",
     "CrossGram",
     "Csr",
     "Effect",

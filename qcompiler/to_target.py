@@ -16,6 +16,7 @@ from qcompiler.ir import Graph, cache_formats
 from qcompiler.lowering import targets
 from qcompiler.protocol import (
     Artifact,
+    Compilation,
     Lowered,
     Target,
     check_caches,
@@ -253,6 +254,9 @@ def write_target(
     # compared in a place that is not final yet: what was not verified must not look as if it had been
     with filled_directory(directory, last=target.main_file) as place:
         lowered = _lower(result, target, place, verify=verify)
+        if lowered.finish is not None:
+            recipe, report = result.manifest.get("recipe", ()), result.report
+            lowered.finish(Compilation(recipe, report.calibration, report.held_out))
     return {**lowered.report, "path": str(directory)}
 
 

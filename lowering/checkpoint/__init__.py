@@ -6,7 +6,7 @@
 | ``layers`` | the layers that are quantized, and what is refused of them in any layout |
 | ``contents`` | what of a graph goes into a checkpoint, under the names that its engine knows |
 | ``compressed_tensors``, ``gptq``, ``awq``, ``modelopt`` | a layout each: tensors, ``quantization_config`` |
-| ``card`` | the ``README.md`` beside the weights |
+| ``card``, ``serving`` | the ``README.md`` beside the weights, and the engines that take them |
 """
 
 from qcompiler.lowering.checkpoint.target import CheckpointTarget

@@ -24,8 +24,9 @@ from qcompiler.lowering.checkpoint.layers import (
     planned_layers,
     written_layers,
 )
+from qcompiler.lowering.checkpoint.serving import serving_commands
 from qcompiler.numerics import QuantSpec, Scheme
-from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target, Within, choose_device
+from qcompiler.protocol import Artifact, Compilation, Lowered, Reader, Support, Target, Within, choose_device
 from qcompiler.storage import SOURCE_ONLY, StagedFiles, read_companions
 
 __all__ = ["CheckpointTarget"]
@@ -108,7 +109,7 @@ class CheckpointTarget(Target):
         Contents(graph, model, written_layers(graph))
 
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
-        """Writes the directory; ``config.json`` appears last."""
+        """Writes the directory, ``config.json`` last; the model card comes when the readers have been compared."""
         assert directory is not None
         layout, model, layers = _LAYOUTS[self.format], build_source(graph), written_layers(graph)
         contents = Contents(graph, model, layers)
@@ -121,7 +122,6 @@ class CheckpointTarget(Target):
             config["quantization_config"] = quantization
         files = read_companions(Path(str(graph.provenance["companions"])))
         files |= {name: _json(value) for name, value in layout.extra_files(contents).items()}
-        files["README.md"] = card.text(graph, self.format).encode()
         files["config.json"] = _json({**config, _MARK: qcompiler.__version__})
         contents.store.save(directory, max_shard_bytes=self.shard_bytes)
         with StagedFiles(directory) as staged:
@@ -129,17 +129,23 @@ class CheckpointTarget(Target):
                 with staged.file(name) as write:
                     write(files[name])
         readers = self._readers(graph, contents, directory)
-        written = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-        report = {
-            "target": self.name,
-            "format": self.format,
-            "path": str(directory),
-            "bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
-            "files": written,
-            "ignored": contents.ignored,
-            "notes": contents.notes,
-        }
-        return Lowered(report, readers=readers)
+        report = {"target": self.name, "format": self.format, "path": str(directory), **_sizes(directory)}
+        report |= {"ignored": contents.ignored, "notes": contents.notes}
+
+        def finish(compilation: Compilation) -> None:
+            found = card.text(graph, self.format, compilation, self._serving(contents), report["weight_bytes"])
+            with StagedFiles(directory) as staged, staged.file("README.md") as write:
+                write(found.encode())
+            report.update(_sizes(directory))
+
+        return Lowered(report, readers=readers, finish=finish)
+
+    def _serving(self, contents: Contents) -> dict[str, str]:
+        """The commands of the engines that take what was written."""
+        support = _LAYOUTS[self.format].supports
+        answers = [support(Scheme(layer.weight, layer.activation), layer.columns) for layer in contents.layers]
+        is_fused = all(answer.status == "fused" for answer in answers)
+        return serving_commands(self.format, contents.layers, is_fused=is_fused)
 
     def _readers(self, graph: Graph, contents: Contents, directory: Path) -> list[Reader]:
         """transformers, for what it reads of a model that predicts tokens."""
@@ -207,6 +213,14 @@ def _note_factors(graph: Graph, contents: Contents) -> None:
             f"other ({', '.join(worst[1])}): vLLM takes one for all of them, and so gets other weights; transformers "
             "does not. Compiled for this target, they have one"
         )
+
+
+def _sizes(directory: Path) -> dict[str, Any]:
+    """``bytes`` of all files, ``weight_bytes`` of those that hold tensors, and their names."""
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    sizes = {name: path.stat().st_size for name, path in sorted(files.items())}
+    tensors = sum(size for name, size in sizes.items() if name.endswith((".safetensors", ".gguf")))
+    return {"bytes": sum(sizes.values()), "weight_bytes": tensors, "files": list(sizes)}
 
 
 def _json(value: Any) -> bytes:

@@ -56,6 +56,7 @@ from qcompiler.protocol.statistics import (
     Statistic,
 )
 from qcompiler.protocol.target import (
+    Compilation,
     Lowered,
     Reader,
     Support,
@@ -81,6 +82,7 @@ __all__ = [
     "AbsMax",
     "Artifact",
     "CalibrationRun",
+    "Compilation",
     "CrossGram",
     "Effect",
     "Gram",

@@ -15,7 +15,17 @@ from qcompiler.numerics import Scheme
 from qcompiler.protocol.artifact import Artifact
 from qcompiler.protocol.options import check_options
 
-__all__ = ["Lowered", "Reader", "Support", "SupportStatus", "Target", "check_caches", "check_schemes", "tied_layers"]
+__all__ = [
+    "Compilation",
+    "Lowered",
+    "Reader",
+    "Support",
+    "SupportStatus",
+    "Target",
+    "check_caches",
+    "check_schemes",
+    "tied_layers",
+]
 
 SupportStatus = Literal["fused", "runs", "writes-only", "refused"]
 
@@ -69,6 +79,21 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class Compilation:
+    """How a model was compiled, for a target that tells it to those who get the files.
+
+    Attributes:
+        recipe: the passes in order, ``pass`` and ``options`` of each; empty where another program quantized the model.
+        calibration: ``source``, ``samples``, ``length`` of the tokens, ... (`CalibrationTokens.to_dict`); None without.
+        held_out: what was measured on tokens that calibration did not see (`HeldOutCheck.measure`); None without.
+    """
+
+    recipe: Sequence[Mapping[str, Any]] = ()
+    calibration: Mapping[str, Any] | None = None
+    held_out: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Lowered:
     """What a target made of a graph.
 
@@ -77,12 +102,15 @@ class Lowered:
         model: where nothing is written, what runs.
         readers: who reads it, to compare.
         device: where the native artifact is run beside them, such as ``cpu`` or ``cuda:0``.
+        finish: where files were written, what is called when the readers have been compared: it may add to the files,
+            and to ``report``.
     """
 
     report: dict[str, Any]
     model: Artifact | None = None
     readers: Sequence[Reader] = ()
     device: str = "cpu"
+    finish: Callable[[Compilation], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class CompileReport:
         bytes_before, bytes_after: weights as stored.
         parameters: elements of the original model.
         cache_bytes_per_token: bytes that one token of one sequence takes in the cache, scales included; None without.
-        calibration: where the tokens came from; None without.
+        calibration: where the tokens came from; ``use`` is ``measurement`` where nothing is calibrated; None without.
         held_out: what was measured on tokens that calibration did not see (`HeldOutCheck.measure`); None without.
         bytes_spilled: calibration values that went to disk.
         targets: one entry per lowering.

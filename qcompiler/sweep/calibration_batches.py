@@ -48,8 +48,9 @@ def calibration_batches(
             expected="Calibration.from_text, .from_tokens or .self_generated",
         )
     bound = _bound_tokens(graph, calibration, context.seed, trust_remote_code)
-    report.calibration = bound.to_dict()
+    report.calibration = given = bound.to_dict()
     if not is_calibrated:
+        given["use"] = "measurement"
         has_logits = graph.signature.index_of_output("logits") is not None
         use = "served to measure the result alone" if has_logits else "was not used"
         report.notes.append(f"nothing in this recipe is calibrated: what was given to calibrate with {use}")
