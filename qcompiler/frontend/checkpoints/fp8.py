@@ -3,7 +3,7 @@
 Of a weight ``[out, in]``: ``weight`` float8 (E4M3) and ``weight_scale_inv`` ``[out / 128, in / 128]``, which is
 multiplied by, whatever its name says; float32, or a power of two in one byte (``scale_fmt: ue8m0``). Without
 ``weight_block_size`` there is one scale, called ``weight_scale`` by some. A static input has an ``activation_scale``
-or ``input_scale``.
+or ``input_scale``; a dynamic one has a scale for each token and each group as long as a block.
 
 Source: `FineGrainedFP8Config` of transformers and the ``fp8`` method of vLLM.
 """
@@ -54,7 +54,7 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
                 got=where,
                 remedy="check that the quantization settings belong to these weights",
             )
-        _add(checkpoint, module, spec, is_static=settings.get("activation_scheme") == "static")
+        _add(checkpoint, module, spec, settings)
     take_cache_scales(checkpoint, is_fp8=False, said=None)
 
 
@@ -76,7 +76,7 @@ def _spec(block: list[int] | None, where: str) -> QuantSpec:
     return QuantSpec(_FLOAT8, "per_block" if rows == columns else "per_group", columns)
 
 
-def _add(checkpoint: Checkpoint, module: str, spec: QuantSpec, *, is_static: bool) -> None:
+def _add(checkpoint: Checkpoint, module: str, spec: QuantSpec, settings: Mapping[str, Any]) -> None:
     rows, columns = checkpoint.shape(module, "weight", (_FLOAT8,), 2)
     part = next((part for part in _SCALES if checkpoint.has(module, part)), _SCALES[0])
     shape: tuple[int, ...] = ()
@@ -94,12 +94,21 @@ def _add(checkpoint: Checkpoint, module: str, spec: QuantSpec, *, is_static: boo
     dtype = "float32" if stored in _POWERS else stored
     checkpoint.part(module, "codes", [f"{module}.weight"], lambda t: t, spec.stored_dtype, (rows, columns))
     checkpoint.part(module, "scale", [scale], scales, dtype, shape)
+    is_static = settings.get("activation_scheme") == "static"
     if is_static and spec.granularity == "per_tensor":
         given = next((part for part in _INPUT_SCALES if checkpoint.has(module, part)), _INPUT_SCALES[0])
         number = positive_number(checkpoint, module, given)
         checkpoint.add(Layer(module, rows, columns, Scheme(spec, spec), input_scale=number))
         return
-    size = "of all channels" if spec.group_size is None else f"in groups of {spec.group_size}"
-    lost = f"inputs stay in float, since no operator rounds them {size} as this layout has it"
-    checkpoint.lost.setdefault(lost, []).append(module)
-    checkpoint.add(Layer(module, rows, columns, Scheme(spec)))
+    activation, lost = None, ""
+    if is_static:
+        lost = "inputs stay in float: this layout does not tell what their ranges are"
+    elif spec.group_size is None:
+        lost = "inputs stay in float: this layout does not tell whether tokens or tensors share a scale"
+    elif settings.get("scale_fmt") == "ue8m0":
+        lost = "inputs stay in float, since no operator takes powers of two for scales as this layout has it"
+    else:
+        activation = QuantSpec(_FLOAT8, "per_group", spec.group_size, dynamic=True)
+    if lost:
+        checkpoint.lost.setdefault(lost, []).append(module)
+    checkpoint.add(Layer(module, rows, columns, Scheme(spec, activation)))

@@ -62,6 +62,18 @@ def assert_rounded_model(pair: Pair, round_input: Callable[[str, Tensor], Tensor
     return graph
 
 
+def round_in_groups(size: int) -> Callable[[str, Tensor], Tensor]:
+    """Rounds an input as engines do: each group of channels of each token by its largest magnitude."""
+
+    def round_input(name: str, x: Tensor) -> Tensor:
+        parts = x.split(size, dim=-1)
+        scales = [part.abs().amax(-1, keepdim=True) / 448 for part in parts]
+        codes = [(part / scale).to(torch.float8_e4m3fn) for part, scale in zip(parts, scales, strict=True)]
+        return torch.cat([code.float() * scale for code, scale in zip(codes, scales, strict=True)], dim=-1)
+
+    return round_input
+
+
 def assert_same_parts(before: Graph, after: Graph) -> None:
     """Codes, scales and zero points of all sites are those of another graph, bit for bit."""
     names = [name for name, scheme in before.schemes.items() if scheme != Scheme()]

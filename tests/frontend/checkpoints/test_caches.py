@@ -51,7 +51,7 @@ def directory(pairs, tmp_path):
     return shutil.copytree(pairs["compressed-tensors"].quantized, tmp_path / "model")
 
 
-class RoundedCache(DynamicCache):
+class RoundedCache(DynamicCache):  # type: ignore[misc]
     """Keeps what a cache of 8-bit floats would give back."""
 
     def update(self, key_states, value_states, layer_idx, *args, **options):

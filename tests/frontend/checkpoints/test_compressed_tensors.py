@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.frontend.checkpoints.comparing import assert_rounded_model, assert_same_model
+from tests.frontend.checkpoints.comparing import assert_rounded_model, assert_same_model, round_in_groups
 from tests.frontend.checkpoints.packers import (
     ct_settings,
     edit_tensors,
@@ -206,10 +206,18 @@ def test_inputs_of_nvfp4(tmp_path):
     assert graph.schemes[UP].activation.has_factor
 
 
-def test_inputs_rounded_in_groups_stay_in_float(tmp_path):
-    inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
+def test_inputs_rounded_in_groups(tmp_path):
+    inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "dynamic": True}
+    pair = plain_pair(tmp_path, kind="float8", strategy="block", inputs=inputs)
+    graph = assert_rounded_model(pair, round_in_groups(32))
+    assert str(graph.schemes[UP].activation) == "float8_e4m3fn g32 dynamic"
+    assert graph.lost == []
+
+
+def test_inputs_rounded_in_groups_with_a_zero_point_stay_in_float(tmp_path):
+    inputs = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32, "dynamic": True}
     pair = plain_pair(tmp_path, kind="float8", strategy="block", inputs=inputs)
     graph = assert_same_model(pair)
     (lost,) = graph.lost
-    assert lost.startswith("inputs stay in float, since no operator rounds them as float8 group dynamic: ")
+    assert lost.startswith("inputs stay in float, since no operator rounds them as int8 group dynamic: ")
     assert lost.endswith(" and 3 more")
