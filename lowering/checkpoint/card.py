@@ -5,7 +5,7 @@ from typing import Any
 
 import jinja2
 
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, cache_formats
 
 __all__ = ["text"]
 
@@ -23,7 +23,9 @@ tags: [qcompiler, quantized{{ ", " + layout if layout }}]
 |---|---|
 {% for scheme, count in schemes.items() -%}
 | {{ scheme }} | {{ count }} |
-{% endfor %}
+{% endfor %}{% if caches %}
+Keys and values are cached in {{ caches | join(" and ") }}; their scales lie beside the weights.
+{% endif %}
 What stays float is as the recipe left it. What each layer lost stands in `report.html` of the native artifact.
 
 ## Serving
@@ -60,5 +62,6 @@ def text(graph: Graph, layout: str) -> str:
     has_zero_points = any(not weight.symmetric for weight in weights)  # transformers unpacks them in this way alone
     fields: dict[str, Any] = {"name": f"{source}, {layout}", "source": source, "layout": layout, "schemes": schemes}
     fields["has_zero_points"] = has_zero_points
+    fields["caches"] = [str(spec) for spec in cache_formats(graph)]
     rendered: str = jinja2.Template(_CARD).render(fields)
     return rendered

@@ -32,7 +32,13 @@ from qcompiler.ir.signature import (
     Role,
     Signature,
 )
-from qcompiler.ir.static_cache import cache_formats, static_caches, static_qparams
+from qcompiler.ir.static_cache import (
+    QuantizedCache,
+    cache_formats,
+    quantized_caches,
+    static_caches,
+    static_qparams,
+)
 from qcompiler.ir.walks import ancestors, descendants
 
 __all__ = [
@@ -49,6 +55,7 @@ __all__ = [
     "Dim",
     "Graph",
     "Port",
+    "QuantizedCache",
     "QuantizedTensor",
     "Role",
     "Segment",
@@ -71,6 +78,7 @@ __all__ = [
     "keep_range",
     "makes_a_tensor",
     "quantize_cache",
+    "quantized_caches",
     "quantized_value",
     "routed_from",
     "routers",
