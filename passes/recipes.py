@@ -51,6 +51,7 @@ CACHES: dict[str, Callable[[], QuantizeKVCache]] = {
     "kv-fp8": lambda: QuantizeKVCache("fp8"),
     "kv-int8": lambda: QuantizeKVCache("int8"),
     "kv-int4": lambda: QuantizeKVCache("int4", rotate=True),
+    "kv-fp8-static": lambda: QuantizeKVCache("fp8", scales="static"),
 }
 """What stands behind the ``+`` of a name, or alone: the cache, besides weights and activations or without."""
 

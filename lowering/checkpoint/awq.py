@@ -16,7 +16,7 @@ from qcompiler.lowering.checkpoint.layers import Layer, check_rows, integer_supp
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Support
 
-__all__ = ["add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
+__all__ = ["add_caches", "add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the eight output channels in a word, lowest bits first
 
@@ -79,6 +79,10 @@ def add_layer(contents: Contents, layer: Layer) -> None:
 def _pack(values: Tensor) -> Tensor:
     """uint8 ``[n, out]`` → int32 ``[n, out / 8]``."""
     return pack_words(values.unflatten(-1, (-1, 8))[..., _ORDER].flatten(-2).contiguous(), 4)
+
+
+def add_caches(contents: Contents) -> None:
+    """Nothing: quantized caches are refused."""
 
 
 def quantization_config(contents: Contents) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, cache_formats
 from qcompiler.protocol import Compilation
 
 __all__ = ["text"]
@@ -26,7 +26,9 @@ tags: [qcompiler, quantized, {{ layout }}]
 |---|---|
 {% for scheme, count in schemes.items() -%}
 | {{ scheme }} | {{ count }} |
-{% endfor %}
+{% endfor %}{% if caches %}
+Keys and values are cached in {{ caches | join(" and ") }}; their scales lie beside the weights.
+{% endif %}
 What stays float is as the recipe left it. What each layer lost stands in `report.html` of the native artifact.
 {% if recipe %}
 ## Recipe
@@ -97,6 +99,7 @@ def text(graph: Graph, layout: str, compilation: Compilation, commands: Mapping[
         recipe=[_call(item) for item in compilation.recipe],
         calibration=_calibration(compilation.calibration),
         held_out=compilation.held_out,
+        caches=[str(spec) for spec in cache_formats(graph)],
         commands=commands,
         width=max(map(len, commands.values()), default=0),
         has_zero_points=any(not weight.symmetric for weight in weights),  # transformers unpacks them in this way alone

@@ -16,7 +16,10 @@ from qcompiler.lowering.checkpoint.layers import Layer, integer_support, refuse_
 from qcompiler.numerics import QuantSpec, Scheme, pack_bits
 from qcompiler.protocol import Support
 
-__all__ = ["add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
+__all__ = ["add_caches", "add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
+
+
+_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
 def supports(scheme: Scheme, width: int) -> Support:
@@ -151,11 +154,24 @@ def _per_row(values: Tensor, layer: Layer) -> Tensor:
     return values.expand(shape).contiguous() if values.dim() == 0 else values.reshape(shape)
 
 
+def add_caches(contents: Contents) -> None:
+    """Adds the scales of caches, on the modules of attention."""
+    from compressed_tensors.quantization import is_cached_attention_module
+
+    for cache in contents.caches:
+        contents.add_cache_scale(cache, f"{cache.attention}.{cache.letter}_scale", (1,))
+        if not is_cached_attention_module(cache.module):
+            contents.note(
+                f"compressed-tensors finds no cache in {type(cache.module).__name__}: "
+                "transformers does not round keys and values, and engines may not either"
+            )
+
+
 def quantization_config(contents: Contents) -> dict[str, Any] | None:
     """What ``config.json`` says, made and so checked by the library's own classes."""
-    if not contents.layers:
+    if not contents.layers and not contents.caches:
         return None
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for layer in contents.layers:
@@ -173,7 +189,8 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
             for number, (fields, names) in enumerate(groups.values())
         },
         ignore=contents.ignored,
-        format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        kv_cache_scheme=QuantizationArgs(**_CACHE) if contents.caches else None,
+        format=layouts.pop() if len(layouts) == 1 else "mixed-precision" if layouts else "dense",
         quantization_status="compressed",
     )
     found: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})

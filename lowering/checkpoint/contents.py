@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompiler.errors import TargetError
-from qcompiler.ir import Graph, is_quantized_weight, stored_names
+from qcompiler.ir import Graph, is_quantized_weight, quantized_caches, stored_names
+from qcompiler.lowering.checkpoint.caches import CacheScale, cache_scales
 from qcompiler.lowering.checkpoint.layers import Layer, input_tensors
 from qcompiler.numerics import pack_bits
 from qcompiler.storage import WeightStore
@@ -29,6 +30,7 @@ class Contents:
     Attributes:
         store: the tensors of the checkpoint.
         layers: the quantized layers; a layout adds their tensors.
+        caches: the scales of its quantized caches; a layout adds them.
         ignored: the paths of linear layers that stay float.
         ties: whether the output head is the embedding.
         notes: sentences on what is not exactly as in the graph, for the report.
@@ -41,6 +43,7 @@ class Contents:
         self._graph = graph
         self.store = WeightStore()
         self.layers = list(layers)
+        self.caches = cache_scales(graph, model)
         self.notes: list[str] = []
         quantized = {layer.name for layer in layers}
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -70,6 +73,18 @@ class Contents:
         stored = [part if part in self._graph.weights else f"{layer.stored}_{part}" for part in parts]
         self.store.derive(
             f"{layer.name}.{name}", tuple(stored), function, dtype=dtype, shape=shape, store=self._graph.weights
+        )
+
+    def add_cache_scale(self, cache: CacheScale, name: str, shape: Sequence[int]) -> None:
+        """The scale of a cache as a float32 tensor of one number."""
+        stored, size = (cache.stored,), tuple(shape)
+        self.store.derive(
+            name,
+            stored,
+            lambda scale: scale.float().reshape(size),
+            dtype="float32",
+            shape=size,
+            store=self._graph.weights,
         )
 
     def add_half_scales(self, layer: Layer) -> None:
@@ -145,8 +160,8 @@ class Contents:
             )
 
     def _parts(self) -> set[str]:
-        """The stored tensors that quantized weights and rounded inputs are computed from."""
-        found: set[str] = set()
+        """The stored tensors that quantized weights, rounded inputs and caches are computed from."""
+        found = {name for cache in quantized_caches(self._graph) for name in cache.stored_names}
         for node in (node for site in self._graph.sites() for node in site.nodes):
             weight = node.args[1]
             if isinstance(weight, fx.Node) and is_quantized_weight(weight):

@@ -16,7 +16,7 @@ from qcompiler.lowering.checkpoint.layers import Layer, check_rows, integer_supp
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Support
 
-__all__ = ["add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
+__all__ = ["add_caches", "add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
 
 
 def supports(scheme: Scheme, width: int) -> Support:
@@ -58,6 +58,10 @@ def add_layer(contents: Contents, layer: Layer) -> None:
     zeros = torch.full((layer.groups, rows), middle - 1, dtype=torch.uint8)
     contents.store.set(f"{layer.name}.qzeros", pack_words(zeros, bits))
     contents.store.set(f"{layer.name}.g_idx", torch.arange(columns, dtype=torch.int32) // (layer.group or columns))
+
+
+def add_caches(contents: Contents) -> None:
+    """Nothing: quantized caches are refused."""
 
 
 def quantization_config(contents: Contents) -> dict[str, Any] | None:

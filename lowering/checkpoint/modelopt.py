@@ -17,8 +17,9 @@ from qcompiler.lowering.checkpoint.layers import Layer, check_rows, refuse_group
 from qcompiler.numerics import QuantSpec, Scheme, pack_bits
 from qcompiler.protocol import Support
 
-__all__ = ["add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
+__all__ = ["add_caches", "add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
 
+_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _TAKEN = "fp8-tensor, fp8-dynamic, nvfp4, nvfp4a16 or w4a16"
 
 
@@ -97,6 +98,23 @@ def add_layer(contents: Contents, layer: Layer) -> None:
         contents.add(layer, "input_scale", [layer.input_scale], _number, "float32", ())
 
 
+def add_caches(contents: Contents) -> None:
+    """Adds the scales of caches, on the layers that keys and values come from.
+
+    Raises:
+        TargetError: where nothing else is quantized, which has no algorithm in ModelOpt.
+    """
+    if contents.caches and not contents.layers:
+        raise TargetError(
+            "a ModelOpt checkpoint with float weights alone has no algorithm, and so no place for a quantized cache",
+            where="checkpoint",
+            got="a quantized cache, and no quantized layer",
+            remedy="quantize weights too, or write format=compressed-tensors",
+        )
+    for cache in contents.caches:
+        contents.add_cache_scale(cache, f"{cache.source}.{cache.letter}_scale", ())
+
+
 def _number(value: Tensor) -> Tensor:
     return value.float().reshape(())
 
@@ -113,7 +131,7 @@ def _along_out(codes: Tensor) -> Tensor:
 def _fields(contents: Contents) -> dict[str, Any]:
     first = contents.layers[0]
     algorithm = _algorithm(first.weight, first.activation)
-    fields: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": None}
+    fields: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": "FP8" if contents.caches else None}
     if first.weight.group_size is not None:
         fields["group_size"] = first.weight.group_size
     if algorithm == "W4A16_AWQ":  # scales of channels are folded into the layers ahead
@@ -139,7 +157,7 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
         **fields,
         "ignore": contents.ignored,
         "config_groups": {"group_0": group},
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _CACHE if contents.caches else None,
         "producer": _producer(),
     }
 

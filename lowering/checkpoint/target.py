@@ -15,6 +15,7 @@ from qcompiler.artifacts import HFArtifact, load
 from qcompiler.errors import MissingDependencyError
 from qcompiler.ir import CacheFormat, Graph, is_op
 from qcompiler.lowering.checkpoint import awq, card, compressed_tensors, gptq, modelopt
+from qcompiler.lowering.checkpoint.caches import supports_cache
 from qcompiler.lowering.checkpoint.contents import Contents
 from qcompiler.lowering.checkpoint.layers import (
     Layer,
@@ -73,10 +74,8 @@ class CheckpointTarget(Target):
         return fused_layers(graph)
 
     def supports_cache(self, spec: CacheFormat) -> Support:
-        """Engines quantize caches themselves."""
-        return Support(
-            "refused", "a quantized cache is not written into checkpoints yet", "leave it to the engine, by its options"
-        )
+        """What becomes of a key-value cache: engines take calibrated scales of 8-bit floats, and make all others."""
+        return supports_cache(spec, self.format)
 
     def check_graph(self, graph: Graph) -> None:
         """Refuses what did not come from a Hugging Face directory, or computes what no checkpoint tells.
@@ -115,6 +114,7 @@ class CheckpointTarget(Target):
         contents = Contents(graph, model, layers)
         for layer in layers:
             layout.add_layer(contents, layer)
+        layout.add_caches(contents)
         _note_factors(graph, contents)
         config = _config(graph, contents)
         quantization = layout.quantization_config(contents)

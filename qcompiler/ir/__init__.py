@@ -35,7 +35,13 @@ from qcompiler.ir.signature import (
     Role,
     Signature,
 )
-from qcompiler.ir.static_cache import cache_formats, static_caches, static_qparams
+from qcompiler.ir.static_cache import (
+    QuantizedCache,
+    cache_formats,
+    quantized_caches,
+    static_caches,
+    static_qparams,
+)
 from qcompiler.ir.walks import ancestors, descendants
 
 __all__ = [
@@ -53,6 +59,7 @@ __all__ = [
     "Dim",
     "Graph",
     "Port",
+    "QuantizedCache",
     "QuantizedTensor",
     "Role",
     "Segment",
@@ -77,6 +84,7 @@ __all__ = [
     "keep_range",
     "makes_a_tensor",
     "quantize_cache",
+    "quantized_caches",
     "quantized_value",
     "results_of",
     "routed_from",

@@ -1,6 +1,6 @@
-"""Caches with a scale per token turned into caches with static scales, from the ranges that were kept beside them."""
+"""Quantized caches of a graph; those with scales per token made static ones, from ranges that were kept beside them."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from qcompiler.ir.graph import Graph, is_op
 from qcompiler.ir.kv_cache import kept_range
 from qcompiler.ir.signature import Port
 
-__all__ = ["cache_formats", "static_caches", "static_qparams"]
+__all__ = ["QuantizedCache", "cache_formats", "quantized_caches", "static_caches", "static_qparams"]
 
 _canonical = torch.ops.qcompiler
 _CODES = ("key", "value")
@@ -66,19 +66,53 @@ def static_caches(graph: Graph) -> Graph | None:
     return copy
 
 
-def cache_formats(graph: Graph) -> list[CacheFormat]:
-    """The formats that a graph caches keys and values in, each once; none of them for float caches."""
+@dataclass(frozen=True)
+class QuantizedCache:
+    """A cache of codes, of keys or of values.
+
+    Attributes:
+        layer, part: as its port says.
+        format: of the codes.
+        value: what is rounded and appended, float ``[B, H, S, D]``.
+        scale, zero_point: stored tensors, where scales are static: as `static_qparams` gives them.
+    """
+
+    layer: int
+    part: str
+    format: CacheFormat
+    value: Node
+    scale: str | None
+    zero_point: str | None
+
+    @property
+    def stored_names(self) -> list[str]:
+        """Of all that is stored for it: scale and zero point, and the range that is kept beside them."""
+        found = [self.scale, self.zero_point, f"cache.{self.layer}.{self.part}_range"]
+        return [name for name in found if name is not None]
+
+
+def quantized_caches(graph: Graph) -> list[QuantizedCache]:
+    """The caches of a graph that are not float, in the order of its outputs."""
     found = []
     for node, port in zip(graph.outputs, graph.signature.outputs, strict=True):
         if port.role == "present" and port.part in _CODES and port.dtype not in FLOAT_CACHES:
-            _, scale, zero, _, block, dtype, *bits = _quantize_of(node).args
+            value, scale, zero, _, block, dtype, *bits = _quantize_of(node).args
             kind = "float8_e4m3fn" if dtype == torch.float8_e4m3fn else f"int{bits[0] if bits else 8}"
             is_static = isinstance(scale, Node) and scale.op == "get_attr"
             width = 2 * int(port.shape[3]) if kind == "int4" else port.shape[3]
             group = None if is_static or block == width else block
             scales = "static" if is_static else "per_token"
-            found.append(CacheFormat(kind, scales, group, symmetric=zero is None))  # type: ignore[arg-type]
-    return list(dict.fromkeys(found))
+            spec = CacheFormat(kind, scales, group, symmetric=zero is None)  # type: ignore[arg-type]
+            names = [str(item.target) if is_static and isinstance(item, Node) else None for item in (scale, zero)]
+            assert isinstance(value, Node)
+            assert port.layer is not None
+            found.append(QuantizedCache(port.layer, str(port.part), spec, value, *names))
+    return found
+
+
+def cache_formats(graph: Graph) -> list[CacheFormat]:
+    """The formats that a graph caches keys and values in, each once; none of them for float caches."""
+    return list(dict.fromkeys(cache.format for cache in quantized_caches(graph)))
 
 
 def _is_scale(port: Port) -> bool:

@@ -91,7 +91,7 @@ def test_schemes_and_caches_that_were_not_asked_about(graph: Graph, tmp_path: Pa
     """Compiled without the target, and lowered to it all the same."""
     given: list[tuple[list[Any], str]] = [
         ([Assign("fp8-e5m2"), *passes_of("fp8-e5m2")[1:]], "does not take this scheme"),
-        ([Assign("w8a16"), QuantizeKVCache("int8"), RTN()], "quantized cache"),
+        ([Assign("w8a16"), QuantizeKVCache("int8"), RTN()], "cache of this format"),
     ]
     tokens = torch.randint(61, (4, 12), generator=torch.Generator().manual_seed(1))
     for passes, what in given:
