@@ -7,6 +7,7 @@ it; `staging` writes aside and renames.
 from qcompiler.storage.checkpoint import no_directory
 from qcompiler.storage.companions import SOURCE_ONLY, companion_files, left_behind, read_companions
 from qcompiler.storage.reading import read_named
+from qcompiler.storage.rearrangement import rearrangement
 from qcompiler.storage.staging import (
     StagedFiles,
     filled_directory,
@@ -31,6 +32,7 @@ __all__ = [
     "output_path",
     "read_companions",
     "read_named",
+    "rearrangement",
     "remove_tree",
     "stack",
     "undisturbed",

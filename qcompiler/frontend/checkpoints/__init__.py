@@ -4,8 +4,9 @@
 |---|---|
 | ``settings`` | what a directory says of its quantization, and which reader that belongs to |
 | ``contents`` | `Checkpoint`: float tensors of the unquantized model, layers with their parts, all read when wanted |
-| ``compressed_tensors``, ``ct_schemes``, ``gptq``, ``awq``, ``modelopt``, ``fp8`` | one layout each |
+| ``compressed_tensors``, ``ct_schemes``, ``gptq``, ``awq``, ``modelopt``, ``fp8``, ``mxfp4`` | one layout each |
 | ``caches`` | scales of keys and values become the graph's cache |
+| ``merging`` | layers that transformers puts together are put together as codes |
 | ``placing`` | layers become quantized sites of a canonical graph |
 """
 
