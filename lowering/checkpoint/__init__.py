@@ -6,6 +6,7 @@
 | ``layers`` | the layers that are quantized, and what is refused of them in any layout |
 | ``contents`` | what of a graph goes into a checkpoint, under the names that its engine knows |
 | ``compressed_tensors``, ``gptq``, ``awq``, ``modelopt`` | a layout each: tensors, ``quantization_config`` |
+| ``gguf`` | a layout in one file with settings and tokenizer, which llama.cpp reads |
 | ``card`` | the ``README.md`` beside the weights |
 """
 

@@ -27,7 +27,14 @@ tags: [qcompiler, quantized{{ ", " + layout if layout }}]
 What stays float is as the recipe left it. What each layer lost stands in `report.html` of the native artifact.
 
 ## Serving
+{% if layout == "gguf" %}
+```
+llama-server -m PATH/model.gguf
+llama-cli -m PATH/model.gguf
+```
 
+`PATH` is this directory.
+{% else %}
 ```
 vllm serve PATH
 python -m sglang.launch_server --model-path PATH
@@ -36,6 +43,7 @@ trtllm-serve PATH
 
 `PATH` is this directory. Of compressed-tensors, TensorRT-LLM reads 8-bit floats with a scale per channel and token, and
 NVFP4; besides, AWQ, GPTQ and ModelOpt.
+{% endif -%}
 {% if layout == "compressed-tensors" %}
 ```python
 from transformers import AutoModelForCausalLM{{ ", CompressedTensorsConfig" if has_zero_points }}
