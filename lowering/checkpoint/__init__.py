@@ -8,6 +8,7 @@
 | ``contents`` | what of a graph goes into a checkpoint, under the names that its engine knows |
 | ``compressed_tensors``, ``gptq``, ``awq``, ``modelopt`` | a layout each: tensors, ``quantization_config`` |
 | ``card``, ``serving`` | the ``README.md`` beside the weights, and the engines that take them |
+| ``gguf`` | a layout in one file with settings and tokenizer, which llama.cpp reads |
 """
 
 from qcompiler.lowering.checkpoint.target import CheckpointTarget
