@@ -69,10 +69,10 @@ def main() -> None:
 
 
 def command(root: Path, target: str, options: argparse.Namespace) -> list[str | Path]:
-    """What users run; what it wrote stays for the kernels."""
+    """What users run. Kernels are made of what was compiled for the target that came first."""
     if target == KERNELS:
         lower = "import sys, qcompiler; qcompiler.lower(sys.argv[1], 'kernels', device='cpu')"
-        return [sys.executable, "-c", lower, root / NOTHING]
+        return [sys.executable, "-c", lower, root / options.targets[0]]
     out = root / target.partition(":")[0]
     arguments = ["-r", options.recipe, "--calib", root / "model" / "text.txt"]
     arguments += [] if target == NOTHING else ["--to", target]
