@@ -2,7 +2,8 @@
 
 Each row is what users run, a process of its own: ``qcompiler compile MODEL -r RECIPE --calib TEXT --to TARGET``, which
 compares what it wrote, and ``qcompiler.lower(OUT, "kernels")``. What counts is the largest resident memory of the
-process, imports included.
+process, imports included. Other shapes by option; that of Llama-2-7B: ``--hidden 4096 --intermediate 11008 --heads 32
+--kv-heads 32 --vocabulary 32000 --untied``.
 """
 
 import argparse
@@ -40,6 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--intermediate", type=int, help="by default 2.75 times as wide")
+    parser.add_argument("--heads", type=int, help="by default of 64 channels")
+    parser.add_argument("--kv-heads", type=int, help="by default half as many")
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--untied", action="store_true", help="a head of its own")
     parser.add_argument("--recipe", default="w4a16-gptq")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
@@ -48,15 +54,15 @@ def main() -> None:
     parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.build:
-        build(options.build, options.layers[0], options.hidden)
+        build(options.build, options)
         return
     baseline = run([sys.executable, "-c", "import qcompiler, transformers, torch"])[0]
     rows = []
     for layers in options.layers:
         with tempfile.TemporaryDirectory() as directory:
             root = Path(directory)
-            size = ["--layers", str(layers), "--hidden", str(options.hidden)]
-            subprocess.run([sys.executable, "-m", "benchmarks.memory", "--build", root / "model", *size], check=True)
+            own = [*sys.argv[1:], "--layers", str(layers), "--build", root / "model"]  # the last of a kind counts
+            subprocess.run([sys.executable, "-m", "benchmarks.memory", *own], check=True)
             for target in options.targets:
                 peak, seconds = run(command(root, target, options))
                 rows.append(Row(target, layers, peak, seconds))
@@ -90,22 +96,23 @@ def run(arguments: list[str | Path]) -> tuple[int, float]:
     return usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 
 
-def build(directory: Path, layers: int, hidden: int) -> None:
+def build(directory: Path, options: argparse.Namespace) -> None:
     """Writes a random model of the Llama kind to disk, one tensor in memory at a time, a tokenizer, and a text."""
     import torch
     import transformers
 
     from qcompiler.storage import WeightStore
 
+    heads = options.heads or options.hidden // 64
     config = transformers.LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4 // 64 * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
-        vocab_size=4096,
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate or options.hidden * 11 // 4 // 64 * 64,
+        num_hidden_layers=options.layers[0],
+        num_attention_heads=heads,
+        num_key_value_heads=options.kv_heads or heads // 2,
+        vocab_size=options.vocabulary,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
+        tie_word_embeddings=not options.untied,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
