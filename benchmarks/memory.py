@@ -1,9 +1,9 @@
 """Does peak memory grow with depth? ``python -m benchmarks.memory`` runs the command line with 8 and with 32 layers.
 
 Each row is what users run, a process of its own: ``qcompiler compile MODEL -r RECIPE --calib TEXT --to TARGET``, which
-compares what it wrote, and ``qcompiler.lower(OUT, "kernels")``. What counts is the largest resident memory of the
-process, imports included. Other shapes by option; that of Llama-2-7B: ``--hidden 4096 --intermediate 11008 --heads 32
---kv-heads 32 --vocabulary 32000 --untied``.
+compares what it wrote; ``qcompiler convert OUT --to TARGET`` for ``convert:TARGET``; and ``qcompiler.lower(OUT,
+"kernels")``. What counts is the largest resident memory of the process, imports included. Other shapes by option; that
+of Llama-2-7B: ``--hidden 4096 --intermediate 11008 --heads 32 --kv-heads 32 --vocabulary 32000 --untied``.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "booklm"
-NOTHING, KERNELS = "none", "kernels"
+NOTHING, KERNELS, CONVERT = "none", "kernels", "convert:"
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,13 @@ def main() -> None:
 
 
 def command(root: Path, target: str, options: argparse.Namespace) -> list[str | Path]:
-    """What users run. Kernels are made of what was compiled for the target that came first."""
+    """What users run. Kernels, and what is converted, are made of what was compiled for the target that came first."""
     if target == KERNELS:
         lower = "import sys, qcompiler; qcompiler.lower(sys.argv[1], 'kernels', device='cpu')"
         return [sys.executable, "-c", lower, root / options.targets[0]]
+    if target.startswith(CONVERT):
+        made = ["--to", target.removeprefix(CONVERT), "-o", root / "converted"]
+        return [sys.executable, "-m", "qcompiler", "convert", root / options.targets[0], *made]
     out = root / target.partition(":")[0]
     arguments = ["-r", options.recipe, "--calib", root / "model" / "text.txt"]
     arguments += [] if target == NOTHING else ["--to", target]
