@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,7 +11,7 @@ import torch
 from typing_extensions import Doc
 
 import qcompiler
-from qcompiler.artifacts import HFArtifact, load
+from qcompiler.artifacts import HFArtifact, StreamedArtifact, load
 from qcompiler.errors import MissingDependencyError
 from qcompiler.ir import CacheFormat, Graph, is_op
 from qcompiler.lowering.checkpoint import awq, card, compressed_tensors, gguf, gptq, modelopt
@@ -26,6 +26,7 @@ from qcompiler.lowering.checkpoint.layers import (
     written_layers,
 )
 from qcompiler.lowering.checkpoint.serving import serving_commands
+from qcompiler.lowering.checkpoint.streamed import StreamedHFArtifact
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Artifact, Compilation, Lowered, Reader, Support, Target, Within, choose_device
 from qcompiler.storage import SOURCE_ONLY, StagedFiles, read_companions
@@ -39,6 +40,8 @@ _READ_HERE = {
     "modelopt": "transformers does not read modelopt",
 }
 _MARK = "qcompiler_version"  # in config.json
+_WHOLE_BYTES = 128 << 20
+"""Of a model's weights in float32, up to which transformers loads it as a whole to compare."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class CheckpointTarget(Target):
         """transformers, for what it reads of a model that predicts tokens."""
         if self.format in _READ_HERE and graph.signature.index_of_output("logits") is not None:
             contents.note(f"compared as qcompiler reads it back: {_READ_HERE[self.format]}")
-            return [Reader(lambda: load(directory).artifact())]
+            return [Reader(lambda: StreamedArtifact(load(directory).graph, directory))]
         if self.format != "compressed-tensors":
             contents.note(f"not compared: nothing here reads {self.format}")
             return []
@@ -165,14 +168,14 @@ class CheckpointTarget(Target):
             contents.note("not compared: transformers reads it back as a model that predicts tokens, and this is none")
             return []
         if not any(layer.weight.is_fp4 for layer in contents.layers):
-            return [Reader(lambda: HFArtifact(directory))]
+            return [_by_transformers(graph, directory)]
         if any(_chooses_exponents(layer.activation) for layer in contents.layers):
             contents.note("not compared: readers of MXFP4 choose the scales of inputs by rules of their own")
             return []
         contents.note("transformers rounds the weights of 4-bit floats to bfloat16; engines do not")
         weights = [node.args[1] for site in graph.sites() for node in site.nodes]
         rounded = {str(node) for node in weights if is_op(node, torch.ops.qcompiler.fp4_dequantize.default)}
-        return [Reader(lambda: HFArtifact(directory), dtype=torch.bfloat16, rounded=rounded)]
+        return [replace(_by_transformers(graph, directory), dtype=torch.bfloat16, rounded=rounded)]
 
     @classmethod
     def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
@@ -186,6 +189,13 @@ class CheckpointTarget(Target):
             return _MARK in json.loads((directory / "config.json").read_bytes())
         except (OSError, ValueError, TypeError):
             return False
+
+
+def _by_transformers(graph: Graph, directory: Path) -> Reader:
+    """The whole model where it is small; else module by module, in few steps, as each reads all weights."""
+    if 4 * int(graph.provenance["parameters"]) <= _WHOLE_BYTES:
+        return Reader(lambda: HFArtifact(directory))
+    return Reader(lambda: StreamedHFArtifact(directory), steps=1)
 
 
 def _config(graph: Graph, contents: Contents) -> dict[str, Any]:

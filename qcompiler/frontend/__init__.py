@@ -7,6 +7,7 @@ recognise. `checkpoints` reads those that are quantized already: their layers be
 
 from qcompiler.frontend.canonicalization import canonicalize
 from qcompiler.frontend.capture import capture_checkpoint, capture_directory, capture_module
+from qcompiler.frontend.conversions import convert_names
 from qcompiler.frontend.directories import (
     fingerprint_directory,
     is_quantized_checkpoint,
@@ -16,7 +17,7 @@ from qcompiler.frontend.directories import (
 from qcompiler.frontend.model_config import declared, declared_positions
 from qcompiler.frontend.pattern import Miss, Rule, apply_rules, expect
 from qcompiler.frontend.pattern import replace as replace_call
-from qcompiler.frontend.skeleton import build_on_meta
+from qcompiler.frontend.skeleton import build_on_meta, quiet_transformers, tied_names
 
 __all__ = [
     "Miss",
@@ -27,12 +28,15 @@ __all__ = [
     "capture_checkpoint",
     "capture_directory",
     "capture_module",
+    "convert_names",
     "declared",
     "declared_positions",
     "expect",
     "fingerprint_directory",
     "is_quantized_checkpoint",
+    "quiet_transformers",
     "read_config",
     "refuse_quantized",
     "replace_call",
+    "tied_names",
 ]
