@@ -104,6 +104,12 @@ def test_experts_keep_their_codes(mixture, tmp_path, settings, make, spec):
     assert not [note for note in graph.notes if "float weights" in note]
 
 
+def test_experts_are_written_to_another_target(mixture, tmp_path):
+    pair = pair_of(mixture, tmp_path, lambda name, *sizes: gptq_weight(*sizes, group=16), GPTQ)
+    report = qc.lower(pair.quantized, "onnx", tmp_path / "onnx")
+    assert report["parity"]["max_difference"] <= 1e-4
+
+
 def test_act_order_that_gate_and_up_share(mixture, tmp_path):
     order = np.random.default_rng(5).permutation(32) // 16
 
