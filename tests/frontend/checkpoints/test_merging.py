@@ -146,6 +146,21 @@ def test_factors_that_differ_stay_float(mixture, tmp_path):
     }
 
 
+def test_inputs_that_differ_stay_float_with_the_weights(mixture, tmp_path):
+    def make(name, rows, columns, generator):
+        found = plain_weight(rows, columns, generator, kind="float8", strategy="tensor")
+        found.tensors["input_scale"] = torch.full((1,), 0.02 if name.endswith("up_proj") else 0.01)
+        return found
+
+    settings = ct(**{**FLOAT8, "strategy": "tensor"})
+    settings["config_groups"]["group_0"]["input_activations"] = {**FLOAT8, "strategy": "tensor"}
+    graph = qc.capture(pair_of(mixture, tmp_path, make, settings).quantized)
+    assert graph.schemes[f"{EXPERTS}.down_proj.0"].activation is not None
+    assert f"{EXPERTS}.gate_up_proj.0" not in graph.schemes
+    (lost,) = graph.lost
+    assert lost.startswith("inputs stay in float of layers that are taken as float weights: model.layers.0.mlp.experts")
+
+
 def test_experts_of_two_formats_stay_float(mixture, tmp_path):
     def make(name, rows, columns, generator):
         bits = 8 if name.endswith("gate_proj") else 4
