@@ -92,6 +92,9 @@ def place_layers(graph: Graph, checkpoint: Checkpoint, unused: Iterable[str]) ->
     if rest:
         note = "layers that are no linear layer of the graph by themselves are taken as float weights"
         graph.notes.append(_sentence(note, rest))
+    unrounded = [name for name in rest if checkpoint.layers[f"{name}.weight"].scheme.activation is not None]
+    if unrounded:
+        graph.lost.append(_sentence("inputs stay in float of layers that are taken as float weights", unrounded))
     graph.notes += [_sentence(text, modules) for text, modules in checkpoint.notes.items()]
     graph.lost += [_sentence(text, modules) for text, modules in checkpoint.lost.items()]
 

@@ -51,27 +51,22 @@ def directory(pairs, tmp_path):
     return shutil.copytree(pairs["compressed-tensors"].quantized, tmp_path / "model")
 
 
-def rounded_cache():
-    """A cache of transformers that keeps what one of 8-bit floats would give back."""
-    cache = DynamicCache()
-    update = cache.update
+class RoundedCache(DynamicCache):  # type: ignore[misc]
+    """Keeps what a cache of 8-bit floats would give back."""
 
-    def rounding(key_states, value_states, layer_idx, *args, **options):
+    def update(self, key_states, value_states, layer_idx, *args, **options):
         rounded = [
             (states / scale[layer_idx]).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale[layer_idx]
             for states, scale in ((key_states, KEYS), (value_states, VALUES))
         ]
-        return update(*rounded, layer_idx, *args, **options)
-
-    cache.update = rounding
-    return cache
+        return super().update(*rounded, layer_idx, *args, **options)
 
 
 @pytest.mark.parametrize("kind", ["compressed-tensors", "modelopt"])
 def test_the_cache_of_the_graph_is_rounded(pairs, kind):
     model = HFArtifact(pairs[kind].floats)._model
     with torch.inference_mode():
-        expected = model(input_ids=IDS, past_key_values=rounded_cache(), use_cache=True).logits
+        expected = model(input_ids=IDS, past_key_values=RoundedCache(), use_cache=True).logits
         plain = model(input_ids=IDS).logits
     graph = qc.capture(pairs[kind].quantized)
     assert cache_formats(graph) == [CacheFormat("float8_e4m3fn", "static")]

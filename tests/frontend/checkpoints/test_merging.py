@@ -104,6 +104,12 @@ def test_experts_keep_their_codes(mixture, tmp_path, settings, make, spec):
     assert not [note for note in graph.notes if "float weights" in note]
 
 
+def test_experts_are_written_to_another_target(mixture, tmp_path):
+    pair = pair_of(mixture, tmp_path, lambda name, *sizes: gptq_weight(*sizes, group=16), GPTQ)
+    report = qc.lower(pair.quantized, "onnx", tmp_path / "onnx")
+    assert report["parity"]["max_difference"] <= 1e-4
+
+
 def test_act_order_that_gate_and_up_share(mixture, tmp_path):
     order = np.random.default_rng(5).permutation(32) // 16
 
@@ -138,6 +144,21 @@ def test_factors_that_differ_stay_float(mixture, tmp_path):
     assert {site.name for site in expert_sites(graph) if site.name not in graph.schemes} == {
         site.name for site in expert_sites(graph) if "gate_up" in site.name
     }
+
+
+def test_inputs_that_differ_stay_float_with_the_weights(mixture, tmp_path):
+    def make(name, rows, columns, generator):
+        found = plain_weight(rows, columns, generator, kind="float8", strategy="tensor")
+        found.tensors["input_scale"] = torch.full((1,), 0.02 if name.endswith("up_proj") else 0.01)
+        return found
+
+    settings = ct(**{**FLOAT8, "strategy": "tensor"})
+    settings["config_groups"]["group_0"]["input_activations"] = {**FLOAT8, "strategy": "tensor"}
+    graph = qc.capture(pair_of(mixture, tmp_path, make, settings).quantized)
+    assert graph.schemes[f"{EXPERTS}.down_proj.0"].activation is not None
+    assert f"{EXPERTS}.gate_up_proj.0" not in graph.schemes
+    (lost,) = graph.lost
+    assert lost.startswith("inputs stay in float of layers that are taken as float weights: model.layers.0.mlp.experts")
 
 
 def test_experts_of_two_formats_stay_float(mixture, tmp_path):
