@@ -128,7 +128,9 @@ class Contents:
     def _add_floats(self, model: nn.Module, quantized: set[str]) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         saved, buffers = set(model.state_dict()), dict(model.named_buffers())
-        added = sorted(set(self._graph.weight_names()) - saved - self._parts() - set(buffers))
+        shifted = self._shifted(saved)
+        known_parts = self._parts() | {name for name, _ in shifted.values()}
+        added = sorted(set(self._graph.weight_names()) - saved - known_parts - set(buffers))
         if added:
             raise TargetError(
                 "the graph has a tensor that the model has no place for",
@@ -140,6 +142,9 @@ class Contents:
         wide = 0
         for name in sorted(saved):
             if name.removesuffix(".weight") in quantized and name.endswith(".weight"):
+                continue
+            if name in shifted:
+                wide += self._add_shifted(name, *shifted[name])
                 continue
             known = name if name in self._graph.weights else self._tied_name(name, parameters)
             if known is not None:
@@ -158,6 +163,28 @@ class Contents:
             self.note(
                 f"{wide} vectors (norms, biases) are float32, as they were rewritten; engines round them to {usual}"
             )
+
+    def _shifted(self, saved: set[str]) -> dict[str, tuple[str, float]]:
+        """By the model's name, what the graph has in a tensor's place: another, which is the tensor and a number."""
+        read = set(self._graph.weight_names())
+        known = self._graph.provenance.get("shifted", {})
+        return {
+            item["source"]: (name, item["added"])
+            for name, item in known.items()
+            if name in read and item["source"] in saved and item["source"] not in read
+        }
+
+    def _add_shifted(self, name: str, shifted: str, number: float) -> bool:
+        """Adds what a shifted tensor came from; whether it is float32 because a pass has rewritten it."""
+        weights = self._graph.weights
+        if name in weights and torch.equal(weights.read(name).float() + number, weights.read(shifted).float()):
+            self.store.alias(name, name, weights)
+            return False
+        shape = weights.info(shifted).shape
+        self.store.derive(
+            name, (shifted,), lambda tensor: tensor.float() - number, dtype="float32", shape=shape, store=weights
+        )
+        return True
 
     def _parts(self) -> set[str]:
         """The stored tensors that quantized weights, rounded inputs and caches are computed from."""
