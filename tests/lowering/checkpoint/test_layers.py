@@ -61,13 +61,6 @@ def test_rotations_that_are_folded_in(graph: Graph, tmp_path: Path) -> None:
     assert report["parity"]["max_difference"] < 1e-5
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_experts(family: str, tmp_path: Path) -> None:
-    source = save_source(tmp_path / "source", family)
-    with pytest.raises(TargetError, match="mixtures of experts are not written"):
-        qc.compile(source, [RTN(bits=8)], targets=["checkpoint"])
-
-
 def test_layers_that_are_no_linear_ones(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source", "gpt2")
     with pytest.raises(TargetError, match="no linear layer of the model") as caught:
