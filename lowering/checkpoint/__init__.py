@@ -5,6 +5,7 @@
 | ``target`` | `CheckpointTarget`: what is taken, how a directory is written, and who reads it |
 | ``layers`` | the layers that are quantized, and what is refused of them in any layout |
 | ``caches`` | where the scales of quantized caches belong |
+| ``experts`` | mixtures of experts, which checkpoints have matrix by matrix |
 | ``contents`` | what of a graph goes into a checkpoint, under the names that its engine knows |
 | ``compressed_tensors``, ``gptq``, ``awq``, ``modelopt`` | a layout each: tensors, ``quantization_config`` |
 | ``card``, ``serving`` | the ``README.md`` beside the weights, and the engines that take them |

@@ -7,7 +7,7 @@ recognise. `checkpoints` reads those that are quantized already: their layers be
 
 from qcompiler.frontend.canonicalization import canonicalize
 from qcompiler.frontend.capture import capture_checkpoint, capture_directory, capture_module
-from qcompiler.frontend.conversions import convert_names
+from qcompiler.frontend.conversions import SourceNames, convert_names, source_names
 from qcompiler.frontend.directories import (
     fingerprint_directory,
     is_quantized_checkpoint,
@@ -22,6 +22,7 @@ from qcompiler.frontend.skeleton import build_on_meta, quiet_transformers, tied_
 __all__ = [
     "Miss",
     "Rule",
+    "SourceNames",
     "apply_rules",
     "build_on_meta",
     "canonicalize",
@@ -38,5 +39,6 @@ __all__ = [
     "read_config",
     "refuse_quantized",
     "replace_call",
+    "source_names",
     "tied_names",
 ]
