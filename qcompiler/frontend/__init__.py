@@ -7,6 +7,15 @@ recognise. `checkpoints` reads those that are quantized already: their layers be
 
 from qcompiler.frontend.canonicalization import canonicalize
 from qcompiler.frontend.capture import capture_checkpoint, capture_directory, capture_module
+from qcompiler.frontend.checkpoints import (
+    GGUF_MODELS,
+    GGUF_WORDS,
+    LLAMA3_FACTORS,
+    GGUFModel,
+    GGUFPlace,
+    gguf_places,
+    interleave,
+)
 from qcompiler.frontend.directories import (
     fingerprint_directory,
     is_quantized_checkpoint,
@@ -19,6 +28,11 @@ from qcompiler.frontend.pattern import replace as replace_call
 from qcompiler.frontend.skeleton import build_on_meta
 
 __all__ = [
+    "GGUF_MODELS",
+    "GGUF_WORDS",
+    "LLAMA3_FACTORS",
+    "GGUFModel",
+    "GGUFPlace",
     "Miss",
     "Rule",
     "apply_rules",
@@ -31,6 +45,8 @@ __all__ = [
     "declared_positions",
     "expect",
     "fingerprint_directory",
+    "gguf_places",
+    "interleave",
     "is_quantized_checkpoint",
     "read_config",
     "refuse_quantized",

@@ -5,11 +5,40 @@
 | ``settings`` | what a directory says of its quantization, and which reader that belongs to |
 | ``contents`` | `Checkpoint`: float tensors of the unquantized model, layers with their parts, all read when wanted |
 | ``compressed_tensors``, ``ct_schemes``, ``gptq``, ``awq`` | one layout each |
+| ``gguf``, ``gguf_config``, ``gguf_tokenizer`` | files of GGUF, which hold a model by themselves |
+| ``gguf_models`` | models, tensors and tokenizers as GGUF calls them |
 | ``placing`` | layers become quantized sites of a canonical graph |
 """
 
 from qcompiler.frontend.checkpoints.contents import Checkpoint
+from qcompiler.frontend.checkpoints.gguf import OpenedGGUF, find_gguf, open_gguf
+from qcompiler.frontend.checkpoints.gguf_models import (
+    GGUF_MODELS,
+    GGUF_WORDS,
+    LLAMA3_FACTORS,
+    GGUFModel,
+    GGUFPlace,
+    gguf_places,
+    interleave,
+)
 from qcompiler.frontend.checkpoints.placing import check_linear, place_layers
 from qcompiler.frontend.checkpoints.settings import Settings, find_settings, read_checkpoint
 
-__all__ = ["Checkpoint", "Settings", "check_linear", "find_settings", "place_layers", "read_checkpoint"]
+__all__ = [
+    "GGUF_MODELS",
+    "GGUF_WORDS",
+    "LLAMA3_FACTORS",
+    "Checkpoint",
+    "GGUFModel",
+    "GGUFPlace",
+    "OpenedGGUF",
+    "Settings",
+    "check_linear",
+    "find_gguf",
+    "find_settings",
+    "gguf_places",
+    "interleave",
+    "open_gguf",
+    "place_layers",
+    "read_checkpoint",
+]
