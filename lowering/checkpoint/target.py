@@ -162,6 +162,8 @@ class CheckpointTarget(Target):
 
     def _readers(self, graph: Graph, contents: Contents, directory: Path) -> list[Reader]:
         """transformers, for what it reads of a model that predicts tokens."""
+        if self.format == "gguf":
+            return [Reader(lambda: StreamedArtifact(load(directory).graph, directory))]
         if self.format in _READ_HERE and graph.signature.index_of_output("logits") is not None:
             contents.note(f"compared as qcompiler reads it back: {_READ_HERE[self.format]}")
             return [Reader(lambda: StreamedArtifact(load(directory).graph, directory))]
@@ -200,7 +202,9 @@ class CheckpointTarget(Target):
 
     @classmethod
     def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
-        """Run by transformers, in float32."""
+        """Run by transformers, in float32; GGUF as it is read back."""
+        if (directory / gguf.FILE).is_file():
+            return load(directory).artifact(choose_device(device))
         return HFArtifact(directory, device=choose_device(device))
 
     @classmethod

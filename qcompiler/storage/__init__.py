@@ -6,6 +6,7 @@ it; `staging` writes aside and renames.
 
 from qcompiler.storage.checkpoint import no_directory
 from qcompiler.storage.companions import SOURCE_ONLY, companion_files, left_behind, read_companions
+from qcompiler.storage.gguf_file import GGUFFile, GGUFTensor
 from qcompiler.storage.reading import read_named
 from qcompiler.storage.rearrangement import rearrangement
 from qcompiler.storage.staging import (
@@ -22,6 +23,8 @@ from qcompiler.storage.weights import WeightStore
 
 __all__ = [
     "SOURCE_ONLY",
+    "GGUFFile",
+    "GGUFTensor",
     "StagedFiles",
     "WeightStore",
     "companion_files",

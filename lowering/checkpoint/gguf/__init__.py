@@ -10,7 +10,7 @@
 | ``file`` | all of them, written one tensor at a time |
 """
 
-from qcompiler.lowering.checkpoint.gguf.file import check_model, save
+from qcompiler.lowering.checkpoint.gguf.file import FILE, check_model, save
 from qcompiler.lowering.checkpoint.gguf.layout import (
     add_layer,
     check_layers,
@@ -19,4 +19,4 @@ from qcompiler.lowering.checkpoint.gguf.layout import (
     supports,
 )
 
-__all__ = ["add_layer", "check_layers", "check_model", "extra_files", "quantization_config", "save", "supports"]
+__all__ = ["FILE", "add_layer", "check_layers", "check_model", "extra_files", "quantization_config", "save", "supports"]
