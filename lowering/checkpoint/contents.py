@@ -14,7 +14,7 @@ from qcompiler.lowering.checkpoint.layers import Layer, input_tensors
 from qcompiler.numerics import pack_bits
 from qcompiler.storage import WeightStore
 
-__all__ = ["Contents", "pack_words"]
+__all__ = ["Contents", "pack_words", "rounded_to_half"]
 
 _LARGEST_ERROR = 2.0**-10  # of a scale; numbers that float16 holds to all its bits have half of that
 
@@ -96,17 +96,7 @@ class Contents:
 
         def halved(scale: Tensor) -> Tensor:
             values = scale.reshape(layer.rows, layer.groups).T.float()
-            rounded = values.to(torch.float16)
-            worst = ((rounded.float() - values).abs() / values.abs().clamp(min=torch.finfo(torch.float32).tiny)).max()
-            if not bool(worst <= _LARGEST_ERROR):  # not a number where infinite
-                raise TargetError(
-                    "float16, in which this layout has its scales, does not hold those of a layer",
-                    where=f"checkpoint: {layer.name}",
-                    got=f"scales from {float(values.abs().min()):.3g} to {float(values.abs().max()):.3g}",
-                    expected="numbers from 6.1e-05 to 65504",
-                    remedy="write format=compressed-tensors, or leave this layer in float with an override",
-                )
-            return rounded.contiguous()
+            return rounded_to_half(values, f"checkpoint: {layer.name}").contiguous()
 
         self.add(layer, "scales", ["scale"], halved, "float16", (layer.groups, layer.rows))
         if self.dtype(layer, "scale") == "float32":
@@ -187,6 +177,29 @@ class Contents:
         names = {id(module): path for path, module in model.named_modules()}
         first, second = f"{names[id(head)]}.weight", f"{names[id(table)]}.weight"
         return first in self.store and second in self.store and first in (*self.store.tied(second), second)
+
+
+def rounded_to_half(values: Tensor, where: str) -> Tensor:
+    """Scales in float16.
+
+    Args:
+        values: float32.
+        where: they belong, for the message.
+
+    Raises:
+        TargetError: if float16 does not hold one of them.
+    """
+    rounded = values.to(torch.float16)
+    worst = ((rounded.float() - values).abs() / values.abs().clamp(min=torch.finfo(torch.float32).tiny)).max()
+    if not bool(worst <= _LARGEST_ERROR):  # not a number where infinite
+        raise TargetError(
+            "float16, in which this layout has its scales, does not hold those of a layer",
+            where=where,
+            got=f"scales from {float(values.abs().min()):.3g} to {float(values.abs().max()):.3g}",
+            expected="numbers from 6.1e-05 to 65504",
+            remedy="write format=compressed-tensors, or leave this layer in float with an override",
+        )
+    return rounded
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:

@@ -14,7 +14,7 @@ import qcompiler
 from qcompiler.artifacts import HFArtifact, load
 from qcompiler.errors import MissingDependencyError
 from qcompiler.ir import CacheFormat, Graph, is_op
-from qcompiler.lowering.checkpoint import awq, card, compressed_tensors, gptq, modelopt
+from qcompiler.lowering.checkpoint import awq, card, compressed_tensors, gguf, gptq, modelopt
 from qcompiler.lowering.checkpoint.caches import supports_cache
 from qcompiler.lowering.checkpoint.contents import Contents
 from qcompiler.lowering.checkpoint.layers import (
@@ -32,25 +32,25 @@ from qcompiler.storage import SOURCE_ONLY, StagedFiles, read_companions
 
 __all__ = ["CheckpointTarget"]
 
-_LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "modelopt": modelopt}
 _READ_HERE = {
     "gptq": "transformers needs gptqmodel for gptq",
     "awq": "transformers needs gptqmodel for awq",
     "modelopt": "transformers does not read modelopt",
 }
+_LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "modelopt": modelopt, "gguf": gguf}
 _MARK = "qcompiler_version"  # in config.json
 
 
 @dataclass(frozen=True)
 class CheckpointTarget(Target):
-    """Checkpoints that vLLM, SGLang and transformers load: safetensors, config.json, tokenizer, model card.
+    """Checkpoints that vLLM, SGLang, transformers and llama.cpp load: weights, config.json, tokenizer, model card.
 
-    Tensors are computed as they are written, one at a time. Answers about schemes are those of vLLM 0.32: ``fused``
-    where it has a kernel, ``writes-only`` where the layout holds what no engine is known to run.
+    Tensors are computed as they are written, one at a time. Answers about schemes are those of vLLM 0.32 (of
+    GGUF, llama.cpp): ``fused`` where it has a kernel, ``writes-only`` where no engine is known to run it.
     """
 
     format: Annotated[
-        Literal["compressed-tensors", "gptq", "awq", "modelopt"], Doc("The library whose layout it has.")
+        Literal["compressed-tensors", "gptq", "awq", "modelopt", "gguf"], Doc("The library whose layout it has.")
     ] = "compressed-tensors"
     shard_bytes: Annotated[
         int, Within(1), Doc("The most that a file of tensors holds; a larger tensor has its own.")
@@ -58,7 +58,7 @@ class CheckpointTarget(Target):
 
     name: ClassVar[str] = "checkpoint"
     main_file: ClassVar[str | None] = "config.json"
-    packages: ClassVar[Mapping[str, str]] = {"compressed_tensors": "compressed-tensors"}
+    packages: ClassVar[Mapping[str, str]] = {"compressed_tensors": "compressed-tensors", "gguf": "gguf"}
 
     def supports(self, scheme: Scheme, width: int) -> Support:
         """What becomes of a linear layer of ``width`` input channels under ``scheme``."""
@@ -84,12 +84,13 @@ class CheckpointTarget(Target):
             TargetError: if so.
             MissingDependencyError: without the library whose layout it has.
         """
-        if self.format == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
+        module = self.format.replace("-", "_")
+        if module in self.packages and importlib.util.find_spec(module) is None:
             raise MissingDependencyError(
                 "writing this layout needs a package that is not installed",
                 where="checkpoint",
-                got="no module compressed_tensors",
-                remedy="pip install compressed-tensors",
+                got=f"no module {module}",
+                remedy=f"pip install {self.packages[module]}",
             )
         self._check(graph, [])
 
@@ -105,6 +106,8 @@ class CheckpointTarget(Target):
         model = build_source(graph)
         check_layers(graph, layers, model)
         _LAYOUTS[self.format].check_layers(layers)
+        if self.format == "gguf":
+            gguf.check_model(graph, model)
         Contents(graph, model, written_layers(graph))
 
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
@@ -123,7 +126,10 @@ class CheckpointTarget(Target):
         files = read_companions(Path(str(graph.provenance["companions"])))
         files |= {name: _json(value) for name, value in layout.extra_files(contents).items()}
         files["config.json"] = _json({**config, _MARK: qcompiler.__version__})
-        contents.store.save(directory, max_shard_bytes=self.shard_bytes)
+        if self.format == "gguf":
+            gguf.save(contents, graph, model, directory)
+        else:
+            contents.store.save(directory, max_shard_bytes=self.shard_bytes)
         with StagedFiles(directory) as staged:
             for name in sorted(files, key=lambda name: name == "config.json"):
                 with staged.file(name) as write:

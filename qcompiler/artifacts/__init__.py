@@ -17,6 +17,7 @@ from qcompiler.artifacts.generation import Generation, generate
 from qcompiler.artifacts.hf import (
     HFArtifact,
     companion_losses,
+    has_tokenizer,
     load_tokenizer,
     read_limits,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "companion_losses",
     "evaluate",
     "generate",
+    "has_tokenizer",
     "load",
     "load_held_out",
     "load_tokenizer",

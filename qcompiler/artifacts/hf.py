@@ -16,7 +16,7 @@ from qcompiler.errors import InputError, MissingDependencyError, UnsupportedMode
 from qcompiler.frontend import build_on_meta, fingerprint_directory, read_config
 from qcompiler.storage import WeightStore, companion_files, left_behind, no_directory
 
-__all__ = ["HFArtifact", "companion_losses", "load_tokenizer", "read_limits"]
+__all__ = ["HFArtifact", "companion_losses", "has_tokenizer", "load_tokenizer", "read_limits"]
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None, trust_rem
     directory = Path(path)
     if not directory.is_dir():
         raise no_directory(directory)
-    if not any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         raise InputError(
             "the directory has no tokenizer",
             where=directory,
@@ -183,6 +183,11 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None, trust_rem
             remedy="use the tokenizer the model was trained with",
         )
     return tokenizer
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a file that a tokenizer is loaded from."""
+    return any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES)
 
 
 def companion_losses(path: str | Path, trust_remote_code: bool = False) -> list[str]:

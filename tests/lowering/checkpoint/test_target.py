@@ -137,7 +137,7 @@ def test_a_directory_with_something_in_it(name: str, graph: Graph, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("options", [{"format": "gguf"}, {"shard_bytes": 0}])
+@pytest.mark.parametrize("options", [{"format": "ggml"}, {"shard_bytes": 0}])
 def test_options_that_it_does_not_take(options: dict[str, Any]) -> None:
     with pytest.raises(TargetError):
         CheckpointTarget(**options)

@@ -1,0 +1,22 @@
+"""The layout of GGUF, which llama.cpp reads: one file ``model.gguf`` with tensors, settings and tokenizer.
+
+| file | what |
+|---|---|
+| ``layout`` | which schemes blocks hold, and what becomes of a layer |
+| ``blocks`` | codes and scales as blocks of 32 weights |
+| ``architectures`` | which models have a place there, and the names and order of their tensors |
+| ``metadata`` | the settings of a model |
+| ``vocabulary`` | its tokenizer |
+| ``file`` | all of them, written one tensor at a time |
+"""
+
+from qcompiler.lowering.checkpoint.gguf.file import check_model, save
+from qcompiler.lowering.checkpoint.gguf.layout import (
+    add_layer,
+    check_layers,
+    extra_files,
+    quantization_config,
+    supports,
+)
+
+__all__ = ["add_layer", "check_layers", "check_model", "extra_files", "quantization_config", "save", "supports"]
