@@ -152,7 +152,7 @@ def read(
         fields = {"engine": engine.name, "directory": str(directory.resolve()), "rows": ids.tolist()}
         request.write_text(json.dumps({**fields, "first": first, "vocab": vocab}), encoding="utf-8")
         _run(
-            [interpreter, str(Path(__file__).with_name(engine.script)), str(request), str(out)],
+            [interpreter, str(Path(__file__).parent / engine.script), str(request), str(out)],
             engine,
             directory,
             timeout,
