@@ -2,10 +2,11 @@
 #   make demo    compile the shipped model and generate text with it      make check   ruff and mypy
 #   make test    the tests that run on any machine                        make bench   the benchmark tables
 #   make docs    the documentation as a site, in build/site
+#   make test-engines   vLLM, llama.cpp, gptqmodel and TensorRT-Edge-LLM read our checkpoints (7 GB, half an hour)
 #   make gpu     kernels on a GPU: checks and times, in under eight minutes; sets nothing up
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-slow test-gpu demo check format bench gpu matrix docs clean
+.PHONY: help setup test test-slow test-gpu test-engines demo check format bench gpu matrix docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 help:
-	@sed -n '2,5s/^# *//p' Makefile
+	@sed -n '2,6s/^# *//p' Makefile
 
 setup: $(STAMP)
 
@@ -26,13 +27,21 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: setup
-	$(PYTEST) -m 'not slow and not gpu and not tensorrt'
+	$(PYTEST) -m 'not slow and not gpu and not tensorrt and not engines'
 
 test-slow: setup
-	$(PYTEST) -m 'slow and not gpu and not tensorrt'
+	$(PYTEST) -m 'slow and not gpu and not tensorrt and not engines'
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m 'gpu or tensorrt'
+
+# Engines that are not ours read checkpoints, each in an environment of its own: make test-engines ENGINES=llama.cpp
+ENGINES ?= llama.cpp vllm gptqmodel edgellm
+test-engines: setup $(ENGINES:%=.venv-engines/%/.installed)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -p no:randomly -m engines
+
+.venv-engines/%/.installed: .ci/engines/%.txt
+	.ci/make-engine .venv-engines/$* $<
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -74,4 +83,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file .ci/mkdocs.yml
 
 clean:
-	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-engines build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from qcompiler.api import CompileResult, capture, compile, evaluate, generate, load, lower, open_artifact
     from qcompiler.artifacts import Calibration
     from qcompiler.errors import QCompilerError
+    from qcompiler.to_target import verify
 
 __all__ = [
     "Calibration",
@@ -23,11 +24,16 @@ __all__ = [
     "load",
     "lower",
     "open_artifact",
+    "verify",
 ]
 
 __version__ = "0.1.0"
 
-_ELSEWHERE = {"Calibration": "qcompiler.artifacts", "QCompilerError": "qcompiler.errors"}
+_ELSEWHERE = {
+    "Calibration": "qcompiler.artifacts",
+    "QCompilerError": "qcompiler.errors",
+    "verify": "qcompiler.to_target",
+}
 
 
 def __getattr__(name: str) -> Any:

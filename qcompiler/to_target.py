@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
+from torch import Tensor
 
 from qcompiler.artifacts import CompileResult, StreamedArtifact, add_target, check_parity, load, with_noise
-from qcompiler.errors import QCompilerError, TargetError, did_you_mean
+from qcompiler.errors import InputError, QCompilerError, TargetError, did_you_mean
 from qcompiler.ir import Graph, cache_formats
 from qcompiler.lowering import targets
 from qcompiler.protocol import (
@@ -39,6 +40,7 @@ __all__ = [
     "make_target",
     "open_with_engine",
     "record_target",
+    "verify",
     "write_target",
     "written_target",
 ]
@@ -271,6 +273,63 @@ def record_target(result: CompileResult, name: str, written: dict[str, Any]) -> 
             add_target(result.saved_in, result.graph, result.manifest, name, written)
         except QCompilerError as error:
             written["notes"].append(f"not in the report of {result.saved_in}: {error.what}: {error.got}")
+
+
+def verify(
+    checkpoint: str | Path,
+    reader: str,
+    *,
+    native: str | Path | None = None,
+    python: str | Path | None = None,
+    tokens: Tensor | None = None,
+    timeout: float = 3600,
+) -> dict[str, Any]:
+    """Lets an engine read a written checkpoint, and compares what it computes with the native artifact.
+
+    The result goes into the report beside the native artifact. The engine runs in a process of its own.
+
+    Args:
+        checkpoint: what the target ``checkpoint`` wrote, such as ``OUT/checkpoint``.
+        reader: ``transformers``, ``vllm``, ``llama.cpp`` or ``gptqmodel``.
+        native: the artifact it was written of; by default ``native`` beside it.
+        python: the interpreter of an environment that has the engine; by default this one.
+        tokens: int64 ``[rows, length]`` to begin with, by default random; 64 more are what the native artifact
+            continues them with.
+        timeout: seconds that the engine may take.
+
+    Returns:
+        As `qcompiler.lowering.checkpoint.readers.compare`.
+
+    Raises:
+        VerificationError: if the engine computes something else, or does not load the checkpoint.
+        MissingDependencyError: if the engine is not there.
+        InputError, TargetError: for paths, tokens or a reader that cannot be used.
+    """
+    from qcompiler.lowering.checkpoint.readers import ENGINES, compare
+
+    engines = {engine.name: engine for engine in ENGINES}
+    if reader not in engines:
+        remedy = did_you_mean(reader, engines)
+        raise TargetError("unknown reader", got=reader, expected=", ".join(engines), remedy=remedy)
+    directory = Path(checkpoint)
+    if not (directory / "config.json").is_file():
+        raise InputError(
+            "there is no checkpoint", where=directory, got="no config.json", expected="such as OUT/checkpoint"
+        )
+    result = load(directory.parent if native is None else native)
+    if result.saved_in is None:
+        raise InputError("this is no native artifact", where=native, remedy="name it: --native OUT/native")
+    found = compare(
+        result,
+        directory,
+        engines[reader],
+        prompts=tokens,
+        python=None if python is None else Path(python),
+        timeout=timeout,
+    )
+    entry = {"path": str(directory), "notes": [], **result.report.targets.get("checkpoint", {})}
+    record_target(result, "checkpoint", {**entry, f"parity with {reader}": found})
+    return found
 
 
 def open_with_engine(result: CompileResult, engine: str, device: str) -> Artifact:

@@ -27,7 +27,7 @@ from qcompiler.artifacts.native import (
     add_target,
     load_held_out,
 )
-from qcompiler.artifacts.noise import with_noise
+from qcompiler.artifacts.noise import with_block_noise, with_noise
 from qcompiler.artifacts.parity import check_parity
 from qcompiler.artifacts.result import CompileResult, load, native_directory
 from qcompiler.artifacts.streamed import StreamedArtifact
@@ -58,5 +58,6 @@ __all__ = [
     "native_directory",
     "read_corpus",
     "read_limits",
+    "with_block_noise",
     "with_noise",
 ]

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from qcompiler.ir import Graph, is_op
 
-__all__ = ["with_noise"]
+__all__ = ["with_block_noise", "with_noise"]
 
 _canonical = torch.ops.qcompiler
 _TERMS_AT_ONCE = 1 << 22  # of a weight, in float64: 32 MiB
@@ -62,6 +62,43 @@ def with_noise(graph: Graph, rounded: Collection[str], dtype: torch.dtype, *, sa
             user.replace_input_with(node, noisy)
         noisy.meta = dict(source.meta)
     return replace(graph, fx=copy)
+
+
+def with_block_noise(graph: Graph, block: int, *, sample: int = 0) -> Graph:
+    """A copy of a graph whose linear layers read inputs with the errors of eight bits, in blocks with one scale each.
+
+    llama.cpp rounds so what it multiplies with quantized weights: codes from -127 to 127, so that an error is within
+    half a step, ``amax / 254`` of its block. The same error is put on what float weights multiply, whose own is
+    smaller.
+
+    Args:
+        graph: not changed.
+        block: channels that share a scale; the last block is short where it does not divide them.
+        sample: which errors; each number gives others.
+    """
+    nodes: dict[fx.Node, fx.Node] = {}
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph.fx, nodes))
+    for source, node in nodes.items():
+        node.meta = dict(source.meta)
+    for seed, (source, node) in enumerate(nodes.items()):
+        readers = [user for user in source.users if is_op(user, _canonical.linear.default) and user.args[0] is source]
+        if not readers:
+            continue
+        with copy.inserting_after(node):
+            noisy = copy.call_function(_add_noise_of_blocks, (node, block, (sample << 32) + seed))
+        noisy.meta = dict(source.meta)
+        for reader in readers:
+            nodes[reader].replace_input_with(node, noisy)
+    return replace(graph, fx=copy)
+
+
+def _add_noise_of_blocks(x: Tensor, block: int, seed: int) -> Tensor:
+    """``x`` and an error within half a step of each block along its last axis."""
+    width = x.shape[-1]
+    blocks = torch.nn.functional.pad(x, (0, -width % block)).unflatten(-1, (-1, block))
+    steps = (blocks.abs().amax(-1, keepdim=True) / 127).expand(blocks.shape).flatten(-2)[..., :width]
+    return _disturbed(x, steps / 2, seed)
 
 
 def _add_noise(x: Any, of_values: float, seed: int) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 from qcompiler.artifacts.decisions import Decisions
 from qcompiler.artifacts.streamed import run_together
 from qcompiler.errors import VerificationError
+from qcompiler.ir import Around
 from qcompiler.protocol import Artifact
 
 __all__ = ["check_parity"]
@@ -30,8 +31,11 @@ def check_parity(
     rows: int = 2,
     length: int = 32,
     steps: int | None = None,
+    ids: Tensor | None = None,
+    first: int | None = None,
+    of_log_probabilities: bool = False,
 ) -> dict[str, Any]:
-    """Compares logits on random tokens, in one piece and through the cache.
+    """Compares logits on random tokens, or on given ones, in one piece and through the cache.
 
     Where activations are rounded, a difference in the last bit ahead of a rounding can put a value on the other side of
     a tie, a whole step away; the layers behind then round differently too. Such a model does not agree with itself
@@ -57,7 +61,11 @@ def check_parity(
             difference is added to the tolerance.
         rows: sequences.
         length: tokens in each (fewer where the model takes fewer).
-        steps: how many are appended to the cache one by one, behind the first half of them; the rest at once.
+        steps: how many are appended to the cache one by one, behind the first of them; the rest at once.
+        ids: int64 ``[rows, length]``, in the place of random tokens.
+        first: how many of them the cache is given at once; by default half.
+        of_log_probabilities: ``actual`` gives these in the place of logits: what is compared is logits less their mean
+            over the vocabulary, which are the same of both.
 
     Returns:
         ``max_difference`` (relative), ``cached_difference`` (None without a cache), ``tolerance``, ``mean_difference``
@@ -69,13 +77,19 @@ def check_parity(
         VerificationError: beyond a tolerance, or where both are too loose to see a fault and nothing else can be
             measured.
     """
-    length = min(length, expected.max_positions or length, actual.max_positions or length)
-    ids = torch.randint(expected.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    if ids is None:
+        length = min(length, expected.max_positions or length, actual.max_positions or length)
+        ids = torch.randint(expected.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     runs = [[ids]]
     if actual.has_cache and expected.has_cache:
-        runs.append(_parts(ids, steps))
+        runs.append(_parts(ids, first, steps))
     decisions = Decisions()
-    reference, *reference_parts = run_together(expected, runs, decisions.recording())
+
+    def run(artifact: Artifact, runs: list[list[Tensor]], around: Around) -> list[Tensor]:
+        logits = run_together(artifact, runs, around)
+        return [part - part.mean(-1, keepdim=True) if of_log_probabilities else part for part in logits]
+
+    reference, *reference_parts = run(expected, runs, decisions.recording())
     largest, mean_size = reference.abs().max().item() or 1.0, _per_token(reference) or 1.0
 
     def differences(logits: Tensor, reference: Tensor = reference) -> tuple[float, float]:
@@ -91,7 +105,7 @@ def check_parity(
         return difference.abs().max().item() / largest, _per_token(difference) / mean_size
 
     def forward(artifact: Artifact) -> Tensor:
-        (logits,) = run_together(artifact, [[ids]], decisions.holding())
+        (logits,) = run(artifact, runs[:1], decisions.holding())
         return logits
 
     own, mean_own = 0.0, 0.0  # what the model's own rounding does
@@ -119,7 +133,7 @@ def check_parity(
             remedy="use a wider dtype or more bits of activations, or lower with verify=False",
         )
     tolerance, mean_tolerance = tolerance + own, tolerance + mean_own
-    logits, *parts = run_together(actual, runs, decisions.holding())
+    logits, *parts = run(actual, runs, decisions.holding())
     difference, mean_difference = differences(logits)
     cached = None
     found_differences = [(difference, mean_difference)]
@@ -134,7 +148,7 @@ def check_parity(
         "mean_tolerance": mean_tolerance,
         "kl_divergence": _kl_divergence(reference, logits),
         "top1_agreement": (logits.argmax(-1) == reference.argmax(-1)).float().mean().item(),
-        "tokens": rows * length,
+        "tokens": ids.numel(),
         "unrounded_divergence": None,
         "unrounded_divergence_allowed": None,
     }
@@ -167,12 +181,12 @@ def _and(differences: Iterable[float]) -> str:
     return " and ".join(f"{value:.2e}" for value in differences)
 
 
-def _parts(ids: Tensor, steps: int | None) -> list[Tensor]:
-    """The first half of the tokens, some of the others one by one, and what is left."""
-    half = max(1, ids.shape[1] // 2)
-    left = ids.shape[1] - half
+def _parts(ids: Tensor, first: int | None, steps: int | None) -> list[Tensor]:
+    """The first of the tokens, some of the others one by one, and what is left."""
+    first = first or max(1, ids.shape[1] // 2)
+    left = ids.shape[1] - first
     alone = left if steps is None else min(steps, left)
-    sizes = [half, *[1] * alone, *([left - alone] if left > alone else [])]
+    sizes = [first, *[1] * alone, *([left - alone] if left > alone else [])]
     return list(ids.split(sizes, dim=1))
 
 

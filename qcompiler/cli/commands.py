@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import qcompiler
-from qcompiler import api
+from qcompiler import api, to_target
 from qcompiler.artifacts import Calibration
 from qcompiler.cli.options import (
     Engine,
@@ -20,6 +20,7 @@ from qcompiler.cli.options import (
     To,
     Trust,
     Verbose,
+    first_tokens,
     parse_bytes,
     parse_overrides,
     parse_targets,
@@ -295,6 +296,38 @@ def generate(
         for note in described["notes"]:
             print(f"note: {note}", file=sys.stderr)
     return {**result.to_dict(), "engine": described}
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="What --to checkpoint wrote, such as OUT/checkpoint.")],
+    reader: Annotated[str, typer.Option(help="The engine: transformers, vllm, llama.cpp or gptqmodel.")],
+    native: Annotated[
+        Path | None, typer.Option(help="The native artifact it was written of; by default beside it.")
+    ] = None,
+    python: Annotated[
+        Path | None, typer.Option(help="The Python of an environment that has the engine; by default this one.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text whose first tokens are given; by default random ones.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that the engine may take.")] = 3600,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Let an engine read CHECKPOINT, and compare what it computes with the native artifact."""
+    use_threads(threads)
+    found = to_target.verify(
+        checkpoint,
+        reader,
+        native=native,
+        python=python,
+        tokens=None if text is None else first_tokens(text, checkpoint),
+        timeout=timeout,
+    )
+    if not as_json:
+        print_table({key: value for key, value in found.items() if value is not None})
+    return found
 
 
 @app.command()

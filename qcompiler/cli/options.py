@@ -1,11 +1,14 @@
 """The options that several commands share, and what their texts mean."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import Tensor
 
 from qcompiler import api
+from qcompiler.artifacts import Calibration
 from qcompiler.errors import InputError, RecipeError, TargetError
 from qcompiler.protocol import Target
 
@@ -18,6 +21,7 @@ __all__ = [
     "To",
     "Trust",
     "Verbose",
+    "first_tokens",
     "parse_bytes",
     "parse_overrides",
     "parse_targets",
@@ -93,3 +97,8 @@ def parse_bytes(text: str) -> int:
     if value < 0:
         raise InputError("not an amount of memory", got=text, expected="such as 500MB or 4GB")
     return value
+
+
+def first_tokens(text: Path, directory: Path) -> Tensor:
+    """int64 ``[1, 64]``: a window of a text, by the tokenizer of a directory."""
+    return Calibration.from_text(text, samples=1, length=64).bind(directory).ids

@@ -12,6 +12,7 @@
 
 from qcompiler.lowering.checkpoint.gguf.file import FILE, check_model, save
 from qcompiler.lowering.checkpoint.gguf.layout import (
+    add_caches,
     add_layer,
     check_layers,
     extra_files,
@@ -19,4 +20,14 @@ from qcompiler.lowering.checkpoint.gguf.layout import (
     supports,
 )
 
-__all__ = ["FILE", "add_layer", "check_layers", "check_model", "extra_files", "quantization_config", "save", "supports"]
+__all__ = [
+    "FILE",
+    "add_caches",
+    "add_layer",
+    "check_layers",
+    "check_model",
+    "extra_files",
+    "quantization_config",
+    "save",
+    "supports",
+]

@@ -18,7 +18,7 @@ from qcompiler.lowering.checkpoint.layers import Layer
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Support
 
-__all__ = ["add_layer", "block_type", "check_layers", "extra_files", "quantization_config", "supports"]
+__all__ = ["add_caches", "add_layer", "block_type", "check_layers", "extra_files", "quantization_config", "supports"]
 
 _BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "MXFP4": 17}
 """Of a block, by the name of its type."""
@@ -99,6 +99,10 @@ def _note(contents: Contents, layer: Layer, kind: str) -> None:
             "Q4_1 has minima, -zero_point * scale, instead of zero points, rounded to float16: weights are off by up "
             "to 2^-11 of the minimum of their block"
         )
+
+
+def add_caches(contents: Contents) -> None:
+    """Nothing: quantized caches are refused."""
 
 
 def quantization_config(contents: Contents) -> dict[str, Any] | None:
