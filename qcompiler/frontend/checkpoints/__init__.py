@@ -7,21 +7,22 @@
 | ``compressed_tensors``, ``ct_schemes``, ``gptq``, ``awq``, ``modelopt``, ``fp8``, ``mxfp4`` | one layout each |
 | ``caches`` | scales of keys and values become the graph's cache |
 | ``merging`` | layers that transformers puts together are put together as codes |
-| ``gguf``, ``gguf_config``, ``gguf_tokenizer`` | files of GGUF, which hold a model by themselves |
-| ``gguf_models`` | models, tensors and tokenizers as GGUF calls them |
+| ``gguf`` | files of GGUF, which hold a model by themselves |
 | ``placing`` | layers become quantized sites of a canonical graph |
 """
 
 from qcompiler.frontend.checkpoints.contents import Checkpoint
-from qcompiler.frontend.checkpoints.gguf import OpenedGGUF, find_gguf, open_gguf
-from qcompiler.frontend.checkpoints.gguf_models import (
+from qcompiler.frontend.checkpoints.gguf import (
     GGUF_MODELS,
     GGUF_WORDS,
     LLAMA3_FACTORS,
     GGUFModel,
     GGUFPlace,
+    OpenedGGUF,
+    find_gguf,
     gguf_places,
     interleave,
+    open_gguf,
 )
 from qcompiler.frontend.checkpoints.placing import check_linear, place_layers
 from qcompiler.frontend.checkpoints.settings import Settings, find_settings, read_checkpoint

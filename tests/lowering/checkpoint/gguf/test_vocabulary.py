@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qcompiler.artifacts import load_tokenizer
 from qcompiler.errors import InputError, TargetError
-from qcompiler.frontend.checkpoints.gguf_tokenizer import save_tokenizer
+from qcompiler.frontend.checkpoints.gguf.tokenizer import save_tokenizer
 from qcompiler.lowering.checkpoint.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary
 from qcompiler.storage import GGUFFile
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from qcompiler.errors import InputError, MissingDependencyError
 from qcompiler.frontend.checkpoints.contents import Checkpoint, Layer
-from qcompiler.frontend.checkpoints.gguf_config import config_of
-from qcompiler.frontend.checkpoints.gguf_models import LLAMA3_FACTORS, GGUFPlace, gguf_places, undo_interleave
-from qcompiler.frontend.checkpoints.gguf_tokenizer import save_tokenizer
+from qcompiler.frontend.checkpoints.gguf.config import config_of
+from qcompiler.frontend.checkpoints.gguf.models import LLAMA3_FACTORS, GGUFPlace, gguf_places, undo_interleave
+from qcompiler.frontend.checkpoints.gguf.tokenizer import save_tokenizer
 from qcompiler.frontend.skeleton import build_on_meta
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.storage import GGUFFile, GGUFTensor, WeightStore

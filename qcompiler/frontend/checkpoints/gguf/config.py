@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from qcompiler.errors import UnsupportedModelError, WeightError
-from qcompiler.frontend.checkpoints.gguf_models import GGUF_MODELS, LLAMA3_FACTORS
+from qcompiler.frontend.checkpoints.gguf.models import GGUF_MODELS, LLAMA3_FACTORS
 from qcompiler.storage import GGUFFile
 
 __all__ = ["config_of"]

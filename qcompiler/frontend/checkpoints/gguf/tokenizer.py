@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcompiler.frontend.checkpoints.gguf_models import GGUF_WORDS
+from qcompiler.frontend.checkpoints.gguf.models import GGUF_WORDS
 from qcompiler.storage import GGUFFile
 
 __all__ = ["save_tokenizer"]
