@@ -182,10 +182,13 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
             "format": layout_of(weight, activation),
         }
         groups.setdefault(json.dumps(fields), (fields, []))[1].append(layer.name)
+    class_names = ["Linear"]
+    if any(layer.name == contents.head for layer in contents.layers):
+        class_names.append(contents.head)  # which vLLM holds in another class
     layouts = {str(fields["format"]) for fields, _ in groups.values()}
     config = QuantizationConfig(
         config_groups={
-            f"group_{number}": QuantizationScheme(targets=["Linear"] if len(groups) == 1 else names, **fields)
+            f"group_{number}": QuantizationScheme(targets=class_names if len(groups) == 1 else names, **fields)
             for number, (fields, names) in enumerate(groups.values())
         },
         ignore=contents.ignored,

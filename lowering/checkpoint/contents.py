@@ -36,6 +36,7 @@ class Contents:
         layers: the quantized layers; a layout adds their tensors.
         caches: the scales of its quantized caches; a layout adds them.
         ignored: the paths of linear layers that stay float.
+        head: the path of the output head; empty where the model has none.
         ties: whether the output head is the embedding.
         notes: sentences on what is not exactly as in the graph, for the report.
 
@@ -64,6 +65,9 @@ class Contents:
         self._add_floats(model, quantized)
         self.ties = self._is_tied(model)
         self._drop_tied(model)
+        self.head, was_tied = self._find_head(model)
+        if was_tied and self.head in quantized:
+            self.note("the output head is quantized, and so no longer the embedding, which stays as it was")
 
     def add(
         self,
@@ -256,6 +260,12 @@ class Contents:
             name, source = (self._source_name(item) for item in pair)
             if name in self.store and source in self.store and name in self.store.tied(source):
                 self.store.remove(name)
+
+    def _find_head(self, model: Any) -> tuple[str, bool]:
+        """The path of the output head, and whether the model has it in common with the embedding."""
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        path = next((path for path, module in model.named_modules() if module is head), "")
+        return path, head is not None and table is not None and head.weight is table.weight
 
     def _is_tied(self, model: Any) -> bool:
         head, table = model.get_output_embeddings(), model.get_input_embeddings()

@@ -75,14 +75,14 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
         "desc_act": False,
         "sym": True,
         "checkpoint_format": "gptq",
-        "lm_head": any(layer.name == "lm_head" for layer in contents.layers),
+        "lm_head": any(layer.name == contents.head for layer in contents.layers),
     }
     different = {
         f"+:^{re.escape(layer.name)}$": fields
         for layer, fields in zip(contents.layers[1:], others, strict=True)
         if fields != first
     }
-    different |= {f"-:^{re.escape(name)}$": {} for name in contents.ignored if name != "lm_head"}
+    different |= {f"-:^{re.escape(name)}$": {} for name in contents.ignored if name != contents.head}
     return {**found, "dynamic": different} if different else found
 
 

@@ -54,7 +54,10 @@ def test_widths_that_fill_no_words(scheme: str, odd_graph: Graph, write: Write) 
     tensors, bits = unpacking.read_tensors(directory), int(scheme[1])
     for name in (QUERY, DOWN, "lm_head"):
         np.testing.assert_array_equal(unpacking.packed_integers(tensors, name, bits), native_weight(result.graph, name))
-    assert unpacking.read_config(directory)["quantization_config"]["ignore"] == []
+    config = unpacking.read_config(directory)
+    assert config["quantization_config"]["ignore"] == []
+    assert group(config)["targets"] == ["Linear", "lm_head"]
+    assert not any("the embedding" in note for note in report["notes"])
     assert f"{QUERY}.bias" in tensors
     assert report["parity"]["max_difference"] == 0
 

@@ -63,6 +63,7 @@ def test_a_quantized_head_that_was_the_embedding(tied_graph: Graph, write: Write
     found = unpacking.packed_integers(tensors, "lm_head", 8)
     np.testing.assert_array_equal(found, native_weight(result.graph, "lm_head"))
     assert not ties(directory)
+    assert any("no longer the embedding" in note for note in report["notes"])
     assert report["parity"]["max_difference"] == 0
 
 
