@@ -1,5 +1,7 @@
 """`StreamedHFArtifact`: a checkpoint run by transformers, with the weights of one module in memory at a time."""
 
+import contextlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +48,7 @@ def _pack(model: Any, quantization: Mapping[str, Any]) -> None:
     """Gives modules the parameters that the checkpoint has of them, on meta."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    with quiet_transformers():
+    with quiet_transformers(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # progress bars
         quantizer = AutoHfQuantizer.from_config(dict(quantization), pre_quantized=True)
         quantizer.validate_environment()
         quantizer.preprocess_model(model)
