@@ -118,8 +118,9 @@ def passes_of(name: str, group: int) -> list[Pass]:
 
 def measure(options: argparse.Namespace, source: Path, name: str, ids: Tensor, is_first: bool) -> list[list[str]]:
     """The lines of one recipe, ahead of them that of the original where it is the first."""
+    passes = passes_of(name, options.group)
     calibration = qc.Calibration.from_text(options.calib, samples=options.samples, length=256)
-    result = qc.compile(source, passes_of(name, options.group), calibration)
+    result = qc.compile(source, passes, calibration if any(item.is_calibrated for item in passes) else None)
     readers: dict[tuple[str, str], Any] = {("native", "qcompiler"): result.artifact()}
     size = {"native": result.report.bytes_after, "none": (source / "model.safetensors").stat().st_size}
     lines, scored = [], dict[str, float]()
