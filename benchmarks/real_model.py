@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import qcompiler as qc
-from benchmarks.runs import environment
 from qcompiler.artifacts import HFArtifact, load_tokenizer
 from qcompiler.errors import QCompilerError
 from qcompiler.lowering.checkpoint import CheckpointTarget
@@ -36,6 +36,7 @@ from qcompiler.storage import read_companions
 
 DRIVER = Path(__file__).parent / "peer_drivers" / "read_llama_cpp.py"
 RECIPES = ("w8a16", "w4a16-rtn", "w4a16-gptq", "w4a16-awq-gptq", "w8a8-dynamic")
+PACKAGES = ("torch", "transformers", "compressed-tensors", "gguf")
 FORMATS = ("compressed-tensors", "gptq", "awq", "gguf")
 HEADINGS = ("recipe", "format", "reader", "perplexity", "KL", "top-1", "MB")
 
@@ -73,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--llama-cpp", type=Path, help="the Python of an environment that has xllamacpp")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16, help="windows of 256 tokens to calibrate on")
     parser.add_argument("--windows", type=int, default=32)
@@ -116,12 +118,13 @@ def passes_of(name: str, group: int) -> list[Pass]:
 
 def measure(options: argparse.Namespace, source: Path, name: str, ids: Tensor, is_first: bool) -> list[list[str]]:
     """The lines of one recipe, ahead of them that of the original where it is the first."""
+    passes = passes_of(name, options.group)
     calibration = qc.Calibration.from_text(options.calib, samples=options.samples, length=256)
-    result = qc.compile(source, passes_of(name, options.group), calibration)
+    result = qc.compile(source, passes, calibration if any(item.is_calibrated for item in passes) else None)
     readers: dict[tuple[str, str], Any] = {("native", "qcompiler"): result.artifact()}
     size = {"native": result.report.bytes_after, "none": (source / "model.safetensors").stat().st_size}
     lines, scored = [], dict[str, float]()
-    for form in FORMATS:
+    for form in options.formats:
         place = options.work / f"{name}-{form}"
         shutil.rmtree(place, ignore_errors=True)
         try:
@@ -174,11 +177,19 @@ def llama_cpp(python: Path, place: Path, ids: Tensor, work: Path) -> float:
     return float(np.exp(-np.load(out)["scored"].mean(dtype=np.float64)))
 
 
+def _llama_cpp_version(python: Path) -> str:
+    code = "import importlib.metadata as m; print(m.version('xllamacpp'))"
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
 def render(rows: list[list[str]], options: argparse.Namespace) -> str:
     """The table, as Markdown."""
     about = f"{options.windows} windows of {options.length} tokens of {options.text.name}; calibrated on "
-    about += f"{options.samples} windows of 256 tokens of {options.calib.name}; groups of {options.group}"
-    lines = [f"# A real model: {options.source.name}", "", f"{about}. {environment()}", ""]
+    about += f"{options.samples} windows of 256 tokens of {options.calib.name}; groups of {options.group}."
+    about += " " + ", ".join(f"{name} {version(name)}" for name in PACKAGES) + "."
+    if options.llama_cpp is not None:
+        about += f" llama.cpp of xllamacpp {_llama_cpp_version(options.llama_cpp)}."
+    lines = [f"# A real model: {options.source.name}", "", about, ""]
     lines += [f"| {' | '.join(cells)} |" for cells in (HEADINGS, ["---"] * len(HEADINGS), *rows)]
     return "\n".join(lines) + "\n"
 

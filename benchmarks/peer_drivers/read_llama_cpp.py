@@ -6,7 +6,11 @@ writes: ``logprobs`` float32 ``[rows, length - 1, vocab]``, the distribution aft
 ``continued`` int64 ``[rows, new]``. With ``--score`` behind them, OUT gets ``scored`` float32 ``[rows, length - 1]``
 alone, the log-probability of each token behind the first, which is all that a perplexity needs.
 
-The cache is kept in float32; products round their inputs to 8 bits in blocks of 32, as llama.cpp does on a CPU.
+The cache is kept in float32. Products with blocks round their inputs to 8 bits in blocks of 32 (scale: the largest
+magnitude over 127, in float16), as llama.cpp does on a CPU: that is what its distance from the native artifact comes
+to, so twice what such roundings change may be allowed. On the shipped model (2 x 24 tokens), as root mean square
+of log-probabilities: llama.cpp from native 0.0164 (w8a16) and 0.0172 (w4a16), native with inputs rounded so from native
+0.0170 and 0.0177; 64 of 64 greedy tokens the same.
 """
 
 import json
