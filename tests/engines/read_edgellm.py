@@ -35,7 +35,8 @@ def main(checkpoint: str, out: str) -> None:
     for name, module in model.named_modules():
         if type(module).__name__ == "FP8Linear":
             found[name] = (module.weight.to(torch.float32) * module.weight_scale.float()).numpy()
-    np.savez(out, **{name: np.asarray(weight, dtype=np.float32) for name, weight in found.items()})
+    arrays: dict[str, Any] = {name: np.asarray(weight, dtype=np.float32) for name, weight in found.items()}
+    np.savez(out, **arrays)
 
 
 if __name__ == "__main__":
