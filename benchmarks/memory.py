@@ -1,18 +1,39 @@
-"""Does peak memory grow with depth? ``python -m benchmarks.memory`` compiles one architecture with 8 and with 32
-layers.
+"""Does peak memory grow with depth? ``python -m benchmarks.memory`` runs the command line with 8 and with 32 layers.
 
-Each run is a process of its own: capture, ``w4a16-gptq`` on tokens given, and ONNX. What counts is the peak resident
-memory of compiling and of lowering, less what was resident after imports and capture.
+Each row is what users run, a process of its own: ``qcompiler compile MODEL -r RECIPE --calib TEXT --to TARGET``, which
+compares what it wrote; ``qcompiler convert OUT --to TARGET`` for ``convert:TARGET``; and ``qcompiler.lower(OUT,
+"kernels")``. What counts is the largest resident memory of the process, imports included. Other shapes by option; that
+of Llama-2-7B: ``--hidden 4096 --intermediate 11008 --heads 32 --kv-heads 32 --vocabulary 32000 --untied``.
 """
 
 import argparse
-import json
-import resource
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "booklm"
+NOTHING, KERNELS, CONVERT = "none", "kernels", "convert:"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a process took.
+
+    Attributes:
+        target: that was lowered to.
+        layers: of the model.
+        peak: bytes of resident memory.
+        seconds: of the processor.
+    """
+
+    target: str
+    layers: int
+    peak: int
+    seconds: float
 
 
 def main() -> None:
@@ -20,46 +41,81 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--intermediate", type=int, help="by default 2.75 times as wide")
+    parser.add_argument("--heads", type=int, help="by default of 64 channels")
+    parser.add_argument("--kv-heads", type=int, help="by default half as many")
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--untied", action="store_true", help="a head of its own")
     parser.add_argument("--recipe", default="w4a16-gptq")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--targets", nargs="+", default=[NOTHING, "onnx", "checkpoint", KERNELS])
     parser.add_argument("--output", type=Path, help="write the table here too")
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options)))
+    if options.build:
+        build(options.build, options)
         return
+    baseline = run([sys.executable, "-c", "import qcompiler, transformers, torch"])[0]
     rows = []
     for layers in options.layers:
         with tempfile.TemporaryDirectory() as directory:
-            build(Path(directory) / "model", layers, options.hidden)
-            command = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:], "--one", directory]
-            output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
-            rows.append((layers, json.loads(output.splitlines()[-1])))
-            print(rows[-1], file=sys.stderr)
-    table = render(rows, options)
+            root = Path(directory)
+            own = [*sys.argv[1:], "--layers", str(layers), "--build", root / "model"]  # the last of a kind counts
+            subprocess.run([sys.executable, "-m", "benchmarks.memory", *own], check=True)
+            for target in options.targets:
+                peak, seconds = run(command(root, target, options))
+                rows.append(Row(target, layers, peak, seconds))
+                print(rows[-1], file=sys.stderr, flush=True)
+    table = render(rows, baseline, options)
     print(table)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(table, encoding="utf-8")
 
 
-def build(directory: Path, layers: int, hidden: int) -> None:
-    """Writes a random model of the Llama kind to disk, one tensor in memory at a time."""
+def command(root: Path, target: str, options: argparse.Namespace) -> list[str | Path]:
+    """What users run. Kernels, and what is converted, are made of what was compiled for the target that came first."""
+    if target == KERNELS:
+        lower = "import sys, qcompiler; qcompiler.lower(sys.argv[1], 'kernels', device='cpu')"
+        return [sys.executable, "-c", lower, root / options.targets[0]]
+    if target.startswith(CONVERT):
+        made = ["--to", target.removeprefix(CONVERT), "-o", root / "converted"]
+        return [sys.executable, "-m", "qcompiler", "convert", root / options.targets[0], *made]
+    out = root / target.partition(":")[0]
+    arguments = ["-r", options.recipe, "--calib", root / "model" / "text.txt"]
+    arguments += [] if target == NOTHING else ["--to", target]
+    arguments += ["--samples", str(options.samples), "--length", str(options.length)]
+    return [sys.executable, "-m", "qcompiler", "compile", root / "model", *arguments, "-o", out]
+
+
+def run(arguments: list[str | Path]) -> tuple[int, float]:
+    """Peak resident bytes and processor seconds of a process that must go well."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, arguments)
+    return usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
+
+
+def build(directory: Path, options: argparse.Namespace) -> None:
+    """Writes a random model of the Llama kind to disk, one tensor in memory at a time, a tokenizer, and a text."""
     import torch
     import transformers
 
     from qcompiler.storage import WeightStore
 
+    heads = options.heads or options.hidden // 64
     config = transformers.LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4 // 64 * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
-        vocab_size=4096,
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate or options.hidden * 11 // 4 // 64 * 64,
+        num_hidden_layers=options.layers[0],
+        num_attention_heads=heads,
+        num_key_value_heads=options.kv_heads or heads // 2,
+        vocab_size=options.vocabulary,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
+        tie_word_embeddings=not options.untied,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
@@ -77,58 +133,30 @@ def build(directory: Path, layers: int, hidden: int) -> None:
 
         store.derive(name, (), draw, dtype="bfloat16", shape=shape)
     store.save(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, directory / name)
+    (directory / "text.txt").write_text(" ".join(f"line {i} of the log, at sea" for i in range(20_000)))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Compiles and lowers one model; bytes above what was resident after capture."""
-    import torch
-
-    import qcompiler as qc
-
-    graph = qc.capture(options.one / "model")
-    before = resident()
-    ids = torch.randint(4096, (options.samples, options.length), generator=torch.Generator().manual_seed(0))
-    result = qc.compile(graph, options.recipe, qc.Calibration.from_tokens(ids))
-    compiled = peak()
-    result.save(options.one / "out" / "native")
-    qc.lower(result, "onnx", options.one / "out" / "onnx", verify=False)
-    return {
-        "weights": result.report.bytes_before,
-        "before": before,
-        "compile": compiled - before,
-        "with_lowering": peak() - before,
-        "cpu_seconds": result.report.cpu_seconds["sweep"],
-    }
-
-
-def resident() -> int:
-    """Resident memory of this process now, in bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def peak() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def render(rows: list[tuple[int, dict[str, Any]]], options: argparse.Namespace) -> str:
-    """The results as Markdown."""
+def render(rows: list[Row], baseline: int, options: argparse.Namespace) -> str:
+    """The results as Markdown: a line per target, a column per depth."""
     from qcompiler.reporting import machine
 
+    depths = sorted({row.layers for row in rows})
     where = ", ".join(f"{key} {value}" for key, value in machine().items())
     lines = [
-        f"{options.recipe}, hidden {options.hidden}, {options.samples}×{options.length} tokens. {where}.",
+        f"{options.recipe}, hidden {options.hidden}, {options.samples}×{options.length} tokens. {where}. "
+        f"Imports alone: {baseline / 1e6:.0f} MB.",
         "",
-        "| layers | weights on disk MB | resident after capture MB | compile, above it MB "
-        "| compile and lowering, above it MB | CPU s |",
-        "|---|---|---|---|---|---|",
+        "| target | " + " | ".join(f"{depth} layers, peak MB" for depth in depths) + " | growth | CPU s |",
+        "|---|" + "---|" * (len(depths) + 2),
     ]
-    for layers, row in rows:
-        sizes = " | ".join(f"{row[key] / 1e6:.0f}" for key in ("weights", "before", "compile", "with_lowering"))
-        lines.append(f"| {layers} | {sizes} | {row['cpu_seconds']:.0f} |")
-    growth = rows[-1][1]["with_lowering"] / rows[0][1]["with_lowering"] - 1
-    lines += ["", f"From {rows[0][0]} to {rows[-1][0]} layers the last column but one grows by {growth:+.1%}."]
+    for target in dict.fromkeys(row.target for row in rows):
+        own = {row.layers: row for row in rows if row.target == target}
+        peaks = [own[depth].peak for depth in depths]
+        seconds = " / ".join(f"{own[depth].seconds:.0f}" for depth in depths)
+        sizes = " | ".join(f"{peak / 1e6:.0f}" for peak in peaks)
+        lines.append(f"| {target} | {sizes} | {peaks[-1] / peaks[0] - 1:+.1%} | {seconds} |")
     return "\n".join(lines) + "\n"
 
 

@@ -96,7 +96,7 @@ def capture(
 
     Args:
         model: a Hugging Face directory, a transformers model, or any module with ``example_inputs``. Of a quantized
-            checkpoint (compressed-tensors, GPTQ, AWQ), sites have the codes that its files hold.
+            checkpoint (compressed-tensors, GPTQ, AWQ, GGUF), sites have the codes that its files hold.
         example_inputs: positional tensors for a plain module.
         dynamic_shapes: for a plain module, as `torch.export.export` takes them.
         trust_remote_code: run modelling code a directory brings along.
@@ -306,7 +306,7 @@ def open_artifact(
         TargetError: for an unknown engine, or one that does not run what is there.
     """
     root = Path(path)
-    if not root.is_dir():
+    if not root.is_dir() and root.suffix != ".gguf":
         raise no_directory(root)
     if (native_directory(root) / MANIFEST).is_file() or is_quantized_checkpoint(root):
         result = load(root, trust_remote_code=trust_remote_code)

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompiler.errors import TargetError
+from qcompiler.frontend import SourceNames
 from qcompiler.ir import Graph, is_quantized_weight, quantized_caches, stored_names
 from qcompiler.lowering.checkpoint.caches import CacheScale, cache_scales
+from qcompiler.lowering.checkpoint.experts import in_source, place_in_stack
 from qcompiler.lowering.checkpoint.layers import Layer, input_tensors
 from qcompiler.numerics import pack_bits
 from qcompiler.storage import WeightStore
 
 __all__ = ["Contents", "pack_words", "rounded_to_half"]
 
+_AS_IN_THE_MODEL = SourceNames({}, {})
 _LARGEST_ERROR = 2.0**-10  # of a scale; numbers that float16 holds to all its bits have half of that
 
 
@@ -26,6 +29,7 @@ class Contents:
         graph: one that came from a Hugging Face directory.
         model: that it was captured from, on meta.
         layers: its quantized layers, which leave their float weights to the layout.
+        sources: what checkpoints call its tensors; by default as the model does.
 
     Attributes:
         store: the tensors of the checkpoint.
@@ -39,15 +43,24 @@ class Contents:
         TargetError: for a graph that is no checkpoint with other numbers: one that computes something besides.
     """
 
-    def __init__(self, graph: Graph, model: nn.Module, layers: Sequence[Layer]) -> None:
-        self._graph = graph
+    def __init__(
+        self,
+        graph: Graph,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        sources: SourceNames = _AS_IN_THE_MODEL,
+    ) -> None:
+        self._graph, self._sources = graph, sources
         self.store = WeightStore()
-        self.layers = list(layers)
+        self.layers = in_source(layers, sources)
         self.caches = cache_scales(graph, model)
         self.notes: list[str] = []
         quantized = {layer.name for layer in layers}
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        self.ignored = [name for name in linear if name not in quantized]
+        left = [name for name in linear if name not in quantized]
+        if sources.experts:  # what chooses among experts, and they themselves, are no linear layers of the model
+            left += [site.name for site in graph.sites() if site.name not in quantized and site.name not in linear]
+        self.ignored = [name for item in left for name in self._source_paths(item)]
         self._add_floats(model, quantized)
         self.ties = self._is_tied(model)
         self._drop_tied(model)
@@ -72,7 +85,12 @@ class Contents:
         """
         stored = [part if part in self._graph.weights else f"{layer.stored}_{part}" for part in parts]
         self.store.derive(
-            f"{layer.name}.{name}", tuple(stored), function, dtype=dtype, shape=shape, store=self._graph.weights
+            f"{layer.name}.{name}",
+            tuple(stored),
+            lambda *tensors: function(*(layer.rows_of(tensor) for tensor in tensors)),
+            dtype=dtype,
+            shape=shape,
+            store=self._graph.weights,
         )
 
     def add_cache_scale(self, cache: CacheScale, name: str, shape: Sequence[int]) -> None:
@@ -118,7 +136,9 @@ class Contents:
     def _add_floats(self, model: nn.Module, quantized: set[str]) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         saved, buffers = set(model.state_dict()), dict(model.named_buffers())
-        added = sorted(set(self._graph.weight_names()) - saved - self._parts() - set(buffers))
+        shifted = self._shifted(saved)
+        known_parts = self._parts() | {name for name, _ in shifted.values()} | self._expert_weights()
+        added = sorted(set(self._graph.weight_names()) - saved - known_parts - set(buffers))
         if added:
             raise TargetError(
                 "the graph has a tensor that the model has no place for",
@@ -131,10 +151,17 @@ class Contents:
         for name in sorted(saved):
             if name.removesuffix(".weight") in quantized and name.endswith(".weight"):
                 continue
+            if name in self._sources.experts:
+                self._add_float_experts(name, quantized)
+                continue
+            if name in shifted:
+                wide += self._add_shifted(name, *shifted[name])
+                continue
             known = name if name in self._graph.weights else self._tied_name(name, parameters)
             if known is not None:
-                self.store.alias(name, known, self._graph.weights)
-                wide += name in parameters and self.store.info(name).dtype == "float32"
+                written = self._source_name(name)
+                self.store.alias(written, known, self._graph.weights)
+                wide += name in parameters and self.store.info(written).dtype == "float32"
             elif name in parameters:
                 raise TargetError(
                     "a parameter of the model is not among the tensors of the graph",
@@ -148,6 +175,65 @@ class Contents:
             self.note(
                 f"{wide} vectors (norms, biases) are float32, as they were rewritten; engines round them to {usual}"
             )
+
+    def _shifted(self, saved: set[str]) -> dict[str, tuple[str, float]]:
+        """By the model's name, what the graph has in a tensor's place: another, which is the tensor and a number."""
+        read = set(self._graph.weight_names())
+        known = self._graph.provenance.get("shifted", {})
+        return {
+            item["source"]: (name, item["added"])
+            for name, item in known.items()
+            if name in read and item["source"] in saved and item["source"] not in read
+        }
+
+    def _add_shifted(self, name: str, shifted: str, number: float) -> bool:
+        """Adds what a shifted tensor came from; whether it is float32 because a pass has rewritten it."""
+        weights = self._graph.weights
+        if name in weights and torch.equal(weights.read(name).float() + number, weights.read(shifted).float()):
+            self.store.alias(self._source_name(name), name, weights)
+            return False
+        shape = weights.info(shifted).shape
+        self.store.derive(
+            self._source_name(name),
+            (shifted,),
+            lambda tensor: tensor.float() - number,
+            dtype="float32",
+            shape=shape,
+            store=weights,
+        )
+        return True
+
+    def _source_name(self, name: str) -> str:
+        return self._sources.renamed.get(name, name)
+
+    def _source_paths(self, layer: str) -> list[str]:
+        """The modules of the source that a layer is."""
+        stack, number = place_in_stack(layer)
+        if stack in self._sources.experts:
+            return [part.name.removesuffix(".weight") for part in self._sources.experts[stack][number]]
+        return [self._source_name(f"{layer}.weight").removesuffix(".weight")]
+
+    def _expert_weights(self) -> set[str]:
+        experts = self._sources.experts.items()
+        return {f"{stack}.{number}.weight" for stack, parts in experts for number in range(len(parts))}
+
+    def _add_float_experts(self, stack: str, quantized: set[str]) -> None:
+        """Adds the matrices of those experts that stay float."""
+        for number, parts in enumerate(self._sources.experts[stack]):
+            weight = f"{stack}.{number}.weight"
+            if f"{stack}.{number}" in quantized:
+                continue
+            info = self._graph.weights.info(weight)
+            for part in parts:
+                first, rows = int(part.first * info.shape[0]), int(part.rows * info.shape[0])
+                self.store.derive(
+                    part.name,
+                    (weight,),
+                    lambda tensor, first=first, rows=rows: tensor[first : first + rows].clone(),
+                    dtype=info.dtype,
+                    shape=(rows, *info.shape[1:]),
+                    store=self._graph.weights,
+                )
 
     def _parts(self) -> set[str]:
         """The stored tensors that quantized weights, rounded inputs and caches are computed from."""
@@ -166,7 +252,8 @@ class Contents:
 
     def _drop_tied(self, model: nn.Module) -> None:
         """Leaves out what is the same tensor as another, as transformers does: engines look for the source of a tie."""
-        for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        for pair in getattr(model, "all_tied_weights_keys", {}).items():
+            name, source = (self._source_name(item) for item in pair)
             if name in self.store and source in self.store and name in self.store.tied(source):
                 self.store.remove(name)
 
@@ -175,7 +262,7 @@ class Contents:
         if head is None or table is None:
             return False
         names = {id(module): path for path, module in model.named_modules()}
-        first, second = f"{names[id(head)]}.weight", f"{names[id(table)]}.weight"
+        first, second = (self._source_name(f"{names[id(module)]}.weight") for module in (head, table))
         return first in self.store and second in self.store and first in (*self.store.tied(second), second)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from qcompiler.errors import TargetError
 from qcompiler.frontend import build_on_meta
-from qcompiler.ir import Graph, Site, is_op, is_quantized_weight, quantized_value, routers, stored_names
+from qcompiler.ir import Graph, Site, is_expert, is_op, is_quantized_weight, quantized_value, routers, stored_names
 from qcompiler.numerics import QuantSpec
 from qcompiler.protocol import Support
 from qcompiler.storage import SOURCE_ONLY
@@ -30,7 +30,6 @@ __all__ = [
 
 _ONLINE = (torch.ops.qcompiler.hadamard.default,)
 _GROUPS = (32, 64, 128)
-_EXPERTS = (torch.ops.qcompiler.take_expert.default,)
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Layer:
         stored: the name its parts have in the graph's store, ahead of ``_codes``, ``_scale``, ``_zero_point`` and
             ``_factor``; empty where nothing is quantized yet.
         input_scale, input_zero_point: stored tensors, 0-D, of a static activation; in NVFP4 the first is the factor.
+        first_row: where its rows begin in what is stored; None: all of that is its own.
     """
 
     name: str
@@ -55,6 +55,15 @@ class Layer:
     stored: str = ""
     input_scale: str | None = None
     input_zero_point: str | None = None
+    first_row: int | None = None
+
+    def rows_of(self, part: Tensor) -> Tensor:
+        """Its own rows of codes, scales or zero points; a number that scales a whole tensor is everybody's."""
+        if self.first_row is None or part.dim() == 0:
+            return part
+        side = self.weight.group_size or 1 if self.weight.granularity == "per_block" else 1
+        height = 1 if part.shape[-1] == self.columns else side  # of a row of scales
+        return part[self.first_row // height : -(-(self.first_row + self.rows) // height)]
 
     @property
     def group(self) -> int | None:
@@ -131,8 +140,8 @@ def check_layers(graph: Graph, layers: Sequence[Layer], model: nn.Module) -> Non
     """Refuses what no checkpoint holds, or no engine runs, whatever the layout.
 
     Raises:
-        TargetError: for values that are rotated at run time, mixtures of experts, layers that are no linear layers of
-            the model, and different formats of layers that read one value.
+        TargetError: for values that are rotated at run time, layers that are no linear layers of the model, and
+            different formats of layers that read one value.
     """
     for node in graph.fx.nodes:
         if is_op(node, *_ONLINE):
@@ -142,17 +151,10 @@ def check_layers(graph: Graph, layers: Sequence[Layer], model: nn.Module) -> Non
                 got="hadamard",
                 remedy="use Rotate() without online rotations, or another recipe",
             )
-        if is_op(node, *_EXPERTS):
-            raise TargetError(
-                "mixtures of experts are not written into checkpoints",
-                where=f"checkpoint: {node.name}",
-                got="experts that the model keeps in one tensor",
-                expected="a model whose linear layers a checkpoint holds one by one",
-                remedy="lower to another target",
-            )
+    experts = {site.name for site in graph.sites() if is_expert(site)}
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for layer in layers:
-        if layer.name not in linear:
+        if layer.name not in linear and layer.name not in experts:
             raise TargetError(
                 "a layer that is to be quantized is no linear layer of the model as transformers builds it",
                 where=f"checkpoint: {layer.name}",

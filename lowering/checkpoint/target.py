@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,12 +11,13 @@ import torch
 from typing_extensions import Doc
 
 import qcompiler
-from qcompiler.artifacts import HFArtifact, load
+from qcompiler.artifacts import HFArtifact, StreamedArtifact, load
 from qcompiler.errors import MissingDependencyError
-from qcompiler.ir import CacheFormat, Graph, is_op
+from qcompiler.ir import CacheFormat, Graph, Site, is_expert, is_op, site_name
 from qcompiler.lowering.checkpoint import awq, card, compressed_tensors, gguf, gptq, modelopt
 from qcompiler.lowering.checkpoint.caches import supports_cache
 from qcompiler.lowering.checkpoint.contents import Contents
+from qcompiler.lowering.checkpoint.experts import check_experts, find_sources, in_source
 from qcompiler.lowering.checkpoint.layers import (
     Layer,
     build_source,
@@ -26,19 +27,22 @@ from qcompiler.lowering.checkpoint.layers import (
     written_layers,
 )
 from qcompiler.lowering.checkpoint.serving import serving_commands
+from qcompiler.lowering.checkpoint.streamed import StreamedHFArtifact
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Artifact, Compilation, Lowered, Reader, Support, Target, Within, choose_device
 from qcompiler.storage import SOURCE_ONLY, StagedFiles, read_companions
 
 __all__ = ["CheckpointTarget"]
 
+_LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "modelopt": modelopt, "gguf": gguf}
 _READ_HERE = {
     "gptq": "transformers needs gptqmodel for gptq",
     "awq": "transformers needs gptqmodel for awq",
     "modelopt": "transformers does not read modelopt",
 }
-_LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "modelopt": modelopt, "gguf": gguf}
 _MARK = "qcompiler_version"  # in config.json
+_WHOLE_BYTES = 128 << 20
+"""Of a model's weights in float32, up to which transformers loads it as a whole to compare."""
 
 
 @dataclass(frozen=True)
@@ -104,21 +108,24 @@ class CheckpointTarget(Target):
 
     def _check(self, graph: Graph, layers: list[Layer]) -> None:
         model = build_source(graph)
+        sources = find_sources(graph, model)
         check_layers(graph, layers, model)
-        _LAYOUTS[self.format].check_layers(layers)
+        check_experts(graph, {layer.name: layer for layer in layers}, sources, self.format)
+        _LAYOUTS[self.format].check_layers(in_source(layers, sources))
         if self.format == "gguf":
             gguf.check_model(graph, model)
-        Contents(graph, model, written_layers(graph))
+        Contents(graph, model, written_layers(graph), sources)
 
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
         """Writes the directory, ``config.json`` last; the model card comes when the readers have been compared."""
         assert directory is not None
         layout, model, layers = _LAYOUTS[self.format], build_source(graph), written_layers(graph)
-        contents = Contents(graph, model, layers)
-        for layer in layers:
+        contents = Contents(graph, model, layers, find_sources(graph, model))
+        for layer in contents.layers:
             layout.add_layer(contents, layer)
         layout.add_caches(contents)
         _note_factors(graph, contents)
+        _note_expert_inputs(graph, contents)
         config = _config(graph, contents)
         quantization = layout.quantization_config(contents)
         if quantization is not None:
@@ -155,28 +162,49 @@ class CheckpointTarget(Target):
 
     def _readers(self, graph: Graph, contents: Contents, directory: Path) -> list[Reader]:
         """transformers, for what it reads of a model that predicts tokens."""
+        if self.format == "gguf":
+            return [Reader(lambda: StreamedArtifact(load(directory).graph, directory))]
         if self.format in _READ_HERE and graph.signature.index_of_output("logits") is not None:
             contents.note(f"compared as qcompiler reads it back: {_READ_HERE[self.format]}")
-            return [Reader(lambda: load(directory).artifact())]
+            return [Reader(lambda: StreamedArtifact(load(directory).graph, directory))]
         if self.format != "compressed-tensors":
             contents.note(f"not compared: nothing here reads {self.format}")
             return []
         if not graph.signature.has_cache:
             contents.note("not compared: transformers reads it back as a model that predicts tokens, and this is none")
             return []
+        experts = [site for site in graph.sites() if is_expert(site)]
+        if experts and contents.layers:
+            return self._readers_of_experts(experts, contents, directory)
         if not any(layer.weight.is_fp4 for layer in contents.layers):
-            return [Reader(lambda: HFArtifact(directory))]
+            return [_by_transformers(graph, directory)]
         if any(_chooses_exponents(layer.activation) for layer in contents.layers):
             contents.note("not compared: readers of MXFP4 choose the scales of inputs by rules of their own")
             return []
         contents.note("transformers rounds the weights of 4-bit floats to bfloat16; engines do not")
         weights = [node.args[1] for site in graph.sites() for node in site.nodes]
         rounded = {str(node) for node in weights if is_op(node, torch.ops.qcompiler.fp4_dequantize.default)}
+        return [replace(_by_transformers(graph, directory), dtype=torch.bfloat16, rounded=rounded)]
+
+    def _readers_of_experts(self, experts: list[Site], contents: Contents, directory: Path) -> list[Reader]:
+        """Transformers 5.23 merges packed symmetric experts, unpacked to bfloat16; of others, it fails or errs."""
+        known = {site_name(layer.stored): layer for layer in contents.layers}
+        found = [known.get(site.name) for site in experts]
+        formats = [None if layer is None else layer.weight for layer in found]
+        if not all(spec is not None and spec.symmetric and not spec.is_float for spec in formats) or any(
+            layer is not None and layer.activation is not None for layer in found
+        ):
+            contents.note("not compared: transformers merges packed symmetric experts alone")
+            return []
+        contents.note("transformers rounds the weights of experts to bfloat16; engines do not")
+        rounded = {str(node.args[1]) for site in experts for node in site.nodes}
         return [Reader(lambda: HFArtifact(directory), dtype=torch.bfloat16, rounded=rounded)]
 
     @classmethod
     def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
-        """Run by transformers, in float32."""
+        """Run by transformers, in float32; GGUF as it is read back."""
+        if (directory / gguf.FILE).is_file():
+            return load(directory).artifact(choose_device(device))
         return HFArtifact(directory, device=choose_device(device))
 
     @classmethod
@@ -186,6 +214,13 @@ class CheckpointTarget(Target):
             return _MARK in json.loads((directory / "config.json").read_bytes())
         except (OSError, ValueError, TypeError):
             return False
+
+
+def _by_transformers(graph: Graph, directory: Path) -> Reader:
+    """The whole model where it is small; else module by module, in few steps, as each reads all weights."""
+    if 4 * int(graph.provenance["parameters"]) <= _WHOLE_BYTES:
+        return Reader(lambda: HFArtifact(directory))
+    return Reader(lambda: StreamedHFArtifact(directory), steps=1)
 
 
 def _config(graph: Graph, contents: Contents) -> dict[str, Any]:
@@ -204,7 +239,7 @@ def _chooses_exponents(activation: QuantSpec | None) -> bool:
 def _note_factors(graph: Graph, contents: Contents) -> None:
     """Engines that fuse layers take one scale of whole tensors for all: the weights of the others would be off."""
     parts = {
-        layer.name: (layer, "factor" if layer.weight.has_factor else "scale")
+        site_name(layer.stored): (layer, "factor" if layer.weight.has_factor else "scale")
         for layer in contents.layers
         if layer.weight.is_float and layer.weight.scales_the_tensor
     }
@@ -227,6 +262,13 @@ def _sizes(directory: Path) -> dict[str, Any]:
     sizes = {name: path.stat().st_size for name, path in sorted(files.items())}
     tensors = sum(size for name, size in sizes.items() if name.endswith((".safetensors", ".gguf")))
     return {"bytes": sum(sizes.values()), "weight_bytes": tensors, "files": list(sizes)}
+
+
+def _note_expert_inputs(graph: Graph, contents: Contents) -> None:
+    """Engines run the experts of a mixture as one, with one scale of their inputs."""
+    experts = {site.name for site in graph.sites() if is_expert(site)}
+    if any(layer.input_scale is not None and site_name(layer.stored) in experts for layer in contents.layers):
+        contents.note("experts have input scales of their own: vLLM takes the largest of a mixture for all of them")
 
 
 def _json(value: Any) -> bytes:

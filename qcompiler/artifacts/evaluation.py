@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from qcompiler.artifacts.corpus import read_corpus
 from qcompiler.artifacts.hf import load_tokenizer
 from qcompiler.artifacts.original import check_original
+from qcompiler.artifacts.streamed import run_together
 from qcompiler.artifacts.tokenizing import TokenStream
 from qcompiler.errors import ArtifactError, InputError
 from qcompiler.protocol import Artifact
@@ -23,6 +24,7 @@ __all__ = ["WINDOW", "Evaluation", "evaluate"]
 WINDOW = 512  # tokens per window, where the model takes that many
 
 _LOGITS_AT_ONCE = 1 << 24  # elements of one batch's logits: 64 MiB
+_TOKENS_TOGETHER = 1 << 14  # of batches that are given to an artifact at once: see `qcompiler.protocol.RunsTogether`
 _LOGITS_PER_CHUNK = 1 << 21  # elements that the arithmetic on them takes at a time: 8 MiB
 
 
@@ -148,20 +150,28 @@ def evaluate(
 
     total = Scores()
     rows = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * artifact.vocab_size))
+    batches = list(zip(windows.split(rows), is_text[:, 1:].split(rows), strict=True))
+    together = max(1, _TOKENS_TOGETHER // (rows * windows.shape[1]))
     done = 0
     with torch.inference_mode():
-        for batch, is_scored in zip(windows.split(rows), is_text[:, 1:].split(rows), strict=True):
-            reference = None if against is None else against.forward(batch)[:, :-1]
-            position = 0
-            for logits in _decoded(artifact, batch) if cached else _whole(artifact, batch):
-                stop = position + logits.shape[1]
-                aligned = None if reference is None else reference[:, position:stop]
-                targets = batch[:, position + 1 : stop + 1]
-                total.add(logits, aligned, targets, is_scored[:, position:stop], where=artifact.path)
-                position = stop
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(windows))
+        for at in range(0, len(batches), together):
+            group = batches[at : at + together]
+            runs = [_decoded(batch) if cached else [batch] for batch, _ in group]
+            found = run_together(artifact, runs)
+            expected = None if against is None else run_together(against, [[batch] for batch, _ in group])
+            for (batch, is_scored), parts in zip(group, runs, strict=True):
+                reference = None if expected is None else next(expected)
+                position = 0
+                for _ in parts:
+                    logits = next(found)[:, : batch.shape[1] - 1 - position]  # nothing follows the last token
+                    stop = position + logits.shape[1]
+                    aligned = None if reference is None else reference[:, position:stop]
+                    targets = batch[:, position + 1 : stop + 1]
+                    total.add(logits, aligned, targets, is_scored[:, position:stop], where=artifact.path)
+                    position = stop
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(windows))
     return Evaluation(
         perplexity=total.perplexity,
         reference_perplexity=None if against is None else total.reference_perplexity,
@@ -266,20 +276,10 @@ def _gathered(log_probabilities: Tensor, targets: Tensor) -> float:
     return float(log_probabilities.gather(-1, targets).double().sum())
 
 
-def _whole(artifact: Artifact, batch: Tensor) -> Iterator[Tensor]:
-    """Logits of all positions but the last, at once."""
-    yield artifact.forward(batch)[:, :-1]
-
-
-def _decoded(artifact: Artifact, batch: Tensor) -> Iterator[Tensor]:
-    """The same positions: the first half from the prefill, the rest token by token."""
-    length = batch.shape[1]
-    half = max(1, length // 2)
-    logits, cache = artifact.prefill(batch[:, :half])
-    yield logits
-    for position in range(half, length - 1):
-        logits, cache = artifact.step(batch[:, position : position + 1], cache)
-        yield logits
+def _decoded(batch: Tensor) -> list[Tensor]:
+    """The first half of the tokens, and one after another of the rest, but for the last."""
+    half = max(1, batch.shape[1] // 2)
+    return [batch[:, :half], *batch[:, half:-1].split(1, dim=1)] if half < batch.shape[1] - 1 else [batch[:, :half]]
 
 
 def _windows(tokens: Tensor | TokenStream, max_positions: int | None, max_tokens: int | None) -> Tensor:

@@ -59,9 +59,8 @@ class HFArtifact:
             _refuse_codes_as_weights(self.path, store)
         with contextlib.suppress(UnsupportedModelError):  # what transformers says of it itself comes below
             build_on_meta(self.path, config, trust_remote_code, stored_bytes=store.stored_bytes())
-        self._model, missing, unused = _load(self.path, store, trust_remote_code)
-        self._model.to(device)
         self._device = torch.device(device)
+        self._model, missing, unused = self._read_model(store)
         text_config = self._model.config.get_text_config()
         self.vocab_size: int = int(text_config.vocab_size)
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
@@ -78,6 +77,11 @@ class HFArtifact:
             )
         self._stored_bytes = sum(store.info(name).nbytes for name in store.names() if name not in unused)
         self._parameters = _parameter_count(self._model, config, trust_remote_code)
+
+    def _read_model(self, store: WeightStore) -> tuple[Any, list[str], frozenset[str]]:
+        """The model, parameters that the checkpoint lacks, and tensors that the model does not use."""
+        model, missing, unused = _load(self.path, store, self._trust_remote_code)
+        return model.to(self._device), missing, unused
 
     def fingerprint(self) -> str:
         """What the manifest of a model compiled from this directory holds.

@@ -15,8 +15,9 @@ from qcompiler.artifacts.native import (
     load_native,
     save_native,
 )
+from qcompiler.artifacts.streamed import StreamedArtifact
 from qcompiler.frontend import capture_checkpoint, is_quantized_checkpoint
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, free_memory
 from qcompiler.protocol import Artifact
 from qcompiler.reporting import CompileReport
 
@@ -50,10 +51,20 @@ class CompileResult:
         save_native(self.graph, directory, self.manifest, self.report.to_dict(), self.held_out)
         self.saved_in = Path(directory).resolve()
 
-    def artifact(self, device: str | torch.device = "cpu") -> Artifact:
-        """The compiled model, ready to run."""
+    def artifact(self, device: str | torch.device = "cpu", *, streamed: bool | None = None) -> Artifact:
+        """The compiled model, ready to run.
+
+        Args:
+            device: where it runs.
+            streamed: with one segment of its weights in memory at a time. By default, where all of them in float32
+                would take more than half of the memory that is free.
+        """
         companions = self.graph.provenance.get("companions")
-        return NativeArtifact(self.graph, Path(companions) if companions else None, device)
+        if streamed is None:
+            size = torch.float32.itemsize * int(self.graph.provenance.get("parameters", 0))
+            streamed = size > free_memory(torch.device(device)) // 2
+        kind = StreamedArtifact if streamed else NativeArtifact
+        return kind(self.graph, Path(companions) if companions else None, device)
 
 
 def load(directory: str | Path, *, trust_remote_code: bool = False) -> CompileResult:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from qcompiler.errors import InputError, UnsupportedModelError
 from qcompiler.frontend.canonicalization import canonicalize
 from qcompiler.frontend.checkpoints import place_layers
-from qcompiler.frontend.directories import Opened, bound_checkpoint, read_config
+from qcompiler.frontend.directories import Opened, bound_checkpoint
 from qcompiler.frontend.exporting import (
     Exported,
     export,
@@ -70,7 +70,7 @@ def capture_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> 
     """
     opened = bound_checkpoint(Path(path), trust_remote_code)
     graph = canonicalize(_capture_opened(Path(path), opened))
-    graph.provenance["companions"] = str(path)
+    graph.provenance["companions"] = str(opened.companions)
     if opened.quantized is not None:
         graph.provenance["checkpoint"] = opened.quantized.method
         place_layers(graph, opened.quantized, opened.binding.unused)
@@ -79,7 +79,7 @@ def capture_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> 
 
 def _capture_opened(directory: Path, opened: Opened) -> Graph:
     graph = _capture_transformers(opened.model, opened.binding.weights)
-    config = {key: value for key, value in read_config(directory).items() if key not in SOURCE_ONLY}
+    config = {key: value for key, value in opened.config.items() if key not in SOURCE_ONLY}
     graph.provenance.update(source=str(directory), config=config, fingerprint=opened.fingerprint)
     if (lost := unused_tensors(opened.binding.unused, opened.store, opened.model)) is not None:
         graph.lost.append(lost)

@@ -4,7 +4,9 @@ The experts of a mixture, for instance, lie apart in most checkpoints and togeth
 names is transformers' own knowledge; here its transforms are applied when a tensor is read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from qcompiler.storage import WeightStore, stack
 
-__all__ = ["convert_names"]
+__all__ = ["ExpertPart", "SourceNames", "convert_names", "source_names"]
 
 
 def convert_names(store: WeightStore, model: nn.Module) -> tuple[WeightStore, list[str]]:
@@ -55,6 +57,85 @@ def convert_names(store: WeightStore, model: nn.Module) -> tuple[WeightStore, li
         if not conversion.define(store, found):
             unused += conversion.names
     return found, unused
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """A matrix of a checkpoint that transformers merges with others into the experts of a mixture.
+
+    Attributes:
+        name: in the checkpoint.
+        first, rows: where its rows begin in the matrix of its expert, and how many they are, as shares of all.
+    """
+
+    name: str
+    first: Fraction
+    rows: Fraction
+
+
+@dataclass(frozen=True)
+class SourceNames:
+    """What checkpoints call the tensors of a model.
+
+    Attributes:
+        renamed: by the model's name, of tensors that checkpoints have as they are.
+        experts: by the name of a stack of experts ``[E, out, in]``, for each expert its parts ``[rows, in]`` in order.
+    """
+
+    renamed: Mapping[str, str]
+    experts: Mapping[str, Sequence[Sequence[ExpertPart]]]
+
+
+_ROWS, _COLUMNS = 12, 2  # of experts on trial
+
+
+def source_names(model: nn.Module, stacks: Mapping[str, int]) -> SourceNames:
+    """What checkpoints call the tensors of a model that merges its experts, as transformers itself saves it.
+
+    Which rows of a stack go where is found on small stacks whose numbers are all different.
+
+    Args:
+        model: of transformers, on meta.
+        stacks: by name, the experts of parameters ``[E, out, in]``.
+
+    Returns:
+        The names; a stack that checkpoints do not have expert by expert, row by row, is not among them. Source:
+        `revert_weight_conversion` of transformers.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    plain = {name: torch.empty(value.shape, device="meta") for name, value in model.state_dict().items()}
+    probes: dict[str, Tensor] = {}
+    for name, count in stacks.items():
+        start = sum(probe.numel() for probe in probes.values())
+        shape = (count, _ROWS, _COLUMNS)
+        probes[name] = torch.arange(start, start + count * _ROWS * _COLUMNS, dtype=torch.float64).reshape(shape)
+    try:
+        found = revert_weight_conversion(model, {**plain, **probes})
+    except Exception:  # operations that want shapes of their own
+        return SourceNames({}, {})
+    names = {id(tensor): name for name, tensor in plain.items() if name not in probes}
+    renamed = {names[id(tensor)]: name for name, tensor in found.items() if id(tensor) in names}
+    numbers = {name: tensor for name, tensor in found.items() if tensor.dtype == torch.float64}
+    experts = {name: _expert_parts(probe, numbers) for name, probe in probes.items()}
+    return SourceNames(renamed, {name: parts for name, parts in experts.items() if parts})
+
+
+def _expert_parts(probe: Tensor, found: Mapping[str, Tensor]) -> list[list[ExpertPart]]:
+    """For each expert of a stack, the tensors that are some of its rows; none where those are not all rows of all."""
+    parts: list[list[ExpertPart]] = [[] for _ in probe]
+    for name, tensor in found.items():
+        place = (probe == tensor.flatten()[0]).nonzero() if tensor.dim() == 2 and tensor.numel() else probe[:0]
+        if len(place) != 1:
+            continue
+        expert, first, _ = place[0].tolist()
+        if torch.equal(probe[expert, first : first + len(tensor)], tensor):
+            parts[expert].append(ExpertPart(name, Fraction(first, _ROWS), Fraction(len(tensor), _ROWS)))
+    ordered = [sorted(items, key=lambda item: item.first) for items in parts]
+    ends = [[item.first + item.rows for item in items] for items in ordered]
+    starts = [[item.first for item in items] for items in ordered]
+    is_whole = all([0, *end] == [*start, 1] for start, end in zip(starts, ends, strict=True))
+    return ordered if is_whole else []
 
 
 class _Conversion:

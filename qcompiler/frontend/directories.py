@@ -13,7 +13,9 @@ from qcompiler.frontend.checkpoints import (
     Checkpoint,
     Settings,
     check_linear,
+    find_gguf,
     find_settings,
+    open_gguf,
     read_checkpoint,
 )
 from qcompiler.frontend.skeleton import (
@@ -44,6 +46,8 @@ class Opened:
         binding: which tensor is which parameter.
         quantized: layers with codes; None for a float checkpoint.
         fingerprint: of what lies in the files.
+        config: of the model.
+        companions: the directory of ``config.json`` and the tokenizer.
     """
 
     store: WeightStore
@@ -51,6 +55,8 @@ class Opened:
     binding: Binding
     quantized: Checkpoint | None
     fingerprint: str
+    config: dict[str, Any]
+    companions: Path
 
 
 def fingerprint_directory(path: str | Path, *, trust_remote_code: bool = False) -> str:
@@ -70,6 +76,8 @@ def bound_checkpoint(directory: Path, trust_remote_code: bool) -> Opened:
     Raises:
         QCompilerError: as `capture_directory`.
     """
+    if find_gguf(directory) is not None:
+        return _bound_gguf(directory)
     config, settings = _read_settings(directory)
     stored = store = WeightStore.from_directory(directory)
     quantized = None
@@ -80,7 +88,17 @@ def bound_checkpoint(directory: Path, trust_remote_code: bool) -> Opened:
     checked = None if quantized is None else partial(check_linear, quantized)
     binding = bind_checkpoint(store, model, computed, checked)
     fingerprint = (binding.weights if quantized is None else stored).fingerprint()
-    return Opened(store, model, binding, quantized, fingerprint)
+    return Opened(store, model, binding, quantized, fingerprint, config, directory)
+
+
+def _bound_gguf(path: Path) -> Opened:
+    opened = open_gguf(path)
+    found = opened.checkpoint
+    quantized = found if found.layers else None
+    checked = None if quantized is None else partial(check_linear, quantized)
+    binding = bind_checkpoint(found.floats, opened.model, opened.computed, checked)
+    fingerprint = (binding.weights if quantized is None else found.stored).fingerprint()
+    return Opened(found.floats, opened.model, binding, quantized, fingerprint, opened.config, opened.companions)
 
 
 def refuse_quantized(model: str | Path | Graph) -> None:
@@ -96,6 +114,10 @@ def refuse_quantized(model: str | Path | Graph) -> None:
     if isinstance(model, Graph):
         if "checkpoint" in model.provenance:
             raise _quantized(model.provenance["source"], model.provenance["checkpoint"])
+        return
+    if find_gguf(Path(model)) is not None:
+        if open_gguf(Path(model)).checkpoint.layers:
+            raise _quantized(str(model), "gguf")
         return
     _, settings = _read_settings(Path(model))
     store = WeightStore.from_directory(Path(model))
@@ -114,11 +136,13 @@ def _quantized(where: str, method: str) -> UnsupportedModelError:
 
 
 def is_quantized_checkpoint(directory: Path) -> bool:
-    """Whether a directory holds a quantized checkpoint in a layout that `capture_directory` reads.
+    """Whether a path holds a quantized checkpoint in a layout that `capture_directory` reads, or a GGUF file.
 
     Raises:
         WeightError: a damaged checkpoint.
     """
+    if find_gguf(directory) is not None:
+        return True
     if not (directory / "config.json").is_file():
         return False
     try:

@@ -238,7 +238,17 @@ def fold_weight_expressions(graph: Graph) -> None:
             continue
         names = tuple(str(source.target) for source in sources)
         operator = node.target.overloadpacket.__name__
-        replace_by_derived(graph, node, names, f"{names[0]}.{operator}", _evaluator(node, sources))
+        new = replace_by_derived(graph, node, names, f"{names[0]}.{operator}", _evaluator(node, sources))
+        if (number := _added_number(node)) is not None:
+            graph.provenance.setdefault("shifted", {})[str(new.target)] = {"source": names[0], "added": number}
+
+
+def _added_number(node: fx.Node) -> float | None:
+    """The number that a node adds to its only tensor; None for another expression."""
+    if not is_op(node, _aten.add.Tensor) or node.kwargs or len(node.args) != 2:
+        return None
+    numbers = [argument for argument in node.args if isinstance(argument, (int, float))]
+    return float(numbers[0]) if len(numbers) == 1 else None
 
 
 def _evaluator(node: fx.Node, sources: list[fx.Node]) -> Callable[..., Tensor]:

@@ -21,7 +21,7 @@ from qcompiler.ir.graph import (
     symbolic_size,
 )
 from qcompiler.ir.kv_cache import Cache, cache_rounding, float_caches, keep_range, quantize_cache
-from qcompiler.ir.memory import Trimmer
+from qcompiler.ir.memory import Trimmer, free_memory
 from qcompiler.ir.qtensor import Affine, Codebook, Csr, QuantizedTensor
 from qcompiler.ir.run_by_segments import Around, results_of, run_by_segments
 from qcompiler.ir.segments import Segment, SegmentedGraph, segment_graph
@@ -78,6 +78,7 @@ __all__ = [
     "feed_run",
     "feed_tensors",
     "float_caches",
+    "free_memory",
     "is_expert",
     "is_op",
     "is_quantized_weight",

@@ -1,10 +1,24 @@
-"""Giving freed memory back to the operating system."""
+"""How much memory there is, and giving freed memory back to the operating system."""
 
 import ctypes
+import os
 import resource
 import sys
 
-__all__ = ["Trimmer"]
+import torch
+
+__all__ = ["Trimmer", "free_memory"]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device, or the machine, has left for a program that starts now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):  # no Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 class Trimmer:

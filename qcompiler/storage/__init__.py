@@ -6,7 +6,9 @@ it; `staging` writes aside and renames.
 
 from qcompiler.storage.checkpoint import no_directory
 from qcompiler.storage.companions import SOURCE_ONLY, companion_files, left_behind, read_companions
+from qcompiler.storage.gguf_file import GGUFFile, GGUFTensor
 from qcompiler.storage.reading import read_named
+from qcompiler.storage.rearrangement import rearrangement
 from qcompiler.storage.staging import (
     StagedFiles,
     filled_directory,
@@ -21,6 +23,8 @@ from qcompiler.storage.weights import WeightStore
 
 __all__ = [
     "SOURCE_ONLY",
+    "GGUFFile",
+    "GGUFTensor",
     "StagedFiles",
     "WeightStore",
     "companion_files",
@@ -31,6 +35,7 @@ __all__ = [
     "output_path",
     "read_companions",
     "read_named",
+    "rearrangement",
     "remove_tree",
     "stack",
     "undisturbed",

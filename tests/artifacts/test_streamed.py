@@ -1,6 +1,8 @@
 """A model that is run by segments gives, to the bit, what it gives as a whole; few weights are in memory."""
 
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,15 +10,18 @@ import torch
 from torch import Tensor
 
 import qcompiler as qc
+from qcompiler.artifacts import CompileResult, evaluate, evaluation
+from qcompiler.artifacts import result as result_module
 from qcompiler.artifacts.decisions import Decisions
 from qcompiler.artifacts.native import NativeArtifact
 from qcompiler.artifacts.noise import with_noise
 from qcompiler.artifacts.parity import check_parity
 from qcompiler.artifacts.streamed import StreamedArtifact, run_together
 from qcompiler.errors import VerificationError
-from qcompiler.ir import Graph, segment_graph
+from qcompiler.ir import Graph, free_memory, segment_graph
 from qcompiler.passes import RTN, Assign, InsertQDQ, QuantizeKVCache
 from qcompiler.protocol import RunsTogether
+from qcompiler.reporting import CompileReport
 from tests.models import VOCABULARY, canonical_graph, copy_graph
 
 IDS = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -149,3 +154,53 @@ def test_parity_by_segments(steps: int | None) -> None:
     assert found["cached_difference"] is not None
     with pytest.raises(VerificationError):
         check_parity(StreamedArtifact(graph), OffByLayer(graph), tolerance=1e-3, steps=steps)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_evaluation_in_passes_over_many_windows(
+    cached: bool, rounded: dict[str, Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers, for one reading of the weights in each pass."""
+    graph = rounded["int8"].copy() if cached else copy_graph(canonical_graph("llama"))
+    windows = torch.randint(VOCABULARY, (7, 9), generator=torch.Generator().manual_seed(3))
+    against = NativeArtifact(copy_graph(canonical_graph("llama")))
+    monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", 2 * 9 * VOCABULARY)  # two windows
+    monkeypatch.setattr(evaluation, "_TOKENS_TOGETHER", 2 * 2 * 9)  # two of those batches
+    expected = evaluate(NativeArtifact(graph), tokens=windows, against=against, cached=cached)
+    reads: list[str] = []
+    read = graph.weights.read
+
+    def spy(name: str) -> Tensor:
+        reads.append(name)
+        return read(name)
+
+    monkeypatch.setattr(graph.weights, "read", spy)
+    done: list[int] = []
+    found = evaluate(
+        StreamedArtifact(graph),
+        tokens=windows,
+        against=against,
+        cached=cached,
+        progress=lambda count, _: done.append(count),
+    )
+    assert replace(found, seconds=0) == replace(expected, seconds=0)
+    assert found.tokens == 7 * 8
+    assert done == [2, 4, 6, 7]
+    assert reads.count("model.layers.0.mlp.up_proj.weight" + "_codes" * cached) == 2
+
+
+def test_what_does_not_fit_is_streamed(rounded: dict[str, Graph], monkeypatch: pytest.MonkeyPatch) -> None:
+    result = CompileResult(rounded["int8"], CompileReport(), {})
+    size = 4 * int(result.graph.provenance["parameters"])
+    kinds = {}
+    for free in (2 * size, 2 * size - 2):
+        monkeypatch.setattr(result_module, "free_memory", lambda device, free=free: free)
+        kinds[free] = type(result.artifact())
+    assert list(kinds.values()) == [NativeArtifact, StreamedArtifact]
+    assert type(result.artifact(streamed=False)) is NativeArtifact
+    assert type(result.artifact(streamed=True)) is StreamedArtifact
+
+
+def test_memory_that_is_free() -> None:
+    found = free_memory(torch.device("cpu"))
+    assert 1 << 26 < found <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from qcompiler.errors import WeightError
 from qcompiler.frontend.capture import capture_directory
+from qcompiler.frontend.conversions import source_names
 from qcompiler.frontend.skeleton import bind_checkpoint, build_on_meta
 from qcompiler.storage.safetensors_io import SafetensorsFile
 from qcompiler.storage.weights import WeightStore
@@ -86,3 +87,24 @@ def test_fingerprints_sample_the_files_alone(checkpoint, watched):
     first, second = bound(checkpoint), bound(checkpoint)
     assert first.fingerprint() == second.fingerprint()
     assert watched == []
+
+
+def test_what_checkpoints_call_experts() -> None:
+    model = build("mixtral", layers=1).to("meta")
+    stacks = {name: len(value) for name, value in model.named_parameters() if value.dim() == 3}
+    found = source_names(model, stacks)
+    base = "model.layers.0.block_sparse_moe"
+    assert found.renamed["model.layers.0.mlp.gate.weight"] == f"{base}.gate.weight"
+    assert found.renamed["model.norm.weight"] == "model.norm.weight"
+    assert found.experts.keys() == stacks.keys()
+    parts = [(part.name, float(part.first), float(part.rows)) for part in found.experts[min(stacks, key=len)][3]]
+    assert parts == [(f"{base}.experts.3.w2.weight", 0, 1)]
+    parts = [(part.name, float(part.first), float(part.rows)) for part in found.experts[max(stacks, key=len)][1]]
+    assert parts == [(f"{base}.experts.1.w1.weight", 0, 0.5), (f"{base}.experts.1.w3.weight", 0.5, 0.5)]
+
+
+def test_experts_that_checkpoints_have_as_the_model_does() -> None:
+    model = build("gpt_oss", layers=1).to("meta")
+    stacks = {name: len(value) for name, value in model.named_parameters() if value.dim() == 3}
+    assert stacks
+    assert source_names(model, stacks).experts == {}

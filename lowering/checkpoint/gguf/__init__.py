@@ -10,7 +10,7 @@
 | ``file`` | all of them, written one tensor at a time |
 """
 
-from qcompiler.lowering.checkpoint.gguf.file import check_model, save
+from qcompiler.lowering.checkpoint.gguf.file import FILE, check_model, save
 from qcompiler.lowering.checkpoint.gguf.layout import (
     add_caches,
     add_layer,
@@ -21,6 +21,7 @@ from qcompiler.lowering.checkpoint.gguf.layout import (
 )
 
 __all__ = [
+    "FILE",
     "add_caches",
     "add_layer",
     "check_layers",

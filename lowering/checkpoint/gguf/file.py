@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qcompiler.frontend import LLAMA3_FACTORS, interleave
 from qcompiler.ir import Graph
 from qcompiler.lowering.checkpoint.contents import Contents
 from qcompiler.lowering.checkpoint.gguf import architectures, metadata, vocabulary
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["FILE", "check_model", "save"]
 
 FILE = "model.gguf"
-_FACTORS = "rope_freqs.weight"
 _FILE_TYPES = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}
 
 
@@ -67,7 +67,7 @@ def save(contents: Contents, graph: Graph, model: nn.Module, directory: Path) ->
             metadata.add_settings(writer, config)
             vocabulary.add_vocabulary(writer, _source(graph), int(config.vocab_size))
             if factors is not None:
-                writer.add_tensor_info(_FACTORS, tuple(factors.shape), np.dtype(np.float32), 4 * factors.numel())
+                writer.add_tensor_info(LLAMA3_FACTORS, tuple(factors.shape), np.dtype(np.float32), 4 * factors.numel())
             for name in order:
                 _announce(writer, contents, name, places[name].name, kinds[name])
             writer.write_header_to_file()
@@ -99,7 +99,7 @@ def _announce(
 def _data(tensor: Tensor, heads: int | None, kind: "gguf.GGMLQuantizationType") -> np.ndarray[Any, Any]:
     """A tensor as its bytes lie in the file."""
     if heads is not None:
-        tensor = architectures.interleave(tensor, heads)
+        tensor = interleave(tensor, heads)
     if kind.name == "F32":
         tensor = tensor.float()
     if kind.name == "BF16":

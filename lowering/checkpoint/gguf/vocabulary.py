@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcompiler.artifacts import has_tokenizer, load_tokenizer
 from qcompiler.errors import TargetError
+from qcompiler.frontend import GGUF_WORDS
 
 if TYPE_CHECKING:
     import gguf
@@ -20,18 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Vocabulary", "add_vocabulary", "read_vocabulary"]
 
 _SPACE = "▁"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2 = ("ByteLevel", "regex")
-_WORDS: dict[tuple[tuple[str, ...], ...], str] = {
-    (_GPT2,): "gpt-2",
-    (("Digits", "individual"), _GPT2): "smollm",
-    (("Split", _LLAMA3), ("ByteLevel", "")): "llama-bpe",
-    (("Split", _LLAMA3.replace("{1,3}", "")), ("ByteLevel", "")): "qwen2",
-}
-"""How llama.cpp calls the ways to cut text into words, by the steps of ``pre_tokenizer``."""
+_WORDS = {steps: name for name, steps in GGUF_WORDS.items()}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 

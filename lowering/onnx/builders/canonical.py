@@ -274,8 +274,7 @@ def _choose_qparams(e: Emitter, node: fx.Node) -> tuple[ir.Value, ...]:
     """Computed in float32 whatever the working dtype; the smallest scale is positive in float16 too."""
     x_node, dtype, axis = node.args[0], node.args[1], argument(node, 2, "axis")
     bits, clip, block = argument(node, 3, "bits") or 8, argument(node, 4, "clip") or 1.0, argument(node, 5, "block")
-    assert isinstance(bits, int)
-    assert isinstance(x_node, fx.Node)
+    assert isinstance(bits, int) and isinstance(x_node, fx.Node)  # noqa: PT018
     x = e.value(x_node, e.float_like(x_node))
     if dtype == torch.uint8 and axis is None and (bits, clip) == (8, 1.0):
         return _dynamic_quantize(e, x)[1:]

@@ -6,6 +6,7 @@
 | ``int-quantized`` | ``weight`` int8, ``weight_scale`` ``[out, 1]`` or ``[1]`` |
 | ``float-quantized`` | ``weight`` float8 (E4M3), ``weight_scale`` the same, or one per block |
 | ``nvfp4-pack-quantized`` | ``weight_packed`` uint8 ``[out, in / 2]``, ``weight_scale`` E4M3, ``weight_global_scale`` |
+| ``mxfp8-quantized`` | ``weight`` float8 (E4M3), ``weight_scale`` ``[out, in / 32]``, the bytes of E8M0 |
 | ``mxfp4-pack-quantized`` | the same in groups of 32, ``weight_scale`` the bytes of E8M0 |
 
 Packed codes begin in the lowest bits; integers are stored plus ``2^(bits - 1)``. Asymmetric ones have zero points of
@@ -31,10 +32,12 @@ from qcompiler.frontend.checkpoints.contents import (
     Layer,
     group_order,
     positive_number,
+    powers_of_two,
     unpack_nibbles,
     unpack_words,
 )
 from qcompiler.frontend.checkpoints.ct_schemes import (
+    MXFP8,
     Arguments,
     Group,
     activation_spec,
@@ -103,10 +106,10 @@ def _add(checkpoint: Checkpoint, module: str, group: Group, where: str) -> None:
     elif spec.is_fp4:
         rows, columns = _add_fp4(checkpoint, module, spec)
     else:
-        rows, columns = _add_plain(checkpoint, module, spec)
+        rows, columns = _add_plain(checkpoint, module, group, spec)
     scheme, qparams = Scheme(spec), dict[str, Tensor]()
     if group.activation is not None:
-        activation = activation_spec(group)
+        activation = None if group.layout == MXFP8 else activation_spec(group)
         if activation is None:
             lost = f"inputs stay in float, since no operator rounds them as {group.activation}"
             checkpoint.lost.setdefault(lost, []).append(module)
@@ -148,7 +151,7 @@ def _centred(codes: Tensor, spec: QuantSpec, middle: int) -> Tensor:
     return (codes.to(torch.int16) - middle).to(torch.int8) if spec.symmetric else codes
 
 
-def _add_plain(checkpoint: Checkpoint, module: str, spec: QuantSpec) -> tuple[int, int]:
+def _add_plain(checkpoint: Checkpoint, module: str, group: Group, spec: QuantSpec) -> tuple[int, int]:
     wanted = "float8_e4m3fn" if spec.is_float else "int8"
     rows, columns = checkpoint.shape(module, "weight", (wanted,), 2)
 
@@ -157,6 +160,11 @@ def _add_plain(checkpoint: Checkpoint, module: str, spec: QuantSpec) -> tuple[in
 
     function = _same if spec.symmetric else unsigned
     checkpoint.part(module, "codes", [f"{module}.weight"], function, spec.stored_dtype, (rows, columns))
+    if group.layout == MXFP8:
+        sizes = (rows, math.ceil(columns / (spec.group_size or 1)))
+        scale = checkpoint.take(module, "weight_scale", ("uint8",), [sizes])
+        checkpoint.part(module, "scale", [scale], powers_of_two, "float32", sizes)
+        return rows, columns
     shape, groups = _add_scale(checkpoint, module, spec, rows, columns)
     if not spec.symmetric:
         shapes = [(rows, groups)] if spec.granularity != "per_tensor" else [(1,), ()]

@@ -13,6 +13,7 @@ from qcompiler.storage import WeightStore
 
 __all__ = [
     "FLOATS",
+    "PARTS",
     "Checkpoint",
     "Layer",
     "group_order",
@@ -25,6 +26,8 @@ __all__ = [
 
 FLOATS = ("float32", "float16", "bfloat16")
 """Dtypes of scales."""
+PARTS = ("codes", "scale", "zero_point", "factor")
+"""What a quantized weight is stored as; the last two where the format has them."""
 
 _canonical = torch.ops.qcompiler
 
@@ -66,6 +69,7 @@ class Checkpoint:
         method: the name of the layout.
         parts: codes, scales, zero points and factors of layers, by names and in forms of `Graph.set_stored_weight`.
         layers: by the name of the float weight.
+        versions: the same by what stands for the float weight in any store (`WeightStore.version`).
         floats: the tensors of the unquantized model, under its stored names; filled by `finish`.
         cache_scales: of keys and of values, float32, by the module they lie in and ``key`` or ``value``.
         notes: sentences for the report, with the layers that each is about.
@@ -76,6 +80,7 @@ class Checkpoint:
     method: str
     parts: WeightStore = field(default_factory=WeightStore)
     layers: dict[str, Layer] = field(default_factory=dict)
+    versions: dict[object, Layer] = field(default_factory=dict)
     floats: WeightStore = field(default_factory=WeightStore)
     cache_scales: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
@@ -165,8 +170,7 @@ class Checkpoint:
         spec = layer.scheme.weight
         assert spec is not None
         self.layers[layer.weight] = layer
-        parts = ("codes", "scale", "zero_point", "factor")
-        there = [part for part in parts if f"{layer.weight}_{part}" in self.parts]
+        there = [part for part in PARTS if f"{layer.weight}_{part}" in self.parts]
         names = tuple(f"{layer.weight}_{part}" for part in there)
 
         def weight(*tensors: Tensor) -> Tensor:
@@ -174,6 +178,7 @@ class Checkpoint:
 
         shape = (layer.rows, layer.columns)
         self.floats.derive(layer.weight, names, weight, dtype="float32", shape=shape, store=self.parts)
+        self.versions[self.floats.version(layer.weight)] = layer
 
     def add_float(
         self, module: str, sources: Sequence[str], function: Callable[..., Tensor], shape: Sequence[int]

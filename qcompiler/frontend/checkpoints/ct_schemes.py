@@ -9,13 +9,16 @@ from qcompiler.errors import InputError, UnsupportedModelError
 from qcompiler.frontend.checkpoints.contents import names_in
 from qcompiler.numerics import QuantSpec
 
-__all__ = ["Arguments", "Group", "activation_spec", "group_of", "is_ignored", "read_groups", "weight_spec"]
+__all__ = ["MXFP8", "Arguments", "Group", "activation_spec", "group_of", "is_ignored", "read_groups", "weight_spec"]
 
 _KEYS = {
     *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"),
     *("scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
 }
 _STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
+MXFP8 = "mxfp8-quantized"
+"""The layout whose scales are powers of two, of weights and of inputs."""
+_MX_GROUP = 32
 _FP4_GROUPS = {"nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32}
 _HELD_BITS = (2, 3, 4, 8)  # integers that codes have types for
 
@@ -179,6 +182,10 @@ def weight_spec(group: Group, where: str) -> QuantSpec:
         if not (one.is_float and one.bits == 4 and one.symmetric and one.group_size == _FP4_GROUPS[layout]):
             raise _unsupported(one, layout, where)
         return QuantSpec("float4_e2m1", "per_group", one.group_size, scale_dtype=_fp4_scales(is_nv))
+    if layout == MXFP8:
+        if not (one.is_float and one.bits == 8 and one.symmetric and one.group_size == _MX_GROUP):
+            raise _unsupported(one, layout, where)
+        return QuantSpec("float8_e4m3fn", "per_group", _MX_GROUP)
     is_float8 = layout in ("float-quantized", "naive-quantized") and one.is_float and one.bits == 8 and one.symmetric
     is_plain = layout in ("int-quantized", "naive-quantized") and not one.is_float and one.strategy != "block"
     is_packed = layout == "pack-quantized" and not one.is_float and one.strategy in ("channel", "group")

@@ -11,8 +11,9 @@
 | ``W4A16_NVFP4`` | the same | without ``input_scale`` |
 | ``W4A16_AWQ``, ``INT4_AWQ`` | uint8 ``[out / 2, in]`` | ``weight_scale`` ``[out, in / group]`` |
 
-Of two codes in a byte the first lies low; integers are in two's complement. Every input may be multiplied by a
-``pre_quant_scale`` ``[in]`` first. Under ``MIXED_PRECISION`` each layer has an algorithm of its own.
+Scales of blocks are called ``weight_scale_inv`` by some. Of two codes in a byte the first lies low; integers are in
+two's complement. Every input may be multiplied by a ``pre_quant_scale`` ``[in]`` first. Under ``MIXED_PRECISION`` each
+layer has an algorithm of its own.
 
 Source: ModelOpt's export to Hugging Face directories, and the readers of it in vLLM and TensorRT-LLM.
 """
@@ -110,7 +111,7 @@ def _cache_algorithm(found: object) -> object:
 def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> None:
     """Adds the layers of a checkpoint; see `qcompiler.frontend.checkpoints`."""
     stored, excluded = checkpoint.stored, names_in(settings, "exclude_modules", where)
-    modules = dict.fromkeys(checkpoint.modules("weight_scale", "weight_scale_2"))
+    modules = dict.fromkeys(checkpoint.modules("weight_scale", "weight_scale_2", "weight_scale_inv"))
     for module in checkpoint.modules("weight"):
         if stored.info(f"{module}.weight").dtype in _CODES:
             modules.setdefault(module)
@@ -218,12 +219,14 @@ def _add_plain(checkpoint: Checkpoint, module: str, spec: QuantSpec) -> tuple[in
         checkpoint.part(module, "scale", [scale], powers_of_two, "float32", shape)
         return rows, columns
     shapes: list[tuple[int, ...]] = [(), (1,)]
+    part = "weight_scale"
     if spec.granularity == "per_channel":
         shape, shapes = (rows,), [(rows,), (rows, 1)]
     elif spec.granularity == "per_block":
         shape = (math.ceil(rows / _BLOCK), math.ceil(columns / _BLOCK))
         shapes = [shape, (shape[0], 1, shape[1], 1)]
-    _add_scale(checkpoint, module, checkpoint.take(module, "weight_scale", FLOATS, shapes), shape)
+        part = "weight_scale_inv" if checkpoint.has(module, "weight_scale_inv") else part
+    _add_scale(checkpoint, module, checkpoint.take(module, part, FLOATS, shapes), shape)
     return rows, columns
 
 

@@ -1,13 +1,14 @@
 """Layers of a quantized checkpoint become quantized sites of a graph: the nodes that a compilation would leave."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from qcompiler.errors import UnsupportedModelError
 from qcompiler.frontend.checkpoints.caches import place_caches
-from qcompiler.frontend.checkpoints.contents import Checkpoint, Layer
+from qcompiler.frontend.checkpoints.contents import PARTS, Checkpoint, Layer
+from qcompiler.frontend.checkpoints.merging import merge_layers
 from qcompiler.ir import Graph, Site
 from qcompiler.numerics import QuantSpec
 from qcompiler.storage import WeightStore
@@ -31,9 +32,8 @@ def check_linear(checkpoint: Checkpoint, weights: WeightStore, model: nn.Module)
     Raises:
         UnsupportedModelError: naming the layer.
     """
-    layers = _by_version(checkpoint)
     for name in weights.names():
-        layer, (path, _, attribute) = layers.get(weights.version(name)), name.rpartition(".")
+        layer, (path, _, attribute) = checkpoint.versions.get(weights.version(name)), name.rpartition(".")
         if layer is None:
             continue
         module = model.get_submodule(path)
@@ -50,30 +50,35 @@ def check_linear(checkpoint: Checkpoint, weights: WeightStore, model: nn.Module)
 def place_layers(graph: Graph, checkpoint: Checkpoint, unused: Iterable[str]) -> None:
     """Gives each site of a canonical graph, in place, the codes that the checkpoint has of it; none is read.
 
-    Layers whose codes are no site of the graph, such as experts that transformers merges, stay float weights, computed
-    from their codes; a note says so.
+    Layers that transformers merges, such as the gate and up projections of an expert, are merged as codes
+    (`qcompiler.frontend.checkpoints.merging`). Where that cannot be, and where codes are no site of the graph, they
+    stay float weights, computed from their codes; a note says so.
 
     Args:
         graph: whose float weights are those of ``checkpoint.floats``.
         checkpoint: as read.
         unused: stored names that the model has no place for.
     """
-    layers, placed = _by_version(checkpoint), set[str]()
+    placed = set[str]()
     names = {checkpoint.floats.version(name): name.removesuffix(".weight") for name in checkpoint.floats.names()}
     stored = {site.name: names.get(graph.weights.version(site.weight), site.name) for site in graph.sites()}
     orders: _Readers = {}
     found: list[tuple[Site, Layer]] = []
     for site in graph.sites():
-        layer = layers.get(graph.weights.version(site.weight))
+        layer = checkpoint.versions.get(graph.weights.version(site.weight))
+        if layer is not None:
+            for part in PARTS:
+                if f"{layer.weight}_{part}" in checkpoint.parts:
+                    graph.weights.alias(f"{site.weight}_{part}", f"{layer.weight}_{part}", checkpoint.parts)
+            sources: Sequence[Layer] = [layer]
+        else:
+            layer, sources = merge_layers(graph, site, checkpoint)
         if layer is None:
             continue
         assert layer.scheme.weight is not None
-        for part in ("codes", "scale", "zero_point", "factor"):
-            if f"{layer.weight}_{part}" in checkpoint.parts:
-                graph.weights.alias(f"{site.weight}_{part}", f"{layer.weight}_{part}", checkpoint.parts)
         graph.set_stored_weight(site, layer.scheme.weight)
         graph.schemes[site.name] = layer.scheme
-        placed.add(layer.weight)
+        placed.update(source.weight for source in sources)
         found.append((site, layer))
         if layer.order is not None:
             for node in site.nodes:
@@ -87,6 +92,9 @@ def place_layers(graph: Graph, checkpoint: Checkpoint, unused: Iterable[str]) ->
     if rest:
         note = "layers that are no linear layer of the graph by themselves are taken as float weights"
         graph.notes.append(_sentence(note, rest))
+    unrounded = [name for name in rest if checkpoint.layers[f"{name}.weight"].scheme.activation is not None]
+    if unrounded:
+        graph.lost.append(_sentence("inputs stay in float of layers that are taken as float weights", unrounded))
     graph.notes += [_sentence(text, modules) for text, modules in checkpoint.notes.items()]
     graph.lost += [_sentence(text, modules) for text, modules in checkpoint.lost.items()]
 
@@ -96,10 +104,6 @@ def _sentence(text: str, modules: list[str]) -> str:
         return text
     more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
     return f"{text}: {', '.join(modules[:_SHOWN])}{more}"
-
-
-def _by_version(checkpoint: Checkpoint) -> dict[object, Layer]:
-    return {checkpoint.floats.version(name): layer for name, layer in checkpoint.layers.items()}
 
 
 def _select_columns(graph: Graph, readers: list[tuple[Site, fx.Node]], order: Tensor) -> None:

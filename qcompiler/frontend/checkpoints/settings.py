@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.errors import InputError, UnsupportedModelError
-from qcompiler.frontend.checkpoints import awq, compressed_tensors, fp8, gptq, modelopt
+from qcompiler.frontend.checkpoints import awq, compressed_tensors, fp8, gptq, modelopt, mxfp4
 from qcompiler.frontend.checkpoints.contents import Checkpoint
 from qcompiler.frontend.model_config import declared
 from qcompiler.storage import WeightStore
@@ -20,6 +20,7 @@ _READERS: Mapping[str, Callable[[Checkpoint, Mapping[str, Any], str], None]] = {
     "awq": awq.read,
     "modelopt": modelopt.read,
     "fp8": fp8.read,
+    "mxfp4": mxfp4.read,
 }
 _FIELDS = ("quantization_config", "compression_config")
 _GPTQ_FILE = "quantize_config.json"

@@ -242,6 +242,15 @@ def fp4_weight(rows: int, columns: int, generator: np.random.Generator, *, nv: b
     return Weight(tensors, (numbers * expand(sizes, group, columns)).astype(np.float32))
 
 
+def mxfp8_weight(rows: int, columns: int, generator: np.random.Generator) -> Weight:
+    """E4M3 in groups of 32 with a power of two each, as compressed-tensors and ModelOpt have it."""
+    codes = torch.from_numpy(generator.normal(0, 100, (rows, columns))).to(torch.float8_e4m3fn)
+    exponents = generator.integers(113, 118, (rows, columns // 32))
+    values = codes.float().numpy() * expand(2.0 ** (exponents - 127), 32, columns)
+    tensors = {"weight": codes, "weight_scale": torch.from_numpy(exponents.astype(np.uint8))}
+    return Weight(tensors, values.astype(np.float32))
+
+
 def ct_settings(layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
     """What ``config.json`` says of one group of all linear layers but the head."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}

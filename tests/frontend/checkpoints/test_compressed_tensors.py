@@ -10,6 +10,7 @@ from tests.frontend.checkpoints.packers import (
     edit_tensors,
     expand,
     fp4_weight,
+    mxfp8_weight,
     packed_weight,
     plain_weight,
     write_pair,
@@ -113,6 +114,16 @@ def test_four_bit_floats(tmp_path, nv):
     layout = "nvfp4-pack-quantized" if nv else "mxfp4-pack-quantized"
     graph = assert_same_model(write_pair(tmp_path, make, ct_settings(layout, weights)))
     assert graph.schemes[UP].weight.has_factor is nv
+
+
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_eight_bit_floats_with_powers_of_two(tmp_path, with_inputs):
+    weights = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+    inputs = {**weights, "dynamic": True} if with_inputs else None
+    settings = ct_settings("mxfp8-quantized", weights, inputs)
+    graph = assert_same_model(write_pair(tmp_path, lambda name, *sizes: mxfp8_weight(*sizes), settings))
+    assert str(graph.schemes[UP].weight) == "float8_e4m3fn g32"
+    assert len(graph.lost) == with_inputs
 
 
 def test_layers_of_several_formats(tmp_path):

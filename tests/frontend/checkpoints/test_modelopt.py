@@ -25,6 +25,7 @@ from tests.frontend.checkpoints.packers import (
     edit_tensors,
     expand,
     fp4_weight,
+    mxfp8_weight,
     plain_weight,
     some_scales,
     write_pair,
@@ -69,14 +70,6 @@ def blocks(rows, columns, generator, *, with_axes=True):
     return Weight({"weight": codes, "weight_scale": stored}, values)
 
 
-def exponents(rows, columns, generator):
-    """E4M3 in groups of 32 with a power of two each."""
-    codes = torch.from_numpy(generator.normal(0, 100, (rows, columns))).to(torch.float8_e4m3fn)
-    bytes_ = generator.integers(113, 118, (rows, columns // 32))
-    values = codes.float().numpy() * expand(2.0 ** (bytes_ - 127), 32, columns)
-    return Weight({"weight": codes, "weight_scale": torch.from_numpy(bytes_.astype(np.uint8))}, values.astype("f4"))
-
-
 def nv_floats(rows, columns, generator, *, with_input=False):
     """The names of compressed-tensors for the same codes, changed; its scale of a tensor is a divisor."""
     found = fp4_weight(rows, columns, generator, nv=True)
@@ -108,7 +101,7 @@ def int4_weight(rows, columns, generator, *, group=32, multiplier=None):
     ("algorithm", "make", "spec"),
     [
         ("FP8_PB_WO", blocks, "float8_e4m3fn 128x128 blocks"),
-        ("MXFP8", exponents, "float8_e4m3fn g32"),
+        ("MXFP8", mxfp8_weight, "float8_e4m3fn g32"),
         ("W4A16_NVFP4", nv_floats, "float4_e2m1 g16 E4M3 scales"),
         ("W4A16_AWQ", int4_weight, "int4 g32 symmetric"),
         ("INT4_AWQ", int4_weight, "int4 g32 symmetric"),
@@ -122,8 +115,13 @@ def test_weights(tmp_path, algorithm, make, spec):
     assert len(graph.lost) == (algorithm == "MXFP8")
 
 
-def test_blocks_without_axes_between(tmp_path):
-    make = lambda name, *sizes: blocks(*sizes, with_axes=False)  # noqa: E731
+@pytest.mark.parametrize("name_of_scale", ["weight_scale", "weight_scale_inv"])
+def test_blocks_without_axes_between(tmp_path, name_of_scale):
+    def make(name, *sizes):
+        found = blocks(*sizes, with_axes=False)
+        found.tensors[name_of_scale] = found.tensors.pop("weight_scale")
+        return found
+
     assert_same_model(write_pair(tmp_path, make, settings_of("FP8_PB_WO")))
 
 
@@ -221,7 +219,10 @@ def test_multiplied_inputs_reach_other_targets_or_are_refused(tmp_path):
 # --- our own writer ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["fp8-tensor", "fp8-dynamic", "nvfp4", "nvfp4a16", "w4a16-g32"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["fp8-tensor", "nvfp4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp8-dynamic", "w4a16-g32"))],
+)
 def test_it_is_compressed_tensors_and_back(tmp_path, scheme):
     """Codes, scales of weights and of inputs are the same in all three; a factor is stored inverted in one."""
     graph = qc.capture(save_checkpoint(tmp_path / "source", layers=1))

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import qcompiler as qc
-from qcompiler.artifacts import HFArtifact, NativeArtifact
 from qcompiler.numerics import Scheme
 from qcompiler.passes import RTN, Assign
 from qcompiler.protocol import verify_graph
@@ -15,10 +14,8 @@ from tests.frontend.checkpoints.packers import (
     gptq_weight,
     packed_weight,
     plain_weight,
-    rewrite_pair,
     write_pair,
 )
-from tests.models import VOCABULARY, build
 from tests.tiny_checkpoint import command, file_bytes, save_checkpoint, write_text
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
@@ -75,18 +72,6 @@ def test_inspect_evaluate_generate_convert(pair, tmp_path):
     assert file_bytes(pair.quantized) == before
     inside = command("convert", pair.quantized, "--to", "onnx", "-o", pair.quantized / "out", "--json").error
     assert inside["what"] == "the output lies in the model's directory"
-
-
-def test_experts_that_are_merged_are_float(tmp_path):
-    """transformers puts the matrices of all experts into one, which codes do not follow: their numbers do."""
-    build("qwen3_moe", layers=1).save_pretrained(tmp_path / "quantized")
-    found = rewrite_pair(tmp_path, lambda name, *sizes: gptq_weight(*sizes, group=16), {**GPTQ, "group_size": 16})
-    graph = qc.capture(found.quantized)
-    assert [name.rpartition(".")[2] for name in graph.schemes] == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    (note,) = graph.notes
-    assert "float weights: model.layers.0.mlp.experts.0." in note
-    expected = HFArtifact(found.floats).forward(IDS % VOCABULARY)
-    torch.testing.assert_close(NativeArtifact(graph).forward(IDS % VOCABULARY), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_distance_to_the_original_is_measured(pair, tmp_path):

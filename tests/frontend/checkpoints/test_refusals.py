@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qcompiler as qc
 from qcompiler.errors import InputError, UnsupportedModelError, WeightError
@@ -210,6 +211,21 @@ def test_a_truncated_file(directory):
     refused(directory, WeightError, "truncated")
     with pytest.raises(WeightError, match="truncated"):
         qc.open_artifact(directory)
+
+
+def test_a_truncated_shard(directory):
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names, files = sorted(tensors), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    halves = {files[0]: names[: len(names) // 2], files[1]: names[len(names) // 2 :]}
+    for file, half in halves.items():
+        save_file({name: tensors[name] for name in half}, directory / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, half in halves.items() for name in half}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert len(qc.capture(directory).schemes) == 7
+    path = directory / files[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    assert files[1] in refused(directory, WeightError, "truncated").where
 
 
 def test_nothing_is_compiled_from_it(directory):

@@ -197,3 +197,32 @@ def test_words(bits: int, width: int) -> None:
     words = pack_words(codes, bits)
     assert (words.dtype, tuple(words.shape)) == (torch.int32, (3, -(-width * bits // 32)))
     assert [unpacking.codes_of_words(row, bits, width) for row in words] == codes.tolist()
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its norms multiply with ``1 + w``, which the graph has as one tensor."""
+    return save_source(tmp_path_factory.mktemp("gemma"), "gemma2")
+
+
+def test_norms_that_add_one(gemma: Path, write: Write) -> None:
+    directory, report, _ = write(qc.capture(gemma), "w8a16")
+    before, after = unpacking.read_tensors(gemma), unpacking.read_tensors(directory)
+    norms = [name for name in before if "norm" in name]
+    assert len(norms) == 5
+    assert all(after[name].dtype == torch.bfloat16 and torch.equal(before[name], after[name]) for name in norms)
+    assert report["parity"]["max_difference"] < 1e-5
+
+
+def test_norms_that_add_one_to_what_a_pass_has_rewritten(gemma: Path, write: Write, tmp_path: Path) -> None:
+    passes = [Assign("w4a16-g16"), AWQ(), RTN()]
+    directory, report, result = write(qc.capture(gemma), "", passes=passes)
+    name = "model.layers.0.input_layernorm.weight"
+    before, after = unpacking.read_tensors(gemma)[name].float(), unpacking.read_tensors(directory)[name]
+    assert float((before - after).abs().max()) > 0.01
+    torch.testing.assert_close(after + 1, result.graph.weights.read(f"{name}.add"), rtol=0, atol=2**-22)
+    assert report["parity"]["max_difference"] < 1e-4
+    assert any("vectors (norms, biases) are float32" in note for note in report["notes"])
+    result.save(tmp_path / "native")
+    again = qc.lower(tmp_path / "native", "checkpoint", tmp_path / "again")
+    assert again["parity"]["max_difference"] < 1e-4

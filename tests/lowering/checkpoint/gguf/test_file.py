@@ -13,10 +13,11 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import qcompiler as qc
 from qcompiler.errors import MissingDependencyError, TargetError
+from qcompiler.frontend import interleave
 from qcompiler.ir.graph import Graph
 from qcompiler.lowering.checkpoint import CheckpointTarget
 from qcompiler.lowering.checkpoint.gguf import check_model, supports
-from qcompiler.lowering.checkpoint.gguf.architectures import architecture_of, interleave
+from qcompiler.lowering.checkpoint.gguf.architectures import architecture_of
 from qcompiler.lowering.checkpoint.gguf.metadata import context_length, rope_factors
 from qcompiler.numerics import Scheme
 from tests.lowering.checkpoint.conftest import Write, compiled, native_weight, passes_of, save_source

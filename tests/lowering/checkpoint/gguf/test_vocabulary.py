@@ -5,12 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from qcompiler.artifacts import load_tokenizer
 from qcompiler.errors import InputError, TargetError
-from qcompiler.lowering.checkpoint.gguf.vocabulary import Vocabulary, read_vocabulary
+from qcompiler.frontend.checkpoints.gguf.tokenizer import save_tokenizer
+from qcompiler.lowering.checkpoint.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary
+from qcompiler.storage import GGUFFile
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -77,6 +82,48 @@ DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
 @pytest.mark.parametrize(("cut", "words"), [(DIGITS, "smollm"), (_split(LLAMA3.replace("{1,3}", "")), "qwen2")])
 def test_how_text_is_cut(cut: Any, words: str, tmp_path: Path) -> None:
     assert read_vocabulary(_save(tmp_path, _byte_level(cut)), 3).words == words
+
+
+def _written(source: Path, vocab_size: int, place: Path) -> GGUFFile:
+    writer = gguf.GGUFWriter(place / "x.gguf", "llama")
+    add_vocabulary(writer, source, vocab_size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return GGUFFile(place / "x.gguf")
+
+
+TEXT = "The captain's 1234 ships, naïve  and\n\ncold <|bos|> ab abab ba."
+
+
+def test_read_back(booklm: Path, tmp_path: Path) -> None:
+    assert save_tokenizer(_written(booklm, 4096, tmp_path), tmp_path) is None
+    read, source = load_tokenizer(tmp_path), load_tokenizer(booklm)
+    assert read(TEXT)["input_ids"] == source(TEXT)["input_ids"]
+    assert read.decode(read(TEXT)["input_ids"]) == TEXT
+    assert (read.bos_token_id, read.eos_token_id, read.pad_token_id) == (0, 1, 2)
+
+
+def test_sentencepiece_read_back(tmp_path: Path) -> None:
+    tokenizer = _sentencepiece()
+    tokenizer.post_processor = TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", 1)])
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ bos_token }}"}
+    source = _save(tmp_path / "source", tokenizer, **special)
+    file = _written(source, 264, tmp_path)
+    assert file.settings["tokenizer.ggml.add_bos_token"] is True
+    assert save_tokenizer(file, tmp_path / "read") is None
+    read = load_tokenizer(tmp_path / "read")
+    assert read(TEXT)["input_ids"] == load_tokenizer(source)(TEXT)["input_ids"]
+    assert read.decode(read("ab  ba")["input_ids"], skip_special_tokens=True) == "ab  ba"
+    assert read.chat_template == "{{ bos_token }}"
+
+
+def test_words_that_are_not_read(booklm: Path, tmp_path: Path) -> None:
+    file = _written(booklm, 4096, tmp_path)
+    file.settings["tokenizer.ggml.pre"] = "tekken"
+    assert "tokenizer is not read: gpt2, tekken" in str(save_tokenizer(file, tmp_path / "read"))
+    assert not (tmp_path / "read").exists()
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
