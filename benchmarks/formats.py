@@ -1,30 +1,32 @@
 """Checkpoints as foreign readers see them: recipe × layout × reader, against the native artifact.
 
-``python -m benchmarks.formats MODEL --calib FILE [--vllm PYTHON]``. Each recipe is compiled once, then lowered to each
-layout. A reader loads what was written by its own code; ``max`` is the largest difference of logits relative to the
-largest logit (of vLLM, of log-probabilities), ``KL`` the divergence from the native artifact in thousandths of a nat
-per token, ``greedy`` how many of 64 greedy tokens agree before the first that does not. vLLM computes in the model's
-own dtype, so that its differences are mostly those of bfloat16.
+``python -m benchmarks.formats MODEL --calib FILE [--engines .venv-engines]``. Each recipe is compiled once, then
+lowered to each layout. A reader loads what was written by its own code; ``max`` is the largest difference of logits
+relative to the largest logit, ``KL`` the divergence from the native artifact in thousandths of a nat per token,
+``greedy`` how many of 64 greedy tokens agree before the first that does not. Engines compute in the
+model's own dtype, so that their differences are mostly those of bfloat16; ``make test-engines`` makes their
+environments.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 import qcompiler as qc
 from qcompiler.errors import QCompilerError
 from qcompiler.lowering.checkpoint import CheckpointTarget
+from qcompiler.lowering.checkpoint.readers import ENGINES, Engine, compare
 
-DRIVER = Path(__file__).parent / "peer_drivers" / "read_vllm.py"
-LAYOUTS = ("compressed-tensors", "gptq", "awq", "modelopt")
+READERS = {
+    "compressed-tensors": ("vllm",),
+    "gptq": ("vllm", "gptqmodel"),
+    "awq": ("vllm", "gptqmodel"),
+    "modelopt": ("vllm",),
+    "gguf": ("llama.cpp",),
+}
+"""Engines by layout; transformers is run as the checkpoint is written."""
 RECIPES = ("w8a16", "w4a16-gptq", "w3a16-gptq", "w4a16-awq", "w8a8-smoothquant", "w8a8-dynamic", "fp8", "fp8-dynamic")
 HEADINGS = ("recipe", "layout", "reader", "loads", "max", "tolerance", "KL", "greedy", "MB")
 
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
-    parser.add_argument("--vllm", type=Path, help="the Python of an environment that has vLLM")
+    parser.add_argument("--engines", type=Path, help="a directory with an environment for each engine")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     rows: list[Row] = []
@@ -63,16 +65,16 @@ def main() -> None:
             print(recipe, file=sys.stderr)
             calibration = qc.Calibration.from_text(options.calib, samples=16, length=128)
             result = qc.compile(options.model, recipe, calibration)
-            for layout in LAYOUTS:
+            for layout in READERS:
                 place = Path(scratch) / f"{recipe}-{layout}"
-                rows += measure(result, recipe, layout, place, options.vllm)
+                rows += measure(result, recipe, layout, place, options.engines)
     table = render([row.cells() for row in rows])
     print(table)
     if options.output is not None:
         options.output.write_text(table, encoding="utf-8")
 
 
-def measure(result: qc.CompileResult, recipe: str, layout: str, place: Path, vllm: Path | None) -> list[Row]:
+def measure(result: qc.CompileResult, recipe: str, layout: str, place: Path, engines: Path | None) -> list[Row]:
     """The lines of one recipe in one layout."""
     target = CheckpointTarget(layout)  # type: ignore[arg-type]
     try:
@@ -82,64 +84,29 @@ def measure(result: qc.CompileResult, recipe: str, layout: str, place: Path, vll
     size = f"{written['bytes'] / 1e6:.1f}"
     rows = []
     if "parity" in written:
-        found = written["parity"]
-        numbers = (f"{found['max_difference']:.1e}", f"{found['tolerance']:.1e}", f"{1e3 * found['kl_divergence']:.3f}")
         reader = "transformers" if layout == "compressed-tensors" else "qcompiler"
-        rows.append(Row(recipe, layout, reader, "yes", *numbers, "", size))
-    if vllm is not None:
-        rows.append(read_with_vllm(result, recipe, layout, place, vllm, size))
+        rows.append(Row(recipe, layout, reader, "yes", *numbers(written["parity"]), "", size))
+    for engine in ENGINES if engines is not None else ():
+        python = engines / engine.name / "bin" / "python"
+        if engine.name in READERS[layout] and python.exists():
+            rows.append(read(result, recipe, layout, place, engine, python, size))
     return rows or [Row(recipe, layout, "none here", "", megabytes=size)]
 
 
-def read_with_vllm(
-    result: qc.CompileResult, recipe: str, layout: str, place: Path, python: Path, megabytes: str
+def numbers(found: dict[str, float]) -> tuple[str, str, str]:
+    """Largest difference, tolerance and divergence."""
+    return (f"{found['max_difference']:.1e}", f"{found['tolerance']:.1e}", f"{1e3 * found['kl_divergence']:.3f}")
+
+
+def read(
+    result: qc.CompileResult, recipe: str, layout: str, place: Path, engine: Engine, python: Path, megabytes: str
 ) -> Row:
-    """What vLLM makes of a checkpoint, in a process of its environment."""
-    native = result.artifact()
-    ids = torch.randint(native.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    tokens, out = place.parent / "tokens.json", place.parent / "out.npz"
-    tokens.write_text(json.dumps(ids.tolist()))
-    out.unlink(missing_ok=True)
-    command = [str(python), str(DRIVER), str(place), str(tokens), str(out)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        said = [line for line in (run.stderr + run.stdout).splitlines() if "Error" in line]
-        return Row(
-            recipe, layout, "vLLM", f"no: {said[-1].split('Error:')[-1].strip()[:100] if said else 'it crashed'}"
-        )
-    read = np.load(out)
-    expected = native.forward(ids)[:, :-1].log_softmax(-1)
-    found = torch.from_numpy(read["logprobs"])
-    largest = (found - expected).abs().max() / expected.abs().max()
-    divergence = (expected.exp() * (expected - found)).sum(-1).mean()
-    agreed = [matching(greedy(native, row), list(theirs)) for row, theirs in zip(ids, read["continued"], strict=True)]
-    return Row(
-        recipe,
-        layout,
-        "vLLM",
-        "yes",
-        f"{largest:.1e}",
-        "",
-        f"{1e3 * float(divergence):.3f}",
-        f"{min(agreed)}",
-        megabytes,
-    )
-
-
-def greedy(artifact: Any, ids: torch.Tensor, count: int = 64) -> list[int]:
-    """The most likely tokens, one after the other."""
-    logits, cache = artifact.prefill(ids[None])
-    found = [int(logits[0, -1].argmax())]
-    while len(found) < count:
-        logits, cache = artifact.step(torch.tensor([[found[-1]]]), cache)
-        found.append(int(logits[0, -1].argmax()))
-    return found
-
-
-def matching(first: list[int], second: list[int]) -> int:
-    """How many tokens agree before the first that does not."""
-    pairs = zip(first, second, strict=True)
-    return next((place for place, (one, other) in enumerate(pairs) if one != other), len(first))
+    """What an engine makes of a checkpoint, or its own words where it does not take it."""
+    try:
+        found = compare(result, place, engine, python=python)
+    except QCompilerError as error:
+        return Row(recipe, layout, engine.name, f"no: {(error.got or error.what)[:100]}", megabytes=megabytes)
+    return Row(recipe, layout, engine.name, "yes", *numbers(found), str(found["greedy_tokens"]), megabytes)
 
 
 def render(rows: list[list[str]]) -> str:

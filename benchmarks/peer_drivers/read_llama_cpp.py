@@ -1,8 +1,8 @@
 """llama.cpp as a reader: log-probabilities of given tokens and a greedy continuation, from a GGUF it loads itself.
 
 ``python read_llama_cpp.py CHECKPOINT TOKENS.json OUT.npz`` in an environment of its own (``xllamacpp``, ``numpy``).
-CHECKPOINT is a ``.gguf`` file or a directory with one. TOKENS holds rows of token ids; OUT gets what `read_vllm.py`
-writes: ``logprobs`` float32 ``[rows, length - 1, vocab]``, the distribution after each token but the last, and
+CHECKPOINT is a ``.gguf`` file or a directory with one. TOKENS holds rows of token ids; OUT
+gets ``logprobs`` float32 ``[rows, length - 1, vocab]``, the distribution after each token but the last, and
 ``continued`` int64 ``[rows, new]``. With ``--score`` behind them, OUT gets ``scored`` float32 ``[rows, length - 1]``
 alone, the log-probability of each token behind the first, which is all that a perplexity needs.
 

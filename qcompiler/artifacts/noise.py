@@ -26,6 +26,7 @@ __all__ = ["with_block_noise", "with_noise"]
 
 _canonical = torch.ops.qcompiler
 _TERMS_AT_ONCE = 1 << 22  # of a weight, in float64: 32 MiB
+_SAMPLE = 1_000_003  # between the seeds of two samples; of a seed, torch takes 32 bits on a CPU
 _MASK = 1e30  # magnitudes that only masks have: the lowest numbers of float32 and bfloat16
 
 
@@ -50,7 +51,7 @@ def with_noise(graph: Graph, rounded: Collection[str], dtype: torch.dtype, *, sa
     for seed, (source, node) in enumerate(nodes.items()):
         if source.name not in rounded:
             continue
-        options = (in_values, in_values + in_sums, (sample << 32) + seed)
+        options = (in_values, in_values + in_sums, _SAMPLE * sample + seed)
         with copy.inserting_after(node):
             if is_op(node, _canonical.linear.default):
                 noisy = copy.call_function(_add_noise_of_terms, (node, *node.args[:2], *options))
@@ -86,7 +87,7 @@ def with_block_noise(graph: Graph, block: int, *, sample: int = 0) -> Graph:
         if not readers:
             continue
         with copy.inserting_after(node):
-            noisy = copy.call_function(_add_noise_of_blocks, (node, block, (sample << 32) + seed))
+            noisy = copy.call_function(_add_noise_of_blocks, (node, block, _SAMPLE * sample + seed))
         noisy.meta = dict(source.meta)
         for reader in readers:
             nodes[reader].replace_input_with(node, noisy)

@@ -11,6 +11,7 @@ from qcompiler.artifacts.noise import (
     _add_noise,
     _add_noise_of_attention,
     _add_noise_of_terms,
+    with_block_noise,
     with_noise,
 )
 from qcompiler.ir.feeding import feed
@@ -110,3 +111,31 @@ def test_a_norm_that_quantizes_its_result_is_rounded_first():
     made = build_module(graph, torch.device("cpu"), torch.bfloat16)
     assert made.fused_norms == 4
     assert set(names(graph, _canonical.rms_norm.default)) <= made.rounded
+
+
+def test_errors_of_blocks_are_within_half_a_step_of_eight_bits():
+    graph = language_model(width=64)
+    before = interpret(graph, feed(graph, IDS))
+    noisy = with_block_noise(graph, 48)  # one block of 48 channels, and one of 16
+    after = interpret(noisy, feed(noisy, IDS))
+    first = next(node.args[0].name for node in graph.fx.nodes if is_op(node, _canonical.linear.default))
+    readers = [node for node in noisy.fx.nodes if is_op(node, _canonical.linear.default)]
+    assert all("noise" in node.args[0].name for node in readers)
+    assert len(readers) == len(names(graph, _canonical.linear.default))
+    error = (after[readers[0].args[0].name] - before[first]).abs()
+    for block in (slice(0, 48), slice(48, 64)):
+        steps = before[first][..., block].abs().amax(-1, keepdim=True) / 127
+        ratio = error[..., block] / steps
+        assert 0.4 < ratio.max() <= 0.5001
+    again, other = with_block_noise(graph, 48), with_block_noise(graph, 48, sample=1)
+    name = readers[0].args[0].name
+    assert torch.equal(interpret(again, feed(again, IDS))[name], after[name])
+    assert not torch.equal(interpret(other, feed(other, IDS))[name], after[name])
+
+
+def test_samples_have_errors_of_their_own():
+    graph = language_model(width=64)
+    every = [node.name for node in graph.fx.nodes if node.op == "call_function"]
+    first, second = (with_noise(graph, every, torch.bfloat16, sample=sample) for sample in (1, 2))
+    logits = [NativeArtifact(noisy).forward(IDS) for noisy in (first, second)]
+    assert not torch.equal(*logits)
