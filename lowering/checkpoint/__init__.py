@@ -7,6 +7,7 @@
 | ``caches`` | where the scales of quantized caches belong |
 | ``experts`` | mixtures of experts, which checkpoints have matrix by matrix |
 | ``contents`` | what of a graph goes into a checkpoint, under the names that its engine knows |
+| ``layout`` | `Layout`: what each of the following tells the target |
 | ``compressed_tensors``, ``gptq``, ``awq``, ``modelopt`` | a layout each: tensors, ``quantization_config`` |
 | ``card``, ``serving`` | the ``README.md`` beside the weights, and the engines that take them |
 | ``gguf`` | a layout in one file with settings and tokenizer, which llama.cpp reads |

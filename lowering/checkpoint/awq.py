@@ -13,10 +13,11 @@ from torch import Tensor
 from qcompiler.errors import TargetError
 from qcompiler.lowering.checkpoint.contents import Contents, pack_words
 from qcompiler.lowering.checkpoint.layers import Layer, check_rows, integer_support, refuse_groups
+from qcompiler.lowering.checkpoint.layout import Layout
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Support
 
-__all__ = ["add_caches", "add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
+__all__ = ["LAYOUT", "supports"]
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the eight output channels in a word, lowest bits first
 
@@ -81,10 +82,6 @@ def _pack(values: Tensor) -> Tensor:
     return pack_words(values.unflatten(-1, (-1, 8))[..., _ORDER].flatten(-2).contiguous(), 4)
 
 
-def add_caches(contents: Contents) -> None:
-    """Nothing: quantized caches are refused."""
-
-
 def quantization_config(contents: Contents) -> dict[str, Any] | None:
     """What ``config.json`` says."""
     if not contents.layers:
@@ -99,6 +96,9 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
     }
 
 
-def extra_files(contents: Contents) -> dict[str, Any]:
-    """None: readers look into ``config.json``."""
-    return {}
+LAYOUT = Layout(
+    supports=supports,
+    add_layer=add_layer,
+    quantization_config=quantization_config,
+    check_layers=check_layers,
+)

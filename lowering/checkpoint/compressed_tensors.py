@@ -4,7 +4,6 @@ Source: compressed-tensors 0.20 (its compressors); what engines have kernels for
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from qcompiler.lowering.checkpoint.contents import Contents, pack_words
 from qcompiler.lowering.checkpoint.layers import Layer, integer_support, refuse_groups
+from qcompiler.lowering.checkpoint.layout import Layout
 from qcompiler.numerics import QuantSpec, Scheme, pack_bits
 from qcompiler.protocol import Support
 
-__all__ = ["add_caches", "add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
+__all__ = ["LAYOUT", "supports"]
 
 
 _CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
@@ -76,10 +76,6 @@ def layout_of(weight: QuantSpec, activation: QuantSpec | None) -> str:
     if weight.is_float:
         return "float-quantized"
     return "int-quantized" if weight.bits == 8 and activation is not None else "pack-quantized"
-
-
-def check_layers(layers: Sequence[Layer]) -> None:
-    """Nothing: rows are packed by themselves, and every layer may have a format of its own."""
 
 
 def add_layer(contents: Contents, layer: Layer) -> None:
@@ -255,6 +251,9 @@ def _nibbles(codes: Tensor) -> Tensor:
     return pack_bits(codes, 4)
 
 
-def extra_files(contents: Contents) -> dict[str, Any]:
-    """None: readers look into ``config.json``."""
-    return {}
+LAYOUT = Layout(
+    supports=supports,
+    add_layer=add_layer,
+    quantization_config=quantization_config,
+    add_caches=add_caches,
+)

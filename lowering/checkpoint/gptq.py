@@ -13,10 +13,11 @@ from torch import Tensor
 
 from qcompiler.lowering.checkpoint.contents import Contents, pack_words
 from qcompiler.lowering.checkpoint.layers import Layer, check_rows, integer_support, refuse_groups
+from qcompiler.lowering.checkpoint.layout import Layout
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Support
 
-__all__ = ["add_caches", "add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
+__all__ = ["LAYOUT", "supports"]
 
 
 def supports(scheme: Scheme, width: int) -> Support:
@@ -60,10 +61,6 @@ def add_layer(contents: Contents, layer: Layer) -> None:
     contents.store.set(f"{layer.name}.g_idx", torch.arange(columns, dtype=torch.int32) // (layer.group or columns))
 
 
-def add_caches(contents: Contents) -> None:
-    """Nothing: quantized caches are refused."""
-
-
 def quantization_config(contents: Contents) -> dict[str, Any] | None:
     """What ``config.json`` says: the format of the first layer, and of others where they differ."""
     if not contents.layers:
@@ -94,3 +91,12 @@ def extra_files(contents: Contents) -> dict[str, Any]:
 
 def _fields(layer: Layer) -> dict[str, Any]:
     return {"bits": layer.weight.bits, "group_size": layer.group or -1}
+
+
+LAYOUT = Layout(
+    supports=supports,
+    add_layer=add_layer,
+    quantization_config=quantization_config,
+    extra_files=extra_files,
+    check_layers=check_layers,
+)

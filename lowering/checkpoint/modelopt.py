@@ -14,10 +14,11 @@ import qcompiler
 from qcompiler.errors import TargetError
 from qcompiler.lowering.checkpoint.contents import Contents
 from qcompiler.lowering.checkpoint.layers import Layer, check_rows, refuse_groups
+from qcompiler.lowering.checkpoint.layout import Layout
 from qcompiler.numerics import QuantSpec, Scheme, pack_bits
 from qcompiler.protocol import Support
 
-__all__ = ["add_caches", "add_layer", "check_layers", "extra_files", "quantization_config", "supports"]
+__all__ = ["LAYOUT", "supports"]
 
 _CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _TAKEN = "fp8-tensor, fp8-dynamic, nvfp4, nvfp4a16 or w4a16"
@@ -181,3 +182,13 @@ def extra_files(contents: Contents) -> dict[str, Any]:
         return {}
     quantization = {**_fields(contents), "exclude_modules": contents.ignored}
     return {"hf_quant_config.json": {"producer": _producer(), "quantization": quantization}}
+
+
+LAYOUT = Layout(
+    supports=supports,
+    add_layer=add_layer,
+    quantization_config=quantization_config,
+    add_caches=add_caches,
+    extra_files=extra_files,
+    check_layers=check_layers,
+)

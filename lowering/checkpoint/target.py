@@ -34,7 +34,13 @@ from qcompiler.storage import SOURCE_ONLY, StagedFiles, read_companions
 
 __all__ = ["CheckpointTarget"]
 
-_LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "modelopt": modelopt, "gguf": gguf}
+_LAYOUTS = {
+    "compressed-tensors": compressed_tensors.LAYOUT,
+    "gptq": gptq.LAYOUT,
+    "awq": awq.LAYOUT,
+    "modelopt": modelopt.LAYOUT,
+    "gguf": gguf.LAYOUT,
+}
 _READ_HERE = {
     "gptq": "transformers needs gptqmodel for gptq",
     "awq": "transformers needs gptqmodel for awq",
@@ -112,8 +118,7 @@ class CheckpointTarget(Target):
         check_layers(graph, layers, model)
         check_experts(graph, {layer.name: layer for layer in layers}, sources, self.format)
         _LAYOUTS[self.format].check_layers(in_source(layers, sources))
-        if self.format == "gguf":
-            gguf.check_model(graph, model)
+        _LAYOUTS[self.format].check_model(graph, model)
         Contents(graph, model, written_layers(graph), sources)
 
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
@@ -133,8 +138,8 @@ class CheckpointTarget(Target):
         files = read_companions(Path(str(graph.provenance["companions"])))
         files |= {name: _json(value) for name, value in layout.extra_files(contents).items()}
         files["config.json"] = _json({**config, _MARK: qcompiler.__version__})
-        if self.format == "gguf":
-            gguf.save(contents, graph, model, directory)
+        if layout.save is not None:
+            layout.save(contents, graph, model, directory)
         else:
             contents.store.save(directory, max_shard_bytes=self.shard_bytes)
         with StagedFiles(directory) as staged:

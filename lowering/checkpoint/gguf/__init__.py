@@ -11,23 +11,9 @@
 """
 
 from qcompiler.lowering.checkpoint.gguf.file import FILE, check_model, save
-from qcompiler.lowering.checkpoint.gguf.layout import (
-    add_caches,
-    add_layer,
-    check_layers,
-    extra_files,
-    quantization_config,
-    supports,
-)
+from qcompiler.lowering.checkpoint.gguf.layout import add_layer, supports
+from qcompiler.lowering.checkpoint.layout import Layout
 
-__all__ = [
-    "FILE",
-    "add_caches",
-    "add_layer",
-    "check_layers",
-    "check_model",
-    "extra_files",
-    "quantization_config",
-    "save",
-    "supports",
-]
+__all__ = ["FILE", "LAYOUT", "check_model", "supports"]
+
+LAYOUT = Layout(supports, add_layer, check_model=check_model, save=save)

@@ -4,9 +4,6 @@ Blocks are of 32 weights. A scale of a larger group, or of a whole row, stands i
 costs the bits of the smaller group.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,7 +15,7 @@ from qcompiler.lowering.checkpoint.layers import Layer
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Support
 
-__all__ = ["add_caches", "add_layer", "block_type", "check_layers", "extra_files", "quantization_config", "supports"]
+__all__ = ["add_layer", "block_type", "supports", "type_of"]
 
 _BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "MXFP4": 17}
 """Of a block, by the name of its type."""
@@ -52,10 +49,6 @@ def supports(scheme: Scheme, width: int) -> Support:
         group = weight.group_of(width)
         return Support("refused", f"blocks of {BLOCK} do not divide groups of {group}", f"choose groups of {BLOCK}")
     return Support("fused")
-
-
-def check_layers(layers: Sequence[Layer]) -> None:
-    """Nothing depends on several layers: each has a type of its own."""
 
 
 def add_layer(contents: Contents, layer: Layer) -> None:
@@ -99,20 +92,6 @@ def _note(contents: Contents, layer: Layer, kind: str) -> None:
             "Q4_1 has minima, -zero_point * scale, instead of zero points, rounded to float16: weights are off by up "
             "to 2^-11 of the minimum of their block"
         )
-
-
-def add_caches(contents: Contents) -> None:
-    """Nothing: quantized caches are refused."""
-
-
-def quantization_config(contents: Contents) -> dict[str, Any] | None:
-    """None: types stand beside the tensors."""
-    return None
-
-
-def extra_files(contents: Contents) -> dict[str, Any]:
-    """None: all is in one file."""
-    return {}
 
 
 def type_of(contents: Contents, name: str) -> str:
