@@ -19,7 +19,6 @@ TOKENS = torch.randint(4096, (1, 24), generator=torch.Generator().manual_seed(0)
 NO_KERNEL = ("not supported", "no kernel", "NotImplementedError", "requires AVX512", "has no attribute")
 
 CASES: list[tuple[str, str, str, list[Damage]]] = [
-    ("vllm", "compressed-tensors", "w8a8-dynamic", [made.double_scales]),
     ("vllm", "compressed-tensors", "fp8-dynamic", [made.flip_codes]),
     ("vllm", "compressed-tensors", "w4a16-g32", [made.flip_codes]),
     ("vllm", "gptq", "w4a16-g32", [made.flip_codes]),
