@@ -38,7 +38,7 @@ test-gpu: setup
 # Engines that are not ours read checkpoints, each in an environment of its own: make test-engines ENGINES=llama.cpp
 ENGINES ?= llama.cpp vllm gptqmodel edgellm
 test-engines: setup $(ENGINES:%=.venv-engines/%/.installed)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -p no:randomly -m engines
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -p no:randomly -m engines tests/engines
 
 .venv-engines/%/.installed: .ci/engines/%.txt
 	.ci/make-engine .venv-engines/$* $<

@@ -16,10 +16,9 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 
 Damage = Callable[[Path], None]
 TOKENS = torch.randint(4096, (1, 24), generator=torch.Generator().manual_seed(0))
-NO_KERNEL = ("not supported", "no kernel", "NotImplementedError", "requires AVX512", "has no attribute")
+NO_KERNEL = ("cpu_gemm_wna16",)  # weights of 4 bits, where the processor has no AVX-512
 
 CASES: list[tuple[str, str, str, list[Damage]]] = [
-    ("vllm", "compressed-tensors", "w8a8-dynamic", [made.double_scales]),
     ("vllm", "compressed-tensors", "fp8-dynamic", [made.flip_codes]),
     ("vllm", "compressed-tensors", "w4a16-g32", [made.flip_codes]),
     ("vllm", "gptq", "w4a16-g32", [made.flip_codes]),
