@@ -1,7 +1,8 @@
 """The layout of NVIDIA's ModelOpt (unified Hugging Face export), which TensorRT-LLM, vLLM and SGLang read.
 
-Source: ModelOpt's export to Hugging Face directories; vLLM 0.32 takes all of these but 4-bit integers. All layers of a
-checkpoint have one algorithm here.
+Source: ModelOpt's export to Hugging Face directories; vLLM 0.32 takes all of these but integers. Where layers differ,
+the algorithm of the whole is ``MIXED_PRECISION``, and ``quantized_layers`` names each. Engines round the inputs of
+``FP8_PB_WO`` in groups of 128, though its name speaks of weights alone.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ from qcompiler.protocol import Support
 __all__ = ["LAYOUT", "supports"]
 
 _CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
-_TAKEN = "fp8-tensor, fp8-dynamic, nvfp4, nvfp4a16 or w4a16"
+_TAKEN = "fp8-tensor, fp8-dynamic, fp8-block-dyngroup, nvfp4, nvfp4a16, w8a8-actsym or w4a16"
+_SIDE = 128
+_GROUPS_OF_INPUTS = QuantSpec("float8_e4m3fn", "per_group", _SIDE, dynamic=True)
 
 
 def _algorithm(weight: QuantSpec, activation: QuantSpec | None) -> str | None:
@@ -35,6 +38,11 @@ def _algorithm(weight: QuantSpec, activation: QuantSpec | None) -> str | None:
             return "FP8"
         if weight.granularity == "per_channel" and activation.granularity == "per_token" and activation.clip == 1:
             return "FP8_PER_CHANNEL_PER_TOKEN"
+        if (weight.granularity, weight.group_size) == ("per_block", _SIDE) and activation == _GROUPS_OF_INPUTS:
+            return "FP8_PB_WO"
+    if weight.dtype == "int8" and weight.granularity == "per_channel" and weight.symmetric:
+        is_static = activation == QuantSpec("int8", "per_tensor", None)
+        return "W8A8_SQ_PER_CHANNEL" if is_static else None
     if weight.dtype == "int4" and weight.granularity == "per_group" and activation is None:
         return "W4A16_AWQ" if weight.symmetric and not weight.codebook else None
     return None
@@ -49,31 +57,24 @@ def supports(scheme: Scheme, width: int) -> Support:
     if weight.is_fp4 and width % (weight.group_size or 1):
         remedy = "leave the layer in float with an override"
         return Support("refused", f"blocks of {weight.group_size} do not divide {width} input channels", remedy)
+    if algorithm == "FP8_PB_WO" and width % _SIDE:
+        return Support("refused", f"blocks of {_SIDE} do not divide {width} input channels", "choose fp8-dynamic")
     if refusal := refuse_groups(weight.group_size, width):
         return refusal
-    if algorithm == "W4A16_AWQ":
-        return Support("fused", "in TensorRT-LLM; vLLM takes no 4-bit integers in this layout")
+    if not weight.is_float:
+        return Support("fused", "in TensorRT-LLM; vLLM takes no integers in this layout")
     if weight.is_fp4:
         return Support("fused", "on Blackwell; elsewhere vLLM dequantizes the weight as it multiplies")
     return Support("fused")
 
 
 def check_layers(layers: Sequence[Layer]) -> None:
-    """Refuses layers of several formats, and output channels that do not fill bytes.
+    """Refuses output channels that do not fill bytes.
 
     Raises:
         TargetError: that names the layer.
     """
     for layer in layers:
-        first = layers[0]
-        if (layer.weight, layer.activation) != (first.weight, first.activation):
-            raise TargetError(
-                "a ModelOpt checkpoint has one format for all its layers",
-                where=f"checkpoint: {first.name}, {layer.name}",
-                got=f"{first} and {layer}",
-                expected="one format",
-                remedy="leave others in float by overrides, or write format=compressed-tensors",
-            )
         if layer.weight.dtype == "int4":
             check_rows(layer, 2, "ModelOpt", "bytes")
 
@@ -87,9 +88,10 @@ def add_layer(contents: Contents, layer: Layer) -> None:
         shape: tuple[int, ...] = (rows, columns // spec.group_size)
         contents.add(layer, "weight_scale", ["scale"], lambda scale: scale, "float8_e4m3fn", shape)
         contents.add(layer, "weight_scale_2", ["factor"], _number, "float32", ())
-    elif spec.is_float:
-        contents.add(layer, "weight", ["codes"], lambda codes: codes, "float8_e4m3fn", (rows, columns))
-        shape = () if spec.granularity == "per_tensor" else (rows,)
+    elif spec.bits == 8:
+        contents.add(layer, "weight", ["codes"], lambda codes: codes, spec.stored_dtype, (rows, columns))
+        blocks = (-(-rows // _SIDE), 1, columns // _SIDE, 1)
+        shape = {"per_tensor": (), "per_channel": (rows,), "per_block": blocks}[spec.granularity]
         contents.add(layer, "weight_scale", ["scale"], lambda s: s.float().reshape(shape), "float32", shape)
     else:
         contents.add(layer, "weight", ["codes"], _along_out, "uint8", (rows // 2, columns))
@@ -130,11 +132,20 @@ def _along_out(codes: Tensor) -> Tensor:
 
 
 def _fields(contents: Contents) -> dict[str, Any]:
-    first = contents.layers[0]
-    algorithm = _algorithm(first.weight, first.activation)
-    fields: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": "FP8" if contents.caches else None}
-    if first.weight.group_size is not None:
-        fields["group_size"] = first.weight.group_size
+    """What both files say."""
+    first, *others = (_of_layer(layer) for layer in contents.layers)
+    cache = "FP8" if contents.caches else None
+    if any(fields != first for fields in others):
+        layers = {layer.name: _of_layer(layer) for layer in contents.layers}
+        return {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": cache, "quantized_layers": layers}
+    return {"kv_cache_quant_algo": cache, **first}
+
+
+def _of_layer(layer: Layer) -> dict[str, Any]:
+    algorithm = _algorithm(layer.weight, layer.activation)
+    fields: dict[str, Any] = {"quant_algo": algorithm}
+    if layer.weight.group_size is not None:
+        fields["group_size"] = layer.weight.group_size
     if algorithm == "W4A16_AWQ":  # scales of channels are folded into the layers ahead
         fields |= {"has_zero_point": False, "pre_quant_scale": False}
     return fields
@@ -149,15 +160,20 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
     """What ``config.json`` says."""
     if not contents.layers:
         return None
-    fields, first = _fields(contents), contents.layers[0]
-    group: dict[str, Any] = {"targets": ["Linear"], "weights": _arguments(first.weight, is_input=False)}
-    if first.activation is not None:
-        group["input_activations"] = _arguments(first.activation, is_input=True)
+    alike: dict[tuple[QuantSpec, QuantSpec | None], list[str]] = {}
+    for layer in contents.layers:
+        alike.setdefault((layer.weight, layer.activation), []).append(layer.name)
+    groups = {}
+    for index, ((weight, activation), names) in enumerate(alike.items()):
+        group = {"targets": names if len(alike) > 1 else ["Linear"], "weights": _arguments(weight, is_input=False)}
+        if activation is not None:
+            group["input_activations"] = _arguments(activation, is_input=True)
+        groups[f"group_{index}"] = group
     return {
         "quant_method": "modelopt",
-        **fields,
+        **_fields(contents),
         "ignore": contents.ignored,
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
         "kv_cache_scheme": _CACHE if contents.caches else None,
         "producer": _producer(),
     }

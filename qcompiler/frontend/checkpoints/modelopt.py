@@ -49,7 +49,9 @@ _TENSOR8, _CHANNEL8 = QuantSpec(_FLOAT8, "per_tensor", None), QuantSpec(_FLOAT8,
 _SCHEMES = {
     "FP8": Scheme(_TENSOR8, _TENSOR8),
     "FP8_PER_CHANNEL_PER_TOKEN": Scheme(_CHANNEL8, QuantSpec(_FLOAT8, "per_token", None)),
-    "FP8_PB_WO": Scheme(QuantSpec(_FLOAT8, "per_block", _BLOCK)),
+    "FP8_PB_WO": Scheme(  # weights alone by its name, but engines round inputs too
+        QuantSpec(_FLOAT8, "per_block", _BLOCK), QuantSpec(_FLOAT8, "per_group", _BLOCK, dynamic=True)
+    ),
     "MXFP8": Scheme(QuantSpec(_FLOAT8, "per_group", _MX_GROUP)),
     "W8A8_SQ_PER_CHANNEL": Scheme(QuantSpec("int8", "per_channel", None), QuantSpec("int8", "per_tensor", None)),
     "NVFP4": Scheme(_NVFP4, _NVFP4),

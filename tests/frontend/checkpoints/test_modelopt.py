@@ -16,6 +16,7 @@ from tests.frontend.checkpoints.comparing import (
     assert_same_parts,
     logits,
     refused,
+    round_in_groups,
     rounded_reference,
 )
 from tests.frontend.checkpoints.packers import (
@@ -100,7 +101,6 @@ def int4_weight(rows, columns, generator, *, group=32, multiplier=None):
 @pytest.mark.parametrize(
     ("algorithm", "make", "spec"),
     [
-        ("FP8_PB_WO", blocks, "float8_e4m3fn 128x128 blocks"),
         ("MXFP8", mxfp8_weight, "float8_e4m3fn g32"),
         ("W4A16_NVFP4", nv_floats, "float4_e2m1 g16 E4M3 scales"),
         ("W4A16_AWQ", int4_weight, "int4 g32 symmetric"),
@@ -115,14 +115,18 @@ def test_weights(tmp_path, algorithm, make, spec):
     assert len(graph.lost) == (algorithm == "MXFP8")
 
 
-@pytest.mark.parametrize("name_of_scale", ["weight_scale", "weight_scale_inv"])
-def test_blocks_without_axes_between(tmp_path, name_of_scale):
+@pytest.mark.parametrize(
+    ("name_of_scale", "with_axes"), [("weight_scale", True), ("weight_scale", False), ("weight_scale_inv", False)]
+)
+def test_blocks(tmp_path, name_of_scale, with_axes):
     def make(name, *sizes):
-        found = blocks(*sizes, with_axes=False)
+        found = blocks(*sizes, with_axes=with_axes)
         found.tensors[name_of_scale] = found.tensors.pop("weight_scale")
         return found
 
-    assert_same_model(write_pair(tmp_path, make, settings_of("FP8_PB_WO")))
+    graph = assert_rounded_model(write_pair(tmp_path, make, settings_of("FP8_PB_WO")), round_in_groups(128))
+    assert str(graph.schemes[UP]) == "float8_e4m3fn 128x128 blocks, activation float8_e4m3fn g128 dynamic"
+    assert graph.lost == []
 
 
 def static(largest, dtype=None):

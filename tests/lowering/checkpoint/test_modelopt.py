@@ -89,10 +89,52 @@ def test_transformers_would_take_codes_for_weights(graph: Graph, write: Write) -
         HFArtifact(directory)
 
 
-def test_several_formats_are_refused_ahead_of_calibration(graph: Graph) -> None:
-    with pytest.raises(TargetError, match="one format for all") as caught:
-        compiled(graph, passes_of("nvfp4a16", {"*.down_proj": "w4a16-g32"}), TARGET)
-    assert caught.value.where == f"checkpoint: {QUERY}, {DOWN}"
+def test_blocks_of_floats(wide_graph: Graph, write: Write) -> None:
+    directory, report, result = write(wide_graph, "fp8-block-dyngroup", TARGET)
+    tensors = unpacking.read_tensors(directory)
+    _, beside = configurations(directory)
+    assert (beside["quant_algo"], beside["group_size"]) == ("FP8_PB_WO", 128)
+    scale = tensors[f"{DOWN}.weight_scale"]
+    assert (scale.dtype, list(scale.shape)) == (torch.float32, [1, 1, 2, 1])
+    codes = unpacking.e4m3_matrix(tensors[f"{DOWN}.weight"])
+    found = unpacking.scaled(np.asarray(codes), np.repeat(scale.reshape(1, 2).numpy(), 128, axis=1))
+    np.testing.assert_array_equal(found, native_weight(result.graph, DOWN))
+    assert f"{DOWN}.input_scale" not in tensors
+    assert report["parity"]["max_difference"] < 1e-4
+
+
+def test_integers_of_eight_bits(graph: Graph, write: Write) -> None:
+    directory, report, result = write(graph, "w8a8-actsym", TARGET)
+    tensors = unpacking.read_tensors(directory)
+    _, beside = configurations(directory)
+    assert beside["quant_algo"] == "W8A8_SQ_PER_CHANNEL"
+    codes, scale = tensors[f"{DOWN}.weight"], tensors[f"{DOWN}.weight_scale"]
+    assert (codes.dtype, scale.dtype, list(scale.shape)) == (torch.int8, torch.float32, [64])
+    found = unpacking.scaled(codes.numpy().astype(np.int64), scale.reshape(-1, 1).numpy())
+    np.testing.assert_array_equal(found, native_weight(result.graph, DOWN))
+    assert torch.equal(tensors[f"{DOWN}.input_scale"], result.graph.weights.read(f"{DOWN}.input_scale"))
+    assert report["parity"]["max_difference"] < 1e-4
+
+
+def test_several_formats(graph: Graph, write: Write) -> None:
+    overrides = {"*.down_proj": "nvfp4a16", "*.o_proj": "w4a16-g32", "lm_head": None}
+    directory, report, result = write(graph, "fp8-dynamic", TARGET, overrides=overrides)
+    own = unpacking.read_config(directory)["quantization_config"]
+    beside = json.loads((directory / "hf_quant_config.json").read_text())["quantization"]
+    assert own["quant_algo"] == beside["quant_algo"] == "MIXED_PRECISION"
+    assert own["quantized_layers"] == beside["quantized_layers"]
+    layers = own["quantized_layers"]
+    assert layers[QUERY] == {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
+    assert layers[DOWN] == {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+    assert layers[DOWN.replace("mlp.down_proj", "self_attn.o_proj")]["quant_algo"] == "W4A16_AWQ"
+    assert len(layers) == 7
+    assert sorted(name for group in own["config_groups"].values() for name in group["targets"]) == sorted(layers)
+    weight, scale, factor = (
+        unpacking.read_tensors(directory)[f"{DOWN}.{part}"] for part in ("weight", "weight_scale", "weight_scale_2")
+    )
+    found = unpacking.scaled(unpacking.fp4_matrix(weight), unpacking.e4m3_matrix(scale) * factor.numpy())
+    np.testing.assert_array_equal(found, native_weight(result.graph, DOWN))
+    assert report["parity"]["max_difference"] < 1e-4
 
 
 def test_rows_that_fill_no_bytes_are_refused_ahead_of_calibration(graph: Graph) -> None:
@@ -108,6 +150,11 @@ def test_rows_that_fill_no_bytes_are_refused_ahead_of_calibration(graph: Graph) 
         ("fp8-dynamic", 256, "fused"),
         ("fp8", 256, "refused"),
         ("fp8-block", 256, "refused"),
+        ("fp8-block-dyngroup", 256, "fused"),
+        ("fp8-block-dyngroup", 576, "refused"),
+        ("w8a8-actsym", 256, "fused"),
+        ("w8a8", 256, "refused"),
+        ("w8a8-dynamic", 256, "refused"),
         ("fp8-e5m2-tensor", 256, "refused"),
         ("nvfp4", 256, "fused"),
         ("nvfp4", 72, "refused"),
