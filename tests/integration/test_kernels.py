@@ -155,8 +155,7 @@ def test_one_wrong_scale_is_seen(captured: Path, text: Tensor) -> None:
     before = layer.scale.flatten()[0].item()
     layer.scale.view(-1)[0] = 8 * before
     found = compare(graph, model, text)
-    assert found.difference > found.allowed
-    assert found.divergence > 2 * found.noisy_divergence
+    assert found.divergence > 4 * found.noisy_divergence  # the largest difference says less: noise has a long tail
 
 
 def test_a_wrong_scale_is_no_lowered_model(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
