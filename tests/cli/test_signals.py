@@ -69,6 +69,24 @@ def test_a_program_that_ends_is_not_stopped_halfway() -> None:
             signal.signal(item, handler)
 
 
+def test_an_interrupt_that_somebody_catches_is_sent_again() -> None:
+    caught = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except BaseException as error:
+            caught.append(error)
+        time.sleep(10)
+
+    with Interruptions(for_good=False):
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert len(caught) == 1
+    time.sleep(1.2)  # nothing comes behind the end
+
+
 def test_an_interrupt_that_python_loses_is_sent_again() -> None:
     class Dying:
         def __del__(self) -> None:
