@@ -173,7 +173,7 @@ def llama_cpp(python: Path, place: Path, ids: Tensor, work: Path) -> float:
     """The perplexity that llama.cpp finds."""
     rows, out = work / "tokens.json", work / "scored.npz"
     rows.write_text(json.dumps(ids.tolist()))
-    subprocess.run([python, DRIVER, place, rows, out, "--score"], check=True, capture_output=True)
+    subprocess.run([python, DRIVER, place, rows, out], check=True, capture_output=True)
     return float(np.exp(-np.load(out)["scored"].mean(dtype=np.float64)))
 
 

@@ -1,14 +1,12 @@
-"""llama.cpp as a reader: log-probabilities of given tokens and a greedy continuation, from a GGUF it loads itself.
+"""llama.cpp as a reader: what it makes of text, from a GGUF it loads itself.
 
 ``python read_llama_cpp.py CHECKPOINT TOKENS.json OUT.npz`` in an environment of its own (``xllamacpp``, ``numpy``).
-CHECKPOINT is a ``.gguf`` file or a directory with one. TOKENS holds rows of token ids; OUT
-gets ``logprobs`` float32 ``[rows, length - 1, vocab]``, the distribution after each token but the last, and
-``continued`` int64 ``[rows, new]``. With ``--score`` behind them, OUT gets ``scored`` float32 ``[rows, length - 1]``
-alone, the log-probability of each token behind the first, which is all that a perplexity needs.
+CHECKPOINT is a ``.gguf`` file or a directory with one. TOKENS holds rows of token ids; OUT gets ``scored`` float32
+``[rows, length - 1]``, the log-probability of each token behind the first, which is all that a perplexity needs. Whole
+distributions, and a comparison with the native artifact: ``qcompiler verify --reader llama.cpp``.
 
 The cache is kept in float32. Products with blocks round their inputs to 8 bits in blocks of 32 (scale: the largest
-magnitude over 127, in float16), as llama.cpp does on a CPU: that is what its distance from the native artifact comes
-to, so twice what such roundings change may be allowed. On the shipped model (2 x 24 tokens), as root mean square
+magnitude over 127, in float16), as llama.cpp does on a CPU. On the shipped model (2 x 24 tokens), as root mean square
 of log-probabilities: llama.cpp from native 0.0164 (w8a16) and 0.0172 (w4a16), native with inputs rounded so from native
 0.0170 and 0.0177; 64 of 64 greedy tokens the same.
 """
@@ -21,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import xllamacpp
 
-NEW_TOKENS = 64
 BIAS = 1e6  # what is sampled is told; the log-probability is that ahead of it
 
 
@@ -38,26 +35,15 @@ def opened(checkpoint, length):
     return xllamacpp.Server(params)
 
 
-def ask(server, prompt, number, probabilities, **options):
-    """What follows token ids: an entry for each new token."""
-    request = {"prompt": prompt, "n_predict": number, "max_tokens": number, "temperature": 0, "cache_prompt": True}
-    answer = server.handle_completions({**request, "n_probs": probabilities, "ignore_eos": True, **options})
+def ask(server, prompt, **options):
+    """The token behind token ids, with its log-probability."""
+    request = {"prompt": prompt, "n_predict": 1, "max_tokens": 1, "temperature": 0, "cache_prompt": True, "n_probs": 1}
+    answer = server.handle_completions({**request, **options})
     if isinstance(answer, str):
         answer = json.loads(answer)
     if "choices" not in answer:
         raise SystemExit(f"llama.cpp: {json.dumps(answer)[:400]}")
-    return answer["choices"][0]["logprobs"]["content"]
-
-
-def distributions(server, rows, vocab):
-    logprobs = np.full((len(rows), len(rows[0]) - 1, vocab), -np.inf, dtype=np.float32)
-    for row, tokens in enumerate(rows):
-        for position in range(1, len(tokens)):
-            (entry,) = ask(server, tokens[:position], 1, vocab, ignore_eos=False)
-            for found in entry["top_logprobs"]:
-                logprobs[row, position - 1, found["id"]] = found["logprob"]
-    continued = [[entry["id"] for entry in ask(server, tokens, NEW_TOKENS, 1)] for tokens in rows]
-    return {"logprobs": logprobs, "continued": np.array(continued, dtype=np.int64)}
+    return answer["choices"][0]["logprobs"]["content"][0]
 
 
 def scores(server, rows):
@@ -65,23 +51,17 @@ def scores(server, rows):
     for row, tokens in enumerate(rows):
         for position in range(1, len(tokens)):
             wanted = tokens[position]
-            options = {"logit_bias": [[wanted, BIAS]], "ignore_eos": False}
-            (entry,) = ask(server, tokens[:position], 1, 1, **options)
+            entry = ask(server, tokens[:position], logit_bias=[[wanted, BIAS]])
             assert entry["id"] == wanted, (entry, wanted)
             scored[row, position - 1] = entry["logprob"]
-    return {"scored": scored}
+    return scored
 
 
-def main(checkpoint, tokens_file, out, mode=""):
-    """Reads, and writes the arrays."""
+def main(checkpoint, tokens_file, out):
+    """Reads, and writes the array."""
     with open(tokens_file, encoding="utf-8") as file:
         rows = json.load(file)
-    server = opened(checkpoint, len(rows[0]) + NEW_TOKENS + 8)
-    if mode == "--score":
-        np.savez(out, **scores(server, rows))
-    else:
-        config = Path(checkpoint) / "config.json"
-        np.savez(out, **distributions(server, rows, json.loads(config.read_bytes())["vocab_size"]))
+    np.savez(out, scored=scores(opened(checkpoint, len(rows[0]) + 8), rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qcompiler.errors import TargetError
-from qcompiler.ir import FLOAT_CACHES, CacheFormat, Graph, QuantizedCache, quantized_caches
+from qcompiler.ir import FLOAT_CACHES, CacheFormat, Graph, QuantizedCache, nearest_sites, quantized_caches
 from qcompiler.protocol import Support
 
 __all__ = ["CacheScale", "cache_scales", "supports_cache"]
@@ -88,16 +88,7 @@ def cache_scales(graph: Graph, model: nn.Module) -> list[CacheScale]:
 
 def _source(graph: Graph, cache: QuantizedCache) -> str | None:
     """The one linear layer that is met on the way back from what is cached."""
-    layers = {node: site.name for site in graph.sites() for node in site.nodes}
-    found, stack, seen = set(), [cache.value], {cache.value}
-    while stack:
-        node = stack.pop()
-        if node in layers:
-            found.add(layers[node])
-            continue
-        fresh = set(node.all_input_nodes) - seen
-        seen |= fresh
-        stack.extend(fresh)
+    found = nearest_sites(graph, [cache.value])
     return found.pop() if len(found) == 1 else None
 
 

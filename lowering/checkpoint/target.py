@@ -76,7 +76,7 @@ class CheckpointTarget(Target):
 
     @property
     def has_one_group(self) -> bool:
-        """Whether the layout says the size of groups once for all layers."""
+        """Whether the layout says the size of groups once, as AWQ's does; ModelOpt's, unless it mixes algorithms."""
         return self.format in ("awq", "modelopt")
 
     def ties(self, graph: Graph) -> list[list[str]]:

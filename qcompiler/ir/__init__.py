@@ -42,7 +42,7 @@ from qcompiler.ir.static_cache import (
     static_caches,
     static_qparams,
 )
-from qcompiler.ir.walks import ancestors, descendants
+from qcompiler.ir.walks import ancestors, descendants, nearest_sites
 
 __all__ = [
     "BATCH",
@@ -84,6 +84,7 @@ __all__ = [
     "is_quantized_weight",
     "keep_range",
     "makes_a_tensor",
+    "nearest_sites",
     "quantize_cache",
     "quantized_caches",
     "quantized_value",

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from qcompiler.ir.graph import Graph, Site, is_op
+from qcompiler.ir.walks import nearest_sites
 
 __all__ = ["is_expert", "routed_from", "routers"]
 
@@ -36,16 +37,4 @@ def _unrounded(value: Any) -> Any:
 
 def routers(graph: Graph) -> set[str]:
     """The names of the linear layers met first on the way back from what says which expert a row goes to."""
-    site_of = {node: site.name for site in graph.sites() for node in site.nodes}
-    found: set[str] = set()
-    stack: list[Any] = [node.args[1] for node in graph.fx.nodes if is_op(node, _TAKE)]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node in site_of:
-            found.add(site_of[node])
-            continue
-        fresh = set(node.all_input_nodes) - seen
-        seen |= fresh
-        stack.extend(fresh)
-    return found
+    return nearest_sites(graph, [node.args[1] for node in graph.fx.nodes if is_op(node, _TAKE)])
