@@ -10,6 +10,7 @@ from torch import nn
 
 from qcompiler.errors import TargetError
 from qcompiler.ir import FLOAT_CACHES, CacheFormat, Graph, QuantizedCache, nearest_sites, quantized_caches
+from qcompiler.lowering.checkpoint.layers import common_parent
 from qcompiler.protocol import Support
 
 __all__ = ["CacheScale", "cache_scales", "supports_cache"]
@@ -71,7 +72,7 @@ def cache_scales(graph: Graph, model: nn.Module) -> list[CacheScale]:
     found = []
     for layer, pair in of_layer.items():
         sources = [_source(graph, cache) for cache in pair]
-        attention = _common_parent([source for source in sources if source])
+        attention = common_parent([source for source in sources if source])
         if None in sources or attention not in modules:
             raise TargetError(
                 "the layers that keys and values come from are not found, or have no module in common",
@@ -90,13 +91,3 @@ def _source(graph: Graph, cache: QuantizedCache) -> str | None:
     """The one linear layer that is met on the way back from what is cached."""
     found = nearest_sites(graph, [cache.value])
     return found.pop() if len(found) == 1 else None
-
-
-def _common_parent(names: list[str]) -> str:
-    parents = [name.split(".")[:-1] for name in names]
-    same = []
-    for parts in zip(*parents, strict=False):
-        if len(set(parts)) > 1:
-            break
-        same.append(parts[0])
-    return ".".join(same)

@@ -11,7 +11,7 @@ from qcompiler.errors import TargetError
 from qcompiler.frontend import SourceNames
 from qcompiler.ir import Graph, is_quantized_weight, quantized_caches, stored_names
 from qcompiler.lowering.checkpoint.caches import CacheScale, cache_scales
-from qcompiler.lowering.checkpoint.experts import in_source, place_in_stack
+from qcompiler.lowering.checkpoint.experts import in_source, mixtures, place_in_stack
 from qcompiler.lowering.checkpoint.layers import Layer, input_tensors
 from qcompiler.numerics import pack_bits
 from qcompiler.storage import WeightStore
@@ -62,6 +62,7 @@ class Contents:
         if sources.experts:  # what chooses among experts, and they themselves, are no linear layers of the model
             left += [site.name for site in graph.sites() if site.name not in quantized and site.name not in linear]
         self.ignored = [name for item in left for name in self._source_paths(item)]
+        self._mixtures = mixtures(sources)
         self._add_floats(model, quantized)
         self.ties = self._is_tied(model)
         self._drop_tied(model)
@@ -123,6 +124,11 @@ class Contents:
         self.add(layer, "scales", ["scale"], halved, "float16", (layer.groups, layer.rows))
         if self.dtype(layer, "scale") == "float32":
             self.note("scales are rounded to float16, which this layout has: the native artifact's are float32")
+
+    @property
+    def ignored_modules(self) -> list[str]:
+        """As ``ignored``, experts by the module that holds all of their mixture: engines make one layer of it."""
+        return list(dict.fromkeys(self._mixtures.get(name, name) for name in self.ignored))
 
     def dtype(self, layer: Layer, part: str) -> str:
         """The dtype a part of a layer is stored in."""

@@ -20,6 +20,7 @@ __all__ = [
     "build_source",
     "check_layers",
     "check_rows",
+    "common_parent",
     "fused_layers",
     "input_tensors",
     "integer_support",
@@ -45,6 +46,7 @@ class Layer:
             ``_factor``; empty where nothing is quantized yet.
         input_scale, input_zero_point: stored tensors, 0-D, of a static activation; in NVFP4 the first is the factor.
         first_row: where its rows begin in what is stored; None: all of that is its own.
+        mixture: the module that holds the experts which it is one of; empty for a layer of no mixture.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Layer:
     input_scale: str | None = None
     input_zero_point: str | None = None
     first_row: int | None = None
+    mixture: str = ""
 
     def rows_of(self, part: Tensor) -> Tensor:
         """Its own rows of codes, scales or zero points; a number that scales a whole tensor is everybody's."""
@@ -231,3 +234,14 @@ def integer_support(weight: QuantSpec, width: int) -> Support:
     if group not in (*_GROUPS, width):
         return Support("writes-only", f"groups of {group}: vLLM has kernels for 32, 64, 128 and whole channels")
     return Support("fused")
+
+
+def common_parent(names: Sequence[str]) -> str:
+    """The path of the innermost module that is around all of some."""
+    parents = [name.split(".")[:-1] for name in names]
+    same = []
+    for parts in zip(*parents, strict=False):
+        if len(set(parts)) > 1:
+            break
+        same.append(parts[0])
+    return ".".join(same)

@@ -26,7 +26,7 @@ from qcompiler.lowering.checkpoint.layers import (
     planned_layers,
     written_layers,
 )
-from qcompiler.lowering.checkpoint.serving import serving_commands
+from qcompiler.lowering.checkpoint.serving import are_experts_run, serving_commands
 from qcompiler.lowering.checkpoint.streamed import StreamedHFArtifact
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Artifact, Compilation, Lowered, Reader, Support, Target, Within, choose_device
@@ -130,7 +130,7 @@ class CheckpointTarget(Target):
             layout.add_layer(contents, layer)
         layout.add_caches(contents)
         _note_factors(graph, contents)
-        _note_expert_inputs(graph, contents)
+        _note_experts(contents, self.format)
         config = _config(graph, contents)
         quantization = layout.quantization_config(contents)
         if quantization is not None:
@@ -269,11 +269,12 @@ def _sizes(directory: Path) -> dict[str, Any]:
     return {"bytes": sum(sizes.values()), "weight_bytes": tensors, "files": list(sizes)}
 
 
-def _note_expert_inputs(graph: Graph, contents: Contents) -> None:
-    """Engines run the experts of a mixture as one, with one scale of their inputs."""
-    experts = {site.name for site in graph.sites() if is_expert(site)}
-    if any(layer.input_scale is not None and site_name(layer.stored) in experts for layer in contents.layers):
+def _note_experts(contents: Contents, layout: str) -> None:
+    """Engines run the experts of a mixture as one, with one scale of their inputs, and not in all formats."""
+    if any(layer.input_scale is not None and layer.mixture for layer in contents.layers):
         contents.note("experts have input scales of their own: vLLM takes the largest of a mixture for all of them")
+    if not are_experts_run(layout, contents.layers):
+        contents.note(f"vLLM has no kernel for experts of this format in the layout of {layout}")
 
 
 def _json(value: Any) -> bytes:
