@@ -52,6 +52,7 @@ CACHES: dict[str, Callable[[], QuantizeKVCache]] = {
     "kv-int8": lambda: QuantizeKVCache("int8"),
     "kv-int4": lambda: QuantizeKVCache("int4", rotate=True),
     "kv-fp8-static": lambda: QuantizeKVCache("fp8", scales="static"),
+    "kv-fp8-static-head": lambda: QuantizeKVCache("fp8", scales="static", per_head=True),
 }
 """What stands behind the ``+`` of a name, or alone: the cache, besides weights and activations or without."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompiler.artifacts import CompileResult, StreamedArtifact, add_target, check_parity, load, with_noise
 from qcompiler.errors import InputError, QCompilerError, TargetError, did_you_mean
-from qcompiler.ir import Graph, cache_formats
+from qcompiler.ir import Graph, cache_formats, formats_by_cache
 from qcompiler.lowering import targets
 from qcompiler.protocol import (
     Artifact,
@@ -241,6 +241,7 @@ def check_target(result: CompileResult, target: Target) -> None:
     """
     check_schemes(result.graph.schemes, {site.name: site.in_features for site in result.graph.sites()}, [target])
     check_caches(cache_formats(result.graph), [target])
+    target.check_cached(formats_by_cache(result.graph))
     target.check_graph(result.graph)
     target.check_assigned(result.graph)
 

@@ -19,9 +19,6 @@ from qcompiler.protocol import Support
 __all__ = ["LAYOUT", "supports"]
 
 
-_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
-
-
 def supports(scheme: Scheme, width: int) -> Support:
     """What becomes of a layer."""
     weight, activation = scheme.weight, scheme.activation
@@ -155,7 +152,8 @@ def add_caches(contents: Contents) -> None:
     from compressed_tensors.quantization import is_cached_attention_module
 
     for cache in contents.caches:
-        contents.add_cache_scale(cache, f"{cache.attention}.{cache.letter}_scale", (1,))
+        shape = (1,) if cache.heads is None else (cache.heads, 1, 1)
+        contents.add_cache_scale(cache, f"{cache.attention}.{cache.letter}_scale", shape)
         if not is_cached_attention_module(cache.module):
             contents.note(
                 f"compressed-tensors finds no cache in {type(cache.module).__name__}: "
@@ -188,12 +186,17 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
             for number, (fields, names) in enumerate(groups.values())
         },
         ignore=contents.ignored,
-        kv_cache_scheme=QuantizationArgs(**_CACHE) if contents.caches else None,
+        kv_cache_scheme=QuantizationArgs(**_cache_arguments(contents)) if contents.caches else None,
         format=layouts.pop() if len(layouts) == 1 else "mixed-precision" if layouts else "dense",
         quantization_status="compressed",
     )
     found: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
     return found
+
+
+def _cache_arguments(contents: Contents) -> dict[str, Any]:
+    strategy = "tensor" if contents.caches[0].heads is None else "attn_head"
+    return {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
 
 
 def _arguments(spec: QuantSpec, layer: Layer) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Contents:
         )
 
     def add_cache_scale(self, cache: CacheScale, name: str, shape: Sequence[int]) -> None:
-        """The scale of a cache as a float32 tensor of one number."""
+        """The scale of a cache in float32."""
         stored, size = (cache.stored,), tuple(shape)
         self.store.derive(
             name,

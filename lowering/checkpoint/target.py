@@ -15,7 +15,7 @@ from qcompiler.artifacts import HFArtifact, StreamedArtifact, load
 from qcompiler.errors import MissingDependencyError
 from qcompiler.ir import CacheFormat, Graph, Site, is_expert, is_op, site_name
 from qcompiler.lowering.checkpoint import awq, card, compressed_tensors, gguf, gptq, modelopt
-from qcompiler.lowering.checkpoint.caches import supports_cache
+from qcompiler.lowering.checkpoint.caches import check_cached, supports_cache
 from qcompiler.lowering.checkpoint.contents import Contents
 from qcompiler.lowering.checkpoint.experts import check_experts, find_sources, in_source
 from qcompiler.lowering.checkpoint.layers import (
@@ -86,6 +86,14 @@ class CheckpointTarget(Target):
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache: engines take calibrated scales of 8-bit floats, and make all others."""
         return supports_cache(spec, self.format)
+
+    def check_cached(self, formats: Mapping[str, CacheFormat | None]) -> None:
+        """Refuses caches that are not all of one format.
+
+        Raises:
+            TargetError: that names one.
+        """
+        check_cached(formats)
 
     def check_graph(self, graph: Graph) -> None:
         """Refuses what did not come from a Hugging Face directory, or computes what no checkpoint tells.

@@ -69,6 +69,8 @@ class KernelsTarget(Target):
 
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache: written in place, and read by one operator for a few new tokens."""
+        if spec.per_head:
+            return Support("refused", "no kernel has a static scale for each head", "choose kv-fp8-static or kv-fp8")
         device = self._described_device()
         append = cache_append.choose(spec, _HEAD_WIDTH, device)
         attention = decode_attention.choose(spec, spec, _HEAD_WIDTH, device, _DTYPE)

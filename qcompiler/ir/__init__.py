@@ -38,6 +38,7 @@ from qcompiler.ir.signature import (
 from qcompiler.ir.static_cache import (
     QuantizedCache,
     cache_formats,
+    formats_by_cache,
     quantized_caches,
     static_caches,
     static_qparams,
@@ -78,6 +79,7 @@ __all__ = [
     "feed_run",
     "feed_tensors",
     "float_caches",
+    "formats_by_cache",
     "free_memory",
     "is_expert",
     "is_op",

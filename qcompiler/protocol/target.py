@@ -179,6 +179,17 @@ class Target(ABC):
             TargetError: that names the layers.
         """
 
+    def check_cached(self, formats: Mapping[str, CacheFormat | None]) -> None:  # noqa: B027 - as above
+        """Refuses, ahead of calibration, caches that it does not take beside each other.
+
+        Args:
+            formats: of all keys and values, by the names that reports have for them; None for those in float.
+                `supports_cache` has been asked about each.
+
+        Raises:
+            TargetError: that names the cache.
+        """
+
     @abstractmethod
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
         """Makes files, or a model, of a quantized graph, which is not changed.

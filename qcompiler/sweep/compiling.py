@@ -14,10 +14,11 @@ from torch import Tensor
 import qcompiler
 from qcompiler.artifacts import Calibration, CompileResult, companion_losses
 from qcompiler.errors import CalibrationError, InputError, RecipeError
-from qcompiler.ir import Graph, feed, results_of, run_by_segments
+from qcompiler.ir import Graph, feed, formats_by_cache, results_of, run_by_segments
 from qcompiler.protocol import (
     CalibrationRun,
     Effect,
+    Pass,
     PassContext,
     Pipeline,
     Target,
@@ -141,6 +142,7 @@ def compile_graph(
             for item in stage.swept:
                 item.check(graph)
                 check_caches(item.cache_formats(), targets)
+                _check_cached(graph, item, targets)
             is_checked = any(item.effect is Effect.EXACT for item in stage.swept)
             takes_tokens = graph.signature.input("ids") is not None
             wants_inputs = stage.is_calibrated or (is_checked and not takes_tokens and calibration is not None)
@@ -212,6 +214,12 @@ def _check_schemes(graph: Graph, targets: Sequence[Target]) -> None:
     check_schemes(graph.schemes, {site.name: site.in_features for site in graph.sites()}, targets)
     for target in targets:
         target.check_assigned(graph)
+
+
+def _check_cached(graph: Graph, item: Pass, targets: Sequence[Target]) -> None:
+    planned = item.planned_caches(graph)
+    for target in targets if planned else ():
+        target.check_cached({**formats_by_cache(graph), **planned})
 
 
 def _workspace(work_dir: str | Path | None, graph: Graph) -> Path:

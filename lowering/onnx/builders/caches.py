@@ -148,7 +148,10 @@ def is_shared(scale: object) -> bool:
 def quantize_shared(
     e: Emitter, x: ir.Value, scale: object, zero_point: object, code: ir.DataType, bits: int
 ) -> ir.Value:
-    """QuantizeLinear to integers, written out."""
+    """QuantizeLinear, written out as far as the division; of integers, as a whole."""
+    if code == ir.DataType.FLOAT8E4M3FN:
+        units = e.op("Div", x, e.value(scale, dtype_of(x)))
+        return e.op("QuantizeLinear", units, e.const(1.0, dtype_of(x)), dtype=code, output_dtype=int(code))
     is_signed = code in (ir.DataType.INT8, ir.DataType.INT4)
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if is_signed else (0, (1 << bits) - 1)
     codes = e.op("Round", e.op("Div", x, e.value(scale, dtype_of(x))))
@@ -160,7 +163,9 @@ def quantize_shared(
 
 def dequantize_shared(e: Emitter, codes: ir.Value, scale: object, zero_point: object) -> ir.Value:
     """DequantizeLinear, written out."""
-    values = e.cast(codes, e.working)
+    is_float = dtype_of(codes) == ir.DataType.FLOAT8E4M3FN
+    one = e.const(1.0, e.working)
+    values = e.op("DequantizeLinear", codes, one, dtype=e.working) if is_float else e.cast(codes, e.working)
     if zero_point is not None:
         values = e.op("Sub", values, e.value(zero_point, e.working))
     return e.op("Mul", values, e.value(scale, e.working))
