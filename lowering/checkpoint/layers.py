@@ -173,14 +173,17 @@ def _kind(model: nn.Module, name: str) -> str:
 
 
 def fused_layers(graph: Graph) -> list[list[str]]:
-    """Linear layers that read one value, such as q, k and v: engines make one of them, whatever they are called."""
-    chosen = routers(graph)
+    """Linear layers that read one value, such as q, k and v: engines make one of them, whatever they are called.
+
+    What chooses among experts is none of them, nor is a layer with one output channel, which gates what others compute.
+    """
+    apart = routers(graph) | {site.name for site in graph.sites() if site.out_features == 1}
     readers: dict[fx.Node, list[str]] = {}
     for site in graph.sites():
         for value in site.inputs:
             unrounded = quantized_value(value)
             names = readers.setdefault(value if unrounded is None else unrounded, [])
-            if site.name not in chosen and site.name not in names:
+            if site.name not in apart and site.name not in names:
                 names.append(site.name)
     return [names for names in readers.values() if len(names) > 1]
 

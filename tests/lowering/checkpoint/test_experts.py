@@ -153,6 +153,13 @@ def square_mixture(tmp_path_factory: pytest.TempPathFactory) -> Graph:
     return qc.capture(save_source(tmp_path_factory.mktemp("qwen"), "qwen3_moe", **options))
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """The same with an expert for all rows, whose output is weighted by a gate."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    return qc.capture(save_source(tmp_path_factory.mktemp("shared"), "qwen2_moe", **sizes))
+
+
 def integers_in_bytes(packed: Tensor) -> list[list[int]]:
     """ModelOpt's: two output channels to a byte, the even one low, in two's complement."""
     rows = [[(byte >> 4 * (row % 2)) & 15 for byte in packed[row // 2].tolist()] for row in range(2 * len(packed))]
@@ -237,6 +244,18 @@ def test_experts_of_a_format_of_their_own(square_mixture: Graph, write: Write) -
     dynamic = unpacking.read_config(directory)["quantization_config"]["dynamic"]
     (fields,) = [dynamic[pattern] for pattern in dynamic if re.match(pattern.removeprefix("+:"), STACKS)]
     assert fields == {"bits": 8, "group_size": -1}
+    assert_same_parts(result.graph, qc.capture(directory))
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "awq"])
+def test_the_gate_of_a_shared_expert_stays_float(layout: str, shared: Graph, write: Write) -> None:
+    """One output channel, which no word holds, beside layers that engines make one of."""
+    gate = "model.layers.0.mlp.shared_expert_gate"
+    directory, report, result = write(shared, "w4a16-g16", f"checkpoint:format={layout}")
+    assert gate in report["ignored"]
+    assert f"{gate}.weight" in unpacking.read_tensors(directory)
+    (skip,) = [skip for skip in result.report.skipped if skip.site == gate]
+    assert skip.reason.startswith("one output channel, left in float")
     assert_same_parts(result.graph, qc.capture(directory))
 
 
