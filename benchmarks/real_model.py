@@ -28,6 +28,7 @@ from torch import Tensor
 import qcompiler as qc
 from qcompiler.artifacts import HFArtifact, load_tokenizer
 from qcompiler.errors import QCompilerError
+from qcompiler.ir import with_float_tables
 from qcompiler.lowering.checkpoint import CheckpointTarget
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.recipes import recipe as named_recipe
@@ -86,9 +87,9 @@ def _options() -> argparse.Namespace:
 
 def write_original(file: Path, directory: Path) -> None:
     """The weights of a GGUF file as a Hugging Face directory in bfloat16."""
-    graph = qc.capture(file)
+    graph = with_float_tables(qc.capture(file))
     directory.mkdir(parents=True)
-    names = [name for name in graph.weight_names() if "codes" not in name]
+    names = [name for name in graph.weight_names() if not name.endswith(("_codes", "_scale", "_zero_point"))]
     save_file(
         {name: graph.weights.read(name).to(torch.bfloat16) for name in names},
         directory / "model.safetensors",

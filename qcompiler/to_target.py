@@ -27,6 +27,7 @@ from qcompiler.protocol import (
     list_options,
     read_options,
     unknown_option,
+    with_taken_tables,
 )
 from qcompiler.storage import filled_directory
 
@@ -242,8 +243,9 @@ def check_target(result: CompileResult, target: Target) -> None:
     check_schemes(result.graph.schemes, {site.name: site.in_features for site in result.graph.sites()}, [target])
     check_caches(cache_formats(result.graph), [target])
     target.check_cached(formats_by_cache(result.graph))
-    target.check_graph(result.graph)
-    target.check_assigned(result.graph)
+    graph = with_taken_tables(result.graph, target)
+    target.check_graph(graph)
+    target.check_assigned(graph)
 
 
 def write_target(
@@ -342,14 +344,18 @@ def open_with_engine(result: CompileResult, engine: str, device: str) -> Artifac
     engines = [cls.name for cls in targets() if cls.main_file is None]
     if engine not in engines:
         raise TargetError("unknown engine", got=engine, expected=", ".join(engines))
-    model = make_target(engine, device=device).lower(result.graph, None).model
+    target = make_target(engine, device=device)
+    model = target.lower(with_taken_tables(result.graph, target), None).model
     assert model is not None
     return model
 
 
 def _lower(result: CompileResult, target: Target, place: Path | None, *, verify: bool) -> Lowered:
     """Lowers, and lets every reader run what came out beside the native artifact, which is run by segments."""
-    lowered = target.lower(result.graph, place)
+    graph = with_taken_tables(result.graph, target)
+    lowered = target.lower(graph, place)
+    if graph is not result.graph:
+        lowered.report.setdefault("notes", []).append("the embedding table is float, of the same numbers, not codes")
     if not verify or result.graph.signature.index_of_output("logits") is None:
         return lowered
     for reader in lowered.readers:

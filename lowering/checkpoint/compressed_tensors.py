@@ -58,6 +58,14 @@ def supports(scheme: Scheme, width: int) -> Support:
     return Support("fused")
 
 
+def supports_table(spec: QuantSpec, width: int) -> Support:
+    """What becomes of an embedding: engines look rows up in packed symmetric integers."""
+    found = supports(Scheme(spec), width)
+    if found.status != "refused" and (spec.is_float or not spec.symmetric or spec.bits not in (2, 4, 8)):
+        return Support("writes-only", f"embeddings of {spec}: vLLM takes symmetric integers")
+    return found
+
+
 def _weights_alone(weight: QuantSpec, width: int) -> Support:
     if weight.is_float:
         if weight.granularity == "per_group":
@@ -176,9 +184,8 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
             "format": layout_of(weight, activation),
         }
         groups.setdefault(json.dumps(fields), (fields, []))[1].append(layer.name)
-    class_names = ["Linear"]
-    if any(layer.name == contents.head for layer in contents.layers):
-        class_names.append(contents.head)  # which vLLM holds in another class
+    class_names = ["Linear"]  # and by name what is of another class, in vLLM the head, too
+    class_names += [layer.name for layer in contents.layers if layer.is_table or layer.name == contents.head]
     layouts = {str(fields["format"]) for fields, _ in groups.values()}
     config = QuantizationConfig(
         config_groups={
@@ -257,6 +264,7 @@ def _nibbles(codes: Tensor) -> Tensor:
 LAYOUT = Layout(
     supports=supports,
     add_layer=add_layer,
+    supports_table=supports_table,
     quantization_config=quantization_config,
     add_caches=add_caches,
 )

@@ -10,7 +10,17 @@ from torch import Tensor, fx, nn
 
 from qcompiler.errors import TargetError
 from qcompiler.frontend import build_on_meta
-from qcompiler.ir import Graph, Site, is_expert, is_op, is_quantized_weight, quantized_value, routers, stored_names
+from qcompiler.ir import (
+    Graph,
+    Site,
+    is_expert,
+    is_op,
+    is_quantized_weight,
+    quantized_tables,
+    quantized_value,
+    routers,
+    stored_names,
+)
 from qcompiler.numerics import QuantSpec
 from qcompiler.protocol import Support
 from qcompiler.storage import SOURCE_ONLY
@@ -47,6 +57,7 @@ class Layer:
         input_scale, input_zero_point: stored tensors, 0-D, of a static activation; in NVFP4 the first is the factor.
         first_row: where its rows begin in what is stored; None: all of that is its own.
         mixture: the module that holds the experts which it is one of; empty for a layer of no mixture.
+        is_table: an embedding, whose rows are chosen instead.
     """
 
     name: str
@@ -59,6 +70,7 @@ class Layer:
     input_zero_point: str | None = None
     first_row: int | None = None
     mixture: str = ""
+    is_table: bool = False
 
     def rows_of(self, part: Tensor) -> Tensor:
         """Its own rows of codes, scales or zero points; a number that scales a whole tensor is everybody's."""
@@ -94,8 +106,13 @@ def planned_layers(graph: Graph) -> list[Layer]:
 
 
 def written_layers(graph: Graph) -> list[Layer]:
-    """The layers that are quantized."""
-    return [_written(graph, site) for site in graph.sites() if is_quantized_weight(site.nodes[0].args[1])]
+    """The layers that are quantized, and embeddings."""
+    layers = [_written(graph, site) for site in graph.sites() if is_quantized_weight(site.nodes[0].args[1])]
+    return layers + [
+        Layer(table.name, table.rows, table.columns, table.spec, None, table.weight, is_table=True)
+        for table in quantized_tables(graph)
+        if table.spec is not None
+    ]
 
 
 def _written(graph: Graph, site: Site) -> Layer:

@@ -24,6 +24,8 @@ def serving_commands(layout: str, layers: Sequence[Layer], *, is_fused: bool) ->
         return {}
     if layout == "gguf":
         return {"llama.cpp": "llama-server -m PATH/model.gguf"}
+    if any(layer.is_table for layer in layers):
+        return {"vLLM": "vllm serve PATH"}
     has_many_forms = layout == "compressed-tensors"
     found = {}
     if layout != "modelopt" or all(layer.weight.is_float for layer in layers):

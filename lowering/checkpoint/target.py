@@ -74,6 +74,10 @@ class CheckpointTarget(Target):
         """What becomes of a linear layer of ``width`` input channels under ``scheme``."""
         return Support("fused") if scheme == Scheme() else _LAYOUTS[self.format].supports(scheme, width)
 
+    def supports_table(self, spec: QuantSpec, width: int) -> Support:
+        """What becomes of an embedding table."""
+        return _LAYOUTS[self.format].supports_table(spec, width)
+
     @property
     def has_one_group(self) -> bool:
         """Whether the layout says the size of groups once, as AWQ's does; ModelOpt's, unless it mixes algorithms."""
@@ -133,7 +137,7 @@ class CheckpointTarget(Target):
         """Writes the directory, ``config.json`` last; the model card comes when the readers have been compared."""
         assert directory is not None
         layout, model, layers = _LAYOUTS[self.format], build_source(graph), written_layers(graph)
-        contents = Contents(graph, model, layers, find_sources(graph, model))
+        contents = Contents(graph, model, layers, find_sources(graph, model), ties_codes=layout.ties_codes)
         for layer in contents.layers:
             layout.add_layer(contents, layer)
         layout.add_caches(contents)
@@ -186,6 +190,9 @@ class CheckpointTarget(Target):
         if not graph.signature.has_cache:
             contents.note("not compared: transformers reads it back as a model that predicts tokens, and this is none")
             return []
+        if any(layer.is_table for layer in contents.layers):
+            contents.note("compared as qcompiler reads it back: transformers reads no quantized embedding")
+            return [Reader(lambda: StreamedArtifact(load(directory).graph, directory))]
         experts = [site for site in graph.sites() if is_expert(site)]
         if experts and contents.layers:
             return self._readers_of_experts(experts, contents, directory)

@@ -29,6 +29,7 @@ from qcompiler.protocol import (
     state_of,
     tied_layers,
     verify_graph,
+    with_taken_tables,
 )
 from qcompiler.reporting import CompileReport, peak_rss_bytes, quantized_bits_per_weight
 from qcompiler.storage import WeightStore, remove_tree, undisturbed
@@ -213,7 +214,7 @@ def _terms(graph: Graph) -> int:
 def _check_schemes(graph: Graph, targets: Sequence[Target]) -> None:
     check_schemes(graph.schemes, {site.name: site.in_features for site in graph.sites()}, targets)
     for target in targets:
-        target.check_assigned(graph)
+        target.check_assigned(with_taken_tables(graph, target))
 
 
 def _check_cached(graph: Graph, item: Pass, targets: Sequence[Target]) -> None:
