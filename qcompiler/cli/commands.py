@@ -16,6 +16,7 @@ from qcompiler.cli.options import (
     Json,
     Overwrite,
     Place,
+    Stream,
     Threads,
     To,
     Trust,
@@ -227,6 +228,7 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.")] = None,
     engine: Engine = None,
     device: Place = None,
+    stream: Stream = None,
     threads: Threads = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
@@ -234,7 +236,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure perplexity, and the distance to the original model."""
     use_threads(threads)
-    opened = api.open_artifact(artifact, engine=engine, device=device, trust_remote_code=trust_remote_code)
+    opened = api.open_artifact(
+        artifact, engine=engine, device=device, streamed=stream, trust_remote_code=trust_remote_code
+    )
     reference = None if against is None else api.open_artifact(against, trust_remote_code=trust_remote_code)
     with show_progress(as_json and not verbose) as progress:
         found: dict[str, Any] = api.evaluate(

@@ -17,6 +17,7 @@ __all__ = [
     "Json",
     "Overwrite",
     "Place",
+    "Stream",
     "Threads",
     "To",
     "Trust",
@@ -33,6 +34,14 @@ Engine = Annotated[
 ]
 Place = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or auto; by default auto with kernels, and cpu without.")
+]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Keep one segment of a native artifact's weights in memory at a time, or all; by default, all if they "
+        "take no more than half of the free memory.",
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="To compute with; by default one for each core that is allowed and free.")

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import qcompiler as qc
+from qcompiler import api
 from qcompiler.artifacts.hf import load_tokenizer
+from qcompiler.artifacts.native import NativeArtifact
+from qcompiler.artifacts.streamed import StreamedArtifact
 from qcompiler.artifacts.tokenizing import encode
 from tests.tiny_checkpoint import POSITIONS, command, file_bytes, save_checkpoint, write_text
 
@@ -144,6 +147,24 @@ def test_without_text_the_held_out_tokens_are_used(journey: Journey) -> None:
     assert result["perplexity"] == pytest.approx(qc.evaluate(journey.out, tokens=held_out).perplexity)
     beside = command("evaluate", journey.out / "onnx", "--json").result
     assert beside["perplexity"] == pytest.approx(result["perplexity"], rel=1e-4)
+
+
+def test_weights_are_in_memory_segment_by_segment_or_at_once(journey: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[type] = []
+    evaluate = api.evaluate
+
+    def recorded(artifact: Any, **options: Any) -> Any:
+        used.append(type(artifact))
+        return evaluate(artifact, **options)
+
+    monkeypatch.setattr(api, "evaluate", recorded)
+    arguments = ("evaluate", journey.out, "--max-tokens", 256, "--json")
+    streamed, whole = (command(*arguments, option).result for option in ("--stream", "--no-stream"))
+    assert used == [StreamedArtifact, NativeArtifact]
+    assert {**streamed, "seconds": 0} == {**whole, "seconds": 0}
+    for place, options in ((journey.out / "onnx", ()), (journey.model, ()), (journey.out, ("--engine", "kernels"))):
+        refused = command("evaluate", place, "--stream", *options, "--json").error
+        assert (refused["type"], refused["what"]) == ("InputError", "this is not run segment by segment")
 
 
 def test_a_model_that_keeps_no_tokens_asks_for_text(journey: Journey) -> None:
