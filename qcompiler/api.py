@@ -50,8 +50,8 @@ from qcompiler.to_target import (
     make_target,
     open_with_engine,
     record_target,
+    try_target,
     write_target,
-    written_target,
 )
 
 __all__ = [
@@ -70,8 +70,8 @@ __all__ = [
     "open_artifact",
     "recipe_matrix",
     "record_target",
+    "try_target",
     "write_target",
-    "written_target",
 ]
 
 Recipe = str | Path | Sequence[Pass]

@@ -84,9 +84,9 @@ def parse_targets(texts: Sequence[str]) -> dict[str, Target]:
     """The targets of texts such as ``onnx:opset=23``, by text.
 
     Raises:
-        TargetError: for one that is unknown, not written, or named twice.
+        TargetError: for one that is unknown, or named twice.
     """
-    found = [api.written_target(text) for text in texts]
+    found = [api.make_target(text) for text in texts]
     names = [target.name for target in found]
     if len(set(names)) < len(names):
         raise TargetError("a target is named twice", got=", ".join(names), expected="each at most once")

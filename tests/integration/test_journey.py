@@ -1,5 +1,6 @@
 """The main job from end to end, through the command line: compile, measure, generate, inspect, load, lower again."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.tiny_checkpoint import POSITIONS, command, file_bytes, save_checkpoin
 COMPILE_KEYS = {
     "artifacts",
     "artifact_bytes",
+    "compared",
     "seconds",
     "peak_rss_bytes",
     "bytes_before",
@@ -260,6 +262,27 @@ def test_kernels_run_the_native_artifact(journey: Journey) -> None:
     assert generated["engine"]["sites"] == engine["sites"]
     refused = command("evaluate", journey.out / "onnx", "--engine", "kernels", "--json")
     assert (refused.status, refused.error["type"]) == (2, "TargetError")
+
+
+def test_kernels_are_tried_and_nothing_is_written(journey: Journey, tmp_path: Path) -> None:
+    """Piece by piece; `qcompiler.lower` gives the whole module."""
+    arguments = ("compile", journey.model, "-r", "w8a16", "-o", tmp_path / "out")
+    found = command(*arguments, "--to", "kernels:device=cpu", "--json").result
+    assert list(found["artifacts"]) == ["native"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["native"]
+    parity = found["compared"]["kernels"]
+    assert 0 < parity["max_difference"] <= parity["tolerance"] < 0.2
+    saved = json.loads((tmp_path / "out" / "native" / "report.json").read_text())["targets"]["kernels"]
+    assert saved["parity"] == parity
+    assert any(note.startswith("kernels: ") for note in found["notes"])
+    module = qc.lower(tmp_path / "out", "kernels", device="cpu")
+    whole = dict(module.report)
+    assert whole.pop("parity")["max_difference"] == pytest.approx(parity["max_difference"], rel=1e-3)
+    assert whole == {key: value for key, value in saved.items() if key != "parity"}
+    again = command("convert", tmp_path / "out", "--to", "kernels:device=cpu", "-o", tmp_path / "out")
+    assert again.status == 0, again.errors
+    assert "compared: kernels" in again.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["native"]
 
 
 def test_inspect_shows_schemes(journey: Journey) -> None:
