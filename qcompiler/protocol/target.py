@@ -210,6 +210,13 @@ class Target(ABC):
             TargetError: for what it does not take.
         """
 
+    def lower_streamed(self, graph: Graph) -> Lowered:
+        """As `lower` to a model in memory, for who compares it and keeps it not.
+
+        By default the same; a target may give a model that has some of its weights in memory at a time.
+        """
+        return self.lower(graph, None)
+
     @classmethod
     def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
         """What runs a directory that this target wrote.
