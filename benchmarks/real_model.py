@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import qcompiler as qc
 from benchmarks.peer_drivers.score_rows import Scores
@@ -210,15 +211,14 @@ def write_original(file: Path, directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         place = Path(scratch) / "original"
         place.mkdir()
-        names = [name for name in graph.weight_names() if "codes" not in name]
-        save_file(
-            {name: graph.weights.read(name).to(torch.bfloat16) for name in names},
-            place / "model.safetensors",
-            metadata={"format": "pt"},
-        )
+        config = {**graph.provenance["config"], "dtype": "bfloat16"}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        names = [name for name, _ in model.named_parameters()]  # tied ones once
+        tensors = {name: graph.weights.read(name).to(torch.bfloat16) for name in names}
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
         for name, content in read_companions(Path(graph.provenance["companions"])).items():
             (place / name).write_bytes(content)
-        config = {**graph.provenance["config"], "dtype": "bfloat16"}
         (place / "config.json").write_text(json.dumps(config, indent=2))
         place.rename(directory)
 
