@@ -8,18 +8,26 @@ cache. ``max`` is the largest difference of logits and ``mean`` that of tokens, 
 its tolerance; ``KL`` the divergence from the native artifact in thousandths of a nat per token; ``greedy`` how many of
 the 64 tokens agree before the first that does not. Engines compute in the model's own dtype, so that their differences
 are mostly those of bfloat16; ``make test-engines`` makes their environments.
+
+``--keep FILE`` holds the rows as JSON: what stands there is not measured again. Where an engine lacks a kernel for a
+scheme in a layout, it is not asked for the next recipe of that scheme.
 """
 
 import argparse
+import dataclasses
+import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import qcompiler as qc
+from benchmarks.runs import keep
 from qcompiler.errors import QCompilerError
+from qcompiler.ir import Graph
 from qcompiler.lowering.checkpoint import CheckpointTarget
 from qcompiler.lowering.checkpoint.readers import ENGINES, Engine, compare
 from qcompiler.numerics import Scheme
@@ -39,6 +47,9 @@ READERS = {
 HEADINGS = ("recipe", "layout", "reader", "loads", "max", "tolerance", "mean", "tolerance", "KL", "greedy", "MB")
 WIDTH = 256
 """Input channels that a layout is asked about: every group and block divides it."""
+
+NO_KERNEL = ("kernel", "cpu_gemm_wna16")
+"""What vLLM says of weights that it has no product for on a processor."""
 
 
 @dataclass
@@ -71,39 +82,60 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=[*RECIPES, "fp8+kv-fp8-static"])
     parser.add_argument("--engines", type=Path, help="a directory with an environment for each engine")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
-    rows: list[Row] = []
+    is_kept = options.keep is not None and options.keep.is_file()
+    rows = [Row(**fields) for fields in json.loads(options.keep.read_text())] if is_kept else []
     for recipe in options.recipes:
-        for row in rows_of(recipe, options):
-            rows.append(row)
-            print(time.strftime("%H:%M:%S"), *row.cells(), file=sys.stderr, flush=True)
+        for added in rows_of(recipe, options, rows):
+            rows += added
+            for row in added:
+                print(time.strftime("%H:%M:%S"), *row.cells(), file=sys.stderr, flush=True)
+            if options.keep is not None:
+                keep(options.keep, [dataclasses.asdict(row) for row in rows])
             if options.output is not None:
                 options.output.write_text(render(rows, options), encoding="utf-8")
     print(render(rows, options))
 
 
-def rows_of(recipe: str, options: argparse.Namespace) -> Iterator[Row]:
-    """The lines of one recipe. One that no layout holds is not compiled."""
+def rows_of(recipe: str, options: argparse.Namespace, rows: list[Row]) -> Iterator[list[Row]]:
+    """The lines of one recipe, layout by layout, that are not among the rows. What no layout holds is not compiled."""
     refusals = {layout: refusal(recipe, layout) for layout in READERS}
+    missing = [layout for layout in READERS if not any((row.recipe, row.layout) == (recipe, layout) for row in rows)]
     if all(refusals.values()):
-        yield from (Row(recipe, layout, "", f"refused: {why}") for layout, why in refusals.items())
+        yield [Row(recipe, layout, "", f"refused: {refusals[layout]}") for layout in missing]
         return
-    result = qc.compile(options.model, recipe, qc.Calibration.from_text(options.calib, samples=16, length=128))
-    for layout in READERS:
+    if missing:
+        calibration = qc.Calibration.from_text(options.calib, samples=16, length=128)
+        result = qc.compile(captured(options.model), recipe, calibration)
+    for layout in missing:
         with tempfile.TemporaryDirectory(prefix="formats-") as scratch:
-            yield from measure(result, recipe, layout, Path(scratch) / layout, options.engines)
+            yield measure(result, recipe, layout, Path(scratch) / layout, options.engines, rows)
+
+
+@cache
+def captured(model: Path) -> Graph:
+    """The graph that all recipes begin with."""
+    return qc.capture(model)
+
+
+def schemes_of(recipe: str) -> list[Scheme]:
+    """What a recipe assigns."""
+    assigned = [item.scheme for item in named_recipe(recipe) if isinstance(item, Assign) and item.scheme]
+    return [Scheme.parse(name) for name in assigned]
 
 
 def refusal(recipe: str, layout: str) -> str:
     """Why a layout does not hold the weights and inputs of a recipe; nothing where it does."""
     target = CheckpointTarget(layout)  # type: ignore[arg-type]
-    schemes = [Scheme.parse(item.scheme) for item in named_recipe(recipe) if isinstance(item, Assign) and item.scheme]
-    answers = [target.supports(scheme, WIDTH) for scheme in schemes]
+    answers = [target.supports(scheme, WIDTH) for scheme in schemes_of(recipe)]
     return next((answer.reason for answer in answers if answer.status == "refused"), "")
 
 
-def measure(result: qc.CompileResult, recipe: str, layout: str, place: Path, engines: Path | None) -> list[Row]:
-    """The lines of one recipe in one layout."""
+def measure(
+    result: qc.CompileResult, recipe: str, layout: str, place: Path, engines: Path | None, rows: Sequence[Row] = ()
+) -> list[Row]:
+    """The lines of one recipe in one layout, behind others that have been measured."""
     target = CheckpointTarget(layout)  # type: ignore[arg-type]
     try:
         written = qc.lower(result, target, place)
@@ -112,17 +144,28 @@ def measure(result: qc.CompileResult, recipe: str, layout: str, place: Path, eng
     size = f"{written['bytes'] / 1e6:.1f}"
     reader = "transformers, float32" if layout == "compressed-tensors" else "qcompiler"
     if "parity" in written:
-        rows = [Row(recipe, layout, reader, "yes", *numbers(written["parity"]), "", size)]
+        found = [Row(recipe, layout, reader, "yes", *numbers(written["parity"]), "", size)]
     else:
         why = next((note for note in written["notes"] if note.startswith("not compared")), "not compared")
-        rows = [Row(recipe, layout, reader, why, megabytes=size)]
+        found = [Row(recipe, layout, reader, why, megabytes=size)]
     for engine in ENGINES if engines is not None else ():
         python = engines / engine.name / "bin" / "python"
         if engine.name == "transformers":  # a dependency of ours
             python = Path(sys.executable)
-        if engine.name in READERS[layout] and python.exists():
-            rows.append(read(result, recipe, layout, place, engine, python, size))
-    return rows
+        if engine.name not in READERS[layout] or not python.exists():
+            continue
+        if words := lacking(rows, recipe, layout, engine):
+            found.append(Row(recipe, layout, engine.name, words, megabytes=size))
+        else:
+            found.append(read(result, recipe, layout, place, engine, python, size))
+    return found
+
+
+def lacking(rows: Sequence[Row], recipe: str, layout: str, engine: Engine) -> str:
+    """What an engine said of another recipe of the same schemes, where it had no kernel for it."""
+    asked = (row for row in rows if (row.layout, row.reader) == (layout, engine.name))
+    alike = (row for row in asked if any(word in row.loads for word in NO_KERNEL))
+    return next((row.loads for row in alike if schemes_of(row.recipe) == schemes_of(recipe)), "")
 
 
 def numbers(found: dict[str, float]) -> list[str]:

@@ -44,9 +44,20 @@ def test_what_no_layout_holds_is_known_ahead_of_all_work() -> None:
     assert refusal("w4a16-rtn", "gguf") == ""
     assert refusal("w3a16-gptq", "awq").startswith("AWQ checkpoints hold integers of 4 bits")
     options = Namespace(model=Path("nowhere"), calib=Path("nowhere"), engines=None)
-    rows = list(formats.rows_of("w3a16-squeezellm", options))
+    (rows,) = formats.rows_of("w3a16-squeezellm", options, [])
     assert [row.layout for row in rows] == list(formats.READERS)
     assert all(row.loads.startswith("refused: ") and not row.reader for row in rows)
+
+
+def test_what_stands_is_not_measured_again() -> None:
+    options = Namespace(model=Path("nowhere"), calib=Path("nowhere"), engines=None)
+    rows = [Row("w4a16-rtn", layout, "qcompiler", "yes") for layout in formats.READERS]
+    assert list(formats.rows_of("w4a16-rtn", options, rows)) == []
+    said = Row("w4a16-rtn", "awq", "vllm", "no: it has no kernel")
+    vllm, *_ = (engine for engine in formats.ENGINES if engine.name == "vllm")
+    assert formats.lacking([said], "w4a16-gptq", "awq", vllm) == said.loads
+    assert not formats.lacking([said], "w4a16-gptq", "gptq", vllm)
+    assert not formats.lacking([said], "w8a16", "awq", vllm)
 
 
 def test_table() -> None:
