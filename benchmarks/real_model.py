@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -260,10 +261,19 @@ def passes_of(name: str, group: int) -> list[Pass]:
     return found
 
 
+def is_whole(place: Path) -> bool:
+    """Whether a model was written there to its end; what an interrupted run left is removed."""
+    last = {"native": "manifest.json", "onnx": "model.onnx"}.get(place.name, "config.json")
+    if (place / last).is_file():
+        return True
+    shutil.rmtree(place, ignore_errors=True)
+    return False
+
+
 def measure(options: argparse.Namespace, source: Path, name: str, ids: Tensor, table: Table) -> None:
     """The rows of one recipe."""
     root = options.work / name
-    if not (root / "native").is_dir():
+    if not is_whole(root / "native"):
         started = time.perf_counter()
         passes = passes_of(name, options.group)
         calibration = qc.Calibration.from_text(options.calib, samples=options.samples, length=256)
@@ -274,7 +284,7 @@ def measure(options: argparse.Namespace, source: Path, name: str, ids: Tensor, t
         place = root / form
         if table.has(name, form, ""):
             continue
-        if not place.is_dir():
+        if not is_whole(place):
             target = "onnx" if form == "onnx" else f"checkpoint:format={form}"
             try:
                 qc.lower(root / "native", target, place, verify=False)

@@ -74,6 +74,7 @@ def test_what_stands_is_not_done_again(
         torch.set_num_threads(threads)
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
 
+    (tmp_path / "work" / "w8a16" / "compressed-tensors" / ".partial-1").mkdir(parents=True)  # of an interrupted run
     original, native, packed, refused = run("--formats", "native", "compressed-tensors", "awq")
     assert original.startswith("| original | none | transformers | ")
     assert native.split(" | ")[3:6] == packed.split(" | ")[3:6]
