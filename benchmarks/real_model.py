@@ -174,6 +174,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--engines", type=Path, help="a directory with an environment for each engine")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--formats", nargs="+", choices=READERS, default=list(READERS))
+    everyone = list(dict.fromkeys(reader for readers in READERS.values() for reader in readers))
+    parser.add_argument("--readers", nargs="+", choices=everyone, default=everyone)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16, help="windows of 256 tokens to calibrate on")
     parser.add_argument("--windows", type=int, default=16)
@@ -293,7 +295,9 @@ def measure(options: argparse.Namespace, source: Path, name: str, ids: Tensor, t
                 continue
         size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
         for reader in READERS[form]:
-            if not table.has(name, form, reader) and (reader in HERE or _engines(options, (reader,))):
+            if reader not in options.readers or table.has(name, form, reader):
+                continue
+            if reader in HERE or _engines(options, (reader,)):
                 table.add(read(Row(name, form, reader, size), place, options, ids))
 
 
