@@ -191,6 +191,8 @@ def render(rows: list[Row], options: argparse.Namespace) -> str:
     """The tables of what was read and of what was refused, as Markdown."""
     engines = {row.reader: row.version for row in rows if row.version}
     where = ", ".join(f"{name} {value}" for name, value in {**machine(), **engines}.items())
+    order = {recipe: place for place, recipe in enumerate(RECIPES)}
+    rows = sorted(rows, key=lambda row: order.get(row.recipe, len(order)))
     held = [row.cells() for row in rows if row.reader]
     refused = [[row.recipe, row.layout, row.loads.removeprefix("refused: ")] for row in rows if not row.reader]
     lines = [f"`{options.model.name}`, calibrated on 16×128 tokens. {where}.", "", *table(HEADINGS, held)]
