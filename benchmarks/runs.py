@@ -37,7 +37,7 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
-def keep(path: Path, document: dict[str, Any]) -> None:
+def keep(path: Path, document: dict[str, Any] | list[Any]) -> None:
     """Writes JSON beside the file, then renames it: an interruption leaves the last whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")

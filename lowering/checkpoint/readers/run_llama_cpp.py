@@ -15,10 +15,10 @@ import numpy as np
 import xllamacpp
 
 
-def opened(directory: str, length: int) -> Any:
-    """A server of the model, for one sequence of that length at a time."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(next(Path(directory).glob("*.gguf")))
+def opened(place: str, length: int) -> Any:
+    """A server of the model in a file or directory, for one sequence of that length at a time."""
+    path, params = Path(place), xllamacpp.CommonParams()
+    params.model.path = str(path if path.is_file() else next(path.glob("*.gguf")))
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = length, 1, False, 0
     params.cpuparams.n_threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -27,22 +27,24 @@ def opened(directory: str, length: int) -> Any:
     return xllamacpp.Server(params)
 
 
-def asked(server: Any, prompt: list[int], vocab: int, **options: Any) -> list[dict[str, Any]]:
-    """All tokens behind a prompt: ``id``, ``token`` (its text) and ``logprob``; nothing where none is told."""
-    request = {"prompt": prompt, "n_predict": 1, "max_tokens": 1, "temperature": 0, "n_probs": vocab, **options}
+def asked(server: Any, prompt: list[int], count: int, **options: Any) -> dict[str, Any] | None:
+    """The token behind a prompt: ``id``, ``token`` (its text), ``logprob``; None where none is told.
+
+    So are the likeliest, as many as asked for, in ``top_logprobs``.
+    """
+    request = {"prompt": prompt, "n_predict": 1, "max_tokens": 1, "temperature": 0, "n_probs": count, **options}
     answer = server.handle_completions(request)
     answer = json.loads(answer) if isinstance(answer, str) else answer
     if "choices" not in answer:
         raise SystemExit(f"Error: {json.dumps(answer)[:400]}")
     content = (answer["choices"][0]["logprobs"] or {}).get("content")
-    return list(content[0]["top_logprobs"]) if content else []
+    return dict(content[0]) if content else None
 
 
 def plain_tokens(server: Any, prompt: list[int], vocab: int) -> list[int]:
     """Tokens that are letters."""
-    return [
-        found["id"] for found in asked(server, prompt, vocab) if found["token"].isascii() and found["token"].isalpha()
-    ]
+    told = (asked(server, prompt, vocab) or {}).get("top_logprobs", ())
+    return [found["id"] for found in told if found["token"].isascii() and found["token"].isalpha()]
 
 
 def following(server: Any, prompt: list[int], vocab: int, plain: int, *, cached: bool) -> Any:
@@ -52,7 +54,8 @@ def following(server: Any, prompt: list[int], vocab: int, plain: int, *, cached:
     letter; log-probabilities are those ahead of that.
     """
     result = np.full(vocab, -np.inf, dtype=np.float32)
-    for found in asked(server, prompt, vocab, cache_prompt=cached, logit_bias=[[plain, 1e6]]):
+    told = asked(server, prompt, vocab, cache_prompt=cached, logit_bias=[[plain, 1e6]]) or {}
+    for found in told.get("top_logprobs", ()):
         result[found["id"]] = found["logprob"]
     return result
 

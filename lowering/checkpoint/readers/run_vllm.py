@@ -48,21 +48,25 @@ def table(found: Any, vocab: int) -> Any:
     return result
 
 
+def opened(directory: str, length: int, rows: int) -> Any:
+    """The model, for so many sequences of that length."""
+    return vllm.LLM(
+        directory,
+        enforce_eager=True,
+        max_model_len=length,
+        max_num_seqs=rows,
+        max_logprobs=-1,
+        enable_prefix_caching=False,
+        logits_processors=[Forced],
+        skip_tokenizer_init=not any(Path(directory).glob("token*")),
+    )
+
+
 def main(request_file: str, out: str) -> None:
     """Reads, and writes the arrays."""
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     rows, first, vocab = request["rows"], request["first"], request["vocab"]
-    has_tokenizer = any(Path(request["directory"]).glob("token*"))
-    model = vllm.LLM(
-        request["directory"],
-        enforce_eager=True,
-        max_model_len=len(rows[0]) + 1,
-        max_num_seqs=len(rows),
-        max_logprobs=-1,
-        enable_prefix_caching=False,
-        logits_processors=[Forced],
-        skip_tokenizer_init=not has_tokenizer,
-    )
+    model = opened(request["directory"], len(rows[0]) + 1, len(rows))
     common: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "detokenize": False, "flat_logprobs": True}
     whole = vllm.SamplingParams(max_tokens=1, prompt_logprobs=-1, logprobs=-1, **common)
     answers = model.generate([{"prompt_token_ids": row} for row in rows], whole, use_tqdm=False)
