@@ -1,11 +1,10 @@
 """`Dialect`: the ONNX that one engine reads best; the same graph, written with other operators."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from qcompiler.ir import Port
 from qcompiler.lowering.onnx.builders.caches import CACHE_BUILDERS
 from qcompiler.lowering.onnx.builders.canonical import CANONICAL_BUILDERS
 from qcompiler.lowering.onnx.builders.codebooks import CODEBOOK_BUILDERS
@@ -13,7 +12,7 @@ from qcompiler.lowering.onnx.builders.elementwise import ELEMENTWISE_BUILDERS
 from qcompiler.lowering.onnx.builders.experts import EXPERT_BUILDERS
 from qcompiler.lowering.onnx.builders.products import PRODUCT_BUILDERS
 from qcompiler.lowering.onnx.builders.shapes import SHAPE_BUILDERS
-from qcompiler.lowering.onnx.emitter import Builders
+from qcompiler.lowering.onnx.emitter import Builders, Ports
 from qcompiler.lowering.onnx.target import OPSETS, OnnxTarget
 
 __all__ = ["BUILDERS", "WORKING", "Dialect", "portable"]
@@ -42,7 +41,7 @@ class Dialect:
         unsigned_products: whether int8 weights are stored as uint8 where ONNX Runtime makes an integer product of them.
         builders: by operator, what differs from the portable form.
         domains: further operator sets, by domain.
-        port: what an input or output is declared as, where that is not its own dtype and shape.
+        ports: dtype and shape of inputs and outputs, by name, where not as their own.
     """
 
     opset: int
@@ -50,7 +49,7 @@ class Dialect:
     unsigned_products: bool = False
     builders: Builders = field(default_factory=dict)
     domains: Mapping[str, int] = field(default_factory=dict)
-    port: Callable[[Port], Port] = lambda port: port
+    ports: Ports = field(default_factory=dict)
 
     @property
     def ir_version(self) -> int:

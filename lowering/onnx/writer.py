@@ -123,7 +123,7 @@ def _emit(graph: Graph, dialect: Dialect) -> tuple[Emitter, list[ir.Value]]:
     builders = {**BUILDERS, **dialect.builders}
     live = ancestors(graph.outputs)
     for node, port in zip(graph.inputs, graph.signature.inputs, strict=True):
-        emitter.input(node, dialect.port(port))
+        emitter.input(node, port)
     calls = [
         node
         for node in graph.fx.nodes
@@ -152,7 +152,7 @@ def _emit(graph: Graph, dialect: Dialect) -> tuple[Emitter, list[ir.Value]]:
             )
             value = result
         value.name = port.name
-        value.shape = ir.Shape(dialect.port(port).shape)
+        value.shape = ir.Shape(dialect.ports.get(port.name, (None, port.shape))[1])
         outputs.append(value)
     _prune(emitter, outputs)
     return emitter, outputs
