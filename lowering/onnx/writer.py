@@ -119,7 +119,13 @@ def _check(path: Path) -> None:
 
 
 def _emit(graph: Graph, dialect: Dialect) -> tuple[Emitter, list[ir.Value]]:
-    emitter = Emitter(graph, opset=dialect.opset, working=dialect.working, unsigned_products=dialect.unsigned_products)
+    emitter = Emitter(
+        graph,
+        opset=dialect.opset,
+        working=dialect.working,
+        unsigned_products=dialect.unsigned_products,
+        ports=dialect.ports,
+    )
     builders = {**BUILDERS, **dialect.builders}
     live = ancestors(graph.outputs)
     for node, port in zip(graph.inputs, graph.signature.inputs, strict=True):

@@ -11,7 +11,6 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from qcompiler.errors import TargetError
 from qcompiler.ir import Graph, is_op, quantized_value
 from qcompiler.lowering.onnx.builders.ranges import block_range, blocks_of, dynamic_range
 from qcompiler.lowering.onnx.dtypes import dtype_of, onnx_dtype
@@ -21,6 +20,7 @@ __all__ = ["ACTIVATION_BUILDERS", "Rounding", "codes_of", "packed_ports", "round
 
 _canonical = torch.ops.qcompiler
 _FLOAT, _INT4, _INT8 = ir.DataType.FLOAT, ir.DataType.INT4, ir.DataType.INT8
+_CODES = (_INT4, ir.DataType.FLOAT8E4M3FN)
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,19 @@ def rounding_of(node: object) -> Rounding | None:
     assert isinstance(codes, fx.Node)
     if not is_op(codes, _canonical.quantize.default):
         return None
-    _, scale, zero_point, _, block, dtype = codes.args[:6]
+    _, scale, zero_point, _, _, dtype = codes.args[:6]
     assert isinstance(scale, fx.Node)
-    assert isinstance(block, int)
     assert isinstance(dtype, torch.dtype)
     bits = argument(codes, 6, "bits") or 8
-    return Rounding(source, scale, zero_point, block, dtype, bits)  # type: ignore[arg-type]
+    return Rounding(source, scale, zero_point, _block(codes), dtype, bits)  # type: ignore[arg-type]
+
+
+def _block(node: fx.Node) -> int:
+    """How many channels share a scale; 0 where a scale as it is broadcasts over all of them."""
+    block = node.args[4]
+    assert isinstance(block, int)
+    width = node.meta["shape"][-1]
+    return block if not isinstance(width, int) or block < width else 0
 
 
 def codes_of(e: Emitter, values: ir.Value, dtype: torch.dtype, bits: int) -> ir.Value:
@@ -85,10 +92,10 @@ def codes_of(e: Emitter, values: ir.Value, dtype: torch.dtype, bits: int) -> ir.
 
 
 def _quantize(e: Emitter, node: fx.Node) -> ir.Value:
-    x_node, scale, zero_point, _, block, dtype = node.args[:6]
+    x_node, scale, zero_point, _, _, dtype = node.args[:6]
     assert isinstance(x_node, fx.Node)
     assert isinstance(scale, fx.Node)
-    assert isinstance(block, int)
+    block = _block(node)
     assert isinstance(dtype, torch.dtype)
     bits = argument(node, 6, "bits") or 8
     if scale.op == "get_attr" and not scale.meta.get("shape") and dtype != torch.uint8 and bits == 8:
@@ -125,10 +132,10 @@ def _zero(e: Emitter, zero_point: object, block: int) -> ir.Value:
 
 
 def _dequantize(e: Emitter, node: fx.Node) -> ir.Value:
-    codes_node, scale, zero_point, _, block = node.args[:5]
+    codes_node, scale, zero_point = node.args[:3]
     assert isinstance(codes_node, fx.Node)
     assert isinstance(scale, fx.Node)
-    assert isinstance(block, int)
+    block = _block(node)
     if codes_node.op == "get_attr":
         from qcompiler.lowering.tensorrt.dialect.weights import stored_weight
 
@@ -173,10 +180,15 @@ def _same(e: Emitter, node: fx.Node) -> ir.Value:
 
 
 def _kv_append(e: Emitter, node: fx.Node) -> ir.Value:
-    past, new = e.value(node.args[0]), e.value(node.args[1])
-    if dtype_of(past) != dtype_of(new) and not {dtype_of(past), dtype_of(new)} <= {_FLOAT, ir.DataType.FLOAT16}:
-        raise TargetError("a cache and what is appended differ", where=node.name, got=f"{past.dtype}, {new.dtype}")
-    return e.op("Concat", past, e.cast(new, dtype_of(past)), axis=2)
+    """Concat; of codes that it does not take, as numbers in between: scales of 1 change no code."""
+    past = e.value(node.args[0])
+    dtype = dtype_of(past)
+    new = e.value(node.args[1])
+    if dtype not in _CODES:
+        return e.op("Concat", past, e.cast(new, dtype), axis=2)
+    one = e.const(1.0, e.working)
+    joined = e.op("Concat", *(e.op("DequantizeLinear", codes, one, dtype=e.working) for codes in (past, new)), axis=2)
+    return e.op("QuantizeLinear", joined, one, dtype=dtype, output_dtype=int(dtype))
 
 
 def packed_ports(graph: Graph) -> dict[str, tuple[ir.DataType, tuple[int | str, ...]]]:
