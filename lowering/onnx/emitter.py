@@ -100,9 +100,15 @@ class Emitter:
         return self.ops(kind, *inputs, dtypes=(dtype or dtype_of(first),), name=name, **attributes)[0]
 
     def ops(
-        self, kind: str, *inputs: ir.Value | None, dtypes: Sequence[ir.DataType], name: str = "", **attributes: Any
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        dtypes: Sequence[ir.DataType],
+        name: str = "",
+        domain: str = "",
+        **attributes: Any,
     ) -> tuple[ir.Value, ...]:
-        """Emits an operator with several outputs."""
+        """Emits an operator with several outputs, of a ``domain`` if not of ONNX itself."""
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
         given = {key: value for key, value in attributes.items() if value is not None}
@@ -118,7 +124,7 @@ class Emitter:
                 ir.Value(name=self.unique(f"{label}_output_{i}"), type=ir.TensorType(dtype))
                 for i, dtype in enumerate(dtypes)
             )
-            self.nodes.append(ir.node(kind, list(inputs), given, outputs=outputs, name=label))
+            self.nodes.append(ir.node(kind, list(inputs), given, domain=domain, outputs=outputs, name=label))
             self._known[key] = outputs
         return self._known[key]
 

@@ -205,12 +205,13 @@ def _place(node: fx.Node) -> str:
 
 
 def _model(graph: Graph, emitter: Emitter, outputs: list[ir.Value], dialect: Dialect) -> ir.Model:
+    domains = sorted({node.domain for node in emitter.nodes} - {""})
     body = ir.Graph(
         emitter.inputs,
         outputs,
         nodes=emitter.nodes,
         initializers=list(emitter.initializers.values()),
-        opset_imports={"": dialect.opset, **dialect.domains},
+        opset_imports={"": dialect.opset, **{name: dialect.domains[name] for name in domains}},
         name="model",
     )
     facts = {

@@ -4,13 +4,13 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from qcompiler.ir import is_quantized_weight
 from qcompiler.lowering.onnx.builders.canonical import matmul_weight, site_of
 from qcompiler.lowering.onnx.builders.ranges import blocks_of
 from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument
 from qcompiler.lowering.tensorrt.dialect.activations import Rounding, codes_of, rounding_of
 from qcompiler.lowering.tensorrt.dialect.weights import (
     Weight,
-    factor_weight,
     multiplied,
     offsets,
     sums,
@@ -35,6 +35,8 @@ def _linear(e: Emitter, node: fx.Node) -> ir.Value:
     else:
         x = _input(e, x_node, rounding)
         result = _by_weight(e, x, x_node, weight_node, weight, site)
+    if is_quantized_weight(weight_node):
+        e.products.setdefault(site, f"{site}/MatMul")
     bias = argument(node, 2, "bias")
     if bias is not None:
         result = e.op("Add", result, e.value(bias, result.dtype), name=f"{site}/Add")
@@ -60,7 +62,6 @@ def _product(e: Emitter, weight: Weight, rounding: Rounding, site: str) -> ir.Va
         code = ir.DataType.FLOAT8E4M3FN if rounding.is_float8 else ir.DataType.INT8
         codes = e.op("QuantizeLinear", x, scale, dtype=code, output_dtype=int(code))
         rounded = e.op("DequantizeLinear", codes, scale, dtype=_FLOAT)
-        e.products.setdefault(site, f"{site}/MatMul")
         return e.op("MatMul", rounded, matrix, name=f"{site}/MatMul")
     values, shift = e.op("Div", x, scale), None
     if rounding.zero_point is not None:  # codes of 0 to 255 become those of -128 to 127
@@ -69,7 +70,6 @@ def _product(e: Emitter, weight: Weight, rounding: Rounding, site: str) -> ir.Va
     codes = codes_of(e, values, rounding.dtype, 8)
     rounded = e.op("DequantizeLinear", codes, e.const(1.0, _FLOAT), dtype=_FLOAT)
     product = e.op("MatMul", rounded, matrix, name=f"{site}/MatMul")
-    e.products.setdefault(site, f"{site}/MatMul")
     if shift is not None:
         product = e.op("Sub", product, e.op("Mul", shift, sums(e, weight)))
     return e.op("Mul", product, scale)
@@ -124,13 +124,7 @@ def _by_weight(
 ) -> ir.Value:
     """Floats times a weight of any kind, in the working dtype."""
     if weight is None:
-        matrix = factor_weight(e, weight_node, e.working)
-        if matrix is not None:
-            e.products.setdefault(site, f"{site}/MatMul")
-        else:
-            matrix = matmul_weight(e, weight_node, e.working)
-        return e.op("MatMul", x, matrix, name=f"{site}/MatMul")
-    e.products.setdefault(site, f"{site}/MatMul")
+        return e.op("MatMul", x, matmul_weight(e, weight_node, e.working), name=f"{site}/MatMul")
     result = e.op("MatMul", x, multiplied(e, weight, e.working), name=f"{site}/MatMul")
     if not weight.has_zero_point:
         return result

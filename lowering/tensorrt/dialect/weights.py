@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.errors import TargetError
-from qcompiler.ir import is_op
 from qcompiler.lowering.onnx.builders.canonical import is_linear_weight
 from qcompiler.lowering.onnx.dtypes import TORCH
 from qcompiler.lowering.onnx.emitter import Emitter
 from qcompiler.lowering.onnx.storage import float_chunks
 
-__all__ = ["Weight", "equal_blocks", "factor_weight", "multiplied", "offsets", "stored_weight", "sums", "weight_of"]
+__all__ = ["Weight", "equal_blocks", "multiplied", "offsets", "stored_weight", "sums", "weight_of"]
 
-_canonical = torch.ops.qcompiler
 _FLOAT, _FLOAT8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
 _STORED = {2: ir.DataType.INT4, 3: ir.DataType.INT4, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
 _LARGEST_BLOCK = 128
@@ -162,22 +160,6 @@ def sums(e: Emitter, weight: Weight) -> ir.Value:
 
     name = f"{weight.codes.removesuffix('_codes')}_sums"
     return e.computed(name, _FLOAT, (weight.rows,), float_chunks(chunks, torch.float32, name))
-
-
-def factor_weight(e: Emitter, node: fx.Node, dtype: ir.DataType) -> ir.Value | None:
-    """``[in, out]`` of 4-bit floats whose scales have a scale themselves (NVFP4); None for other weights."""
-    if not is_op(node, _canonical.fp4_dequantize.default):
-        return None
-    codes, scale, factor, block = node.args[:4]
-    if not (isinstance(codes, fx.Node) and codes.op == "get_attr"):
-        return None
-    assert isinstance(scale, fx.Node)
-    assert isinstance(factor, fx.Node)
-    values = [e.codes(codes, ir.DataType.FLOAT4E2M1), e.codes(scale, _FLOAT8), e.weight(factor, _FLOAT)]
-    scales = e.op("DequantizeLinear", values[1], values[2], dtype=_FLOAT)
-    name = f"{codes.target}/DequantizeLinear"
-    wide = e.op("DequantizeLinear", values[0], scales, dtype=_FLOAT, axis=-1, block_size=block, name=name)
-    return e.op("Transpose", e.cast(wide, dtype), perm=[1, 0])
 
 
 def stored_weight(e: Emitter, node: fx.Node, dtype: ir.DataType) -> ir.Value:
