@@ -6,9 +6,8 @@ from qcompiler.lowering.tensorrt.dialect.activations import ACTIVATION_BUILDERS,
 from qcompiler.lowering.tensorrt.dialect.blocks import BLOCK_BUILDERS
 from qcompiler.lowering.tensorrt.dialect.floats4 import DOMAIN, FLOAT4_BUILDERS
 from qcompiler.lowering.tensorrt.dialect.linear import LINEAR_BUILDERS
-from qcompiler.lowering.tensorrt.dialect.weights import equal_blocks
 
-__all__ = ["OPSET", "equal_blocks", "tensorrt_dialect"]
+__all__ = ["OPSET", "tensorrt_dialect"]
 
 OPSET = 23
 """The first with Attention, RMSNormalization and RotaryEmbedding."""

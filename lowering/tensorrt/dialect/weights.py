@@ -15,22 +15,12 @@ from qcompiler.lowering.onnx.builders.canonical import is_linear_weight
 from qcompiler.lowering.onnx.dtypes import TORCH
 from qcompiler.lowering.onnx.emitter import Emitter
 from qcompiler.lowering.onnx.storage import float_chunks
+from qcompiler.lowering.tensorrt.support import equal_blocks
 
-__all__ = ["Weight", "equal_blocks", "multiplied", "offsets", "stored_weight", "sums", "weight_of"]
+__all__ = ["Weight", "multiplied", "offsets", "stored_weight", "sums", "weight_of"]
 
 _FLOAT, _FLOAT8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
 _STORED = {2: ir.DataType.INT4, 3: ir.DataType.INT4, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
-_LARGEST_BLOCK = 128
-
-
-def equal_blocks(width: int) -> int | None:
-    """The block that stands for one scale per channel: a power of two, at least two of them; None if there is none."""
-    block = _LARGEST_BLOCK
-    while block >= 8:
-        if width % block == 0 and block < width:
-            return block
-        block //= 2
-    return None
 
 
 @dataclass(frozen=True)
