@@ -8,6 +8,7 @@ from qcompiler.lowering.tensorrt.engine.build import Built, build_engine
 from qcompiler.lowering.tensorrt.engine.layers import Constant, Layer, parse_layers
 from qcompiler.lowering.tensorrt.engine.placement import Placement, fused_attentions, fused_linears
 from qcompiler.lowering.tensorrt.engine.profiles import Profile, default_profiles, parse_profiles
+from qcompiler.lowering.tensorrt.engine.running import command_lines, run_script
 
 __all__ = [
     "Api",
@@ -18,10 +19,12 @@ __all__ = [
     "Profile",
     "build_engine",
     "check_capability",
+    "command_lines",
     "default_profiles",
     "find_api",
     "fused_attentions",
     "fused_linears",
     "parse_layers",
     "parse_profiles",
+    "run_script",
 ]

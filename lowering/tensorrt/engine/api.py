@@ -31,27 +31,37 @@ class Api:
     capabilities: tuple[int, ...] | None
 
 
-def find_api(package: str | None = None) -> Api:
+def find_api(package: str | None = None, *, capability: int | None = None) -> Api:
     """The TensorRT that is installed: `tensorrt`, which needs a GPU to build, or else `tensorrt_rtx`, which does not.
 
     Args:
         package: the only module to take; by default the first of `PACKAGES`.
+        capability: of the GPU that it must build for, as `check_capability`; by default any.
 
     Raises:
         MissingDependencyError: where none can be imported.
-        TargetError: for another module.
+        TargetError: for another module, or where none that can be imported builds for this GPU.
     """
     if package is not None and package not in PACKAGES:
         raise TargetError("this is no TensorRT", got=package, expected=" or ".join(PACKAGES))
-    reasons = []
+    reasons: list[str] = []
+    refusals: list[TargetError] = []
     for name in (package,) if package else PACKAGES:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 module = importlib.import_module(name)
-                return Api(name, str(module.__version__), _capabilities(module))
+            found = Api(name, str(module.__version__), _capabilities(module))
+            if capability is not None:
+                check_capability(found, capability)
         except (ImportError, OSError, AttributeError) as error:  # the bindings without their libraries, too
             reasons.append(f"{name}: {str(error) or type(error).__name__}")
+        except TargetError as refusal:
+            refusals.append(refusal)
+        else:
+            return found
+    if refusals:
+        raise refusals[-1]
     raise MissingDependencyError(
         "engines are built by TensorRT, which is not installed",
         got="; ".join(reasons),
@@ -87,8 +97,8 @@ def check_capability(api: Api, capability: int) -> None:
             where=f"{api.package} {api.version}",
             got="no GPU" if found is None else f"SM {found}",
             expected=f"SM {capability}",
-            remedy=f"build on a GPU of SM {capability}, or with tensorrt-rtx, which needs none: pip install "
-            "tensorrt-rtx, in an environment without tensorrt",
+            remedy=f"build on a GPU of SM {capability}, or with TensorRT for RTX, which needs none: pip install "
+            "tensorrt-rtx",
         )
 
 

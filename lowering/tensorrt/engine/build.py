@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.errors import InputError, QCompilerError, ResourceError, TargetError
-from qcompiler.lowering.tensorrt.engine.api import Api, check_capability, find_api
+from qcompiler.lowering.tensorrt.engine.api import Api, find_api
 from qcompiler.lowering.tensorrt.engine.layers import Layer, parse_layers
 from qcompiler.lowering.tensorrt.engine.profiles import Profile
 from qcompiler.storage import made_directory, remove_tree, undisturbed, write_errors
@@ -24,6 +24,7 @@ Progress = Callable[[int, int, str], None]
 
 _WORKER = Path(__file__).with_name("worker.py")
 _SHOWN = 4  # messages of the builder in an error
+_ROUTINE = ("Make sure input",)  # of the types of inputs, which the plan tells
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate memory")
 
 
@@ -105,8 +106,7 @@ def build_engine(
         ResourceError: if the builder runs out of memory, or the disk is full.
         InputError: if the model cannot be read, or the plan cannot be written.
     """
-    api = find_api(package)
-    check_capability(api, capability)
+    api = find_api(package, capability=capability)
     if not model.is_file():
         raise InputError("there is no ONNX file", where=model)
     request = {
@@ -140,7 +140,7 @@ def build_engine(
         told.built["peak_rss_bytes"],
         told.built["plan_bytes"],
         layers,
-        tuple(dict.fromkeys(told.warnings)),
+        tuple(dict.fromkeys(text for text in told.warnings if not any(word in text for word in _ROUTINE))),
     )
 
 

@@ -64,6 +64,20 @@ def test_a_builder_for_the_gpu_at_hand_takes_no_other(monkeypatch):
     assert "got: no GPU" in str(caught.value)
 
 
+def test_the_first_that_builds_for_a_gpu_is_taken(monkeypatch):
+    monkeypatch.setattr(api, "_capability_at_hand", lambda: 90)
+    fake(monkeypatch, "tensorrt", __version__="11.4")
+    fake(monkeypatch, "tensorrt_rtx", __version__="1.7", ComputeCapability=type("C", (), {"SM89": 1}))
+    assert find_api(capability=90).package == "tensorrt"
+    assert find_api(capability=89).package == "tensorrt_rtx"
+    with pytest.raises(TargetError, match="does not know"):
+        find_api(capability=100)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(TargetError, match="GPU at hand") as caught:
+        find_api(capability=89)
+    assert "pip install tensorrt-rtx" in str(caught.value)
+
+
 def test_the_real_builder_says_what_it_builds_for():
     pytest.importorskip("tensorrt_rtx")
     found = find_api("tensorrt_rtx")
