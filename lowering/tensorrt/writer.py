@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qcompiler.frontend import declared_positions
 from qcompiler.ir import Graph
 from qcompiler.lowering.onnx.writer import MODEL_FILE, Emitted, companion_files, emit, store
 from qcompiler.lowering.tensorrt.dialect import tensorrt_dialect
+from qcompiler.lowering.tensorrt.dialect.activations import packed_ports
 from qcompiler.lowering.tensorrt.dialect.floats4 import DOMAIN
 from qcompiler.lowering.tensorrt.engine import (
     Api,
@@ -19,12 +21,16 @@ from qcompiler.lowering.tensorrt.engine import (
     Profile,
     build_engine,
     check_capability,
+    command_lines,
     default_profiles,
     find_api,
     fused_attentions,
     fused_linears,
     parse_profiles,
+    run_script,
 )
+from qcompiler.lowering.tensorrt.legality import CAPABILITIES
+from qcompiler.lowering.tensorrt.legality import check as check_rules
 from qcompiler.lowering.tensorrt.target import TensorRTTarget
 from qcompiler.protocol import Support
 from qcompiler.storage import StagedFiles
@@ -43,7 +49,7 @@ def check(graph: Graph, target: TensorRTTarget) -> None:
         InputError: if a file that goes beside the model cannot be read.
     """
     companion_files(graph)
-    emit(graph, tensorrt_dialect(graph, target.float_dtype))
+    _refuse(emit(graph, tensorrt_dialect(graph, target.float_dtype)), target)
     profiles_of(graph, target)
     api = _installed()
     if api is not None:
@@ -60,9 +66,11 @@ def write(graph: Graph, directory: Path, target: TensorRTTarget) -> dict[str, An
     """
     files = companion_files(graph)
     emitted = emit(graph, tensorrt_dialect(graph, target.float_dtype))
+    _refuse(emitted, target)
+    profiles, api = profiles_of(graph, target), _installed()
+    if api is not None:
+        files["run.py"] = run_script(api.package, api.version).encode()
     store(emitted, directory, files)
-    profiles = profiles_of(graph, target)
-    api = _installed()
     engines: dict[str, Built] = {}
     if api is not None:
         for capability in target.capabilities:
@@ -82,9 +90,13 @@ def profiles_of(graph: Graph, target: TensorRTTarget) -> tuple[Profile, ...]:
     Raises:
         TargetError: for a text that does not say any, or sizes that do not hold.
     """
-    positions = declared_positions(graph.provenance.get("config"))
+    positions, declared = declared_positions(graph.provenance.get("config")), packed_ports(graph)
+    ports = [
+        replace(port, shape=tuple(declared[port.name][1])) if port.name in declared else port
+        for port in graph.signature.inputs
+    ]
     if target.profiles is not None:
-        return parse_profiles(target.profiles, graph.signature.inputs, positions=positions)
+        return parse_profiles(target.profiles, ports, positions=positions)
     if target.length is not None and positions is not None and target.length > positions:
         raise TargetError(
             "the profiles are longer than the model's positions",
@@ -93,7 +105,24 @@ def profiles_of(graph: Graph, target: TensorRTTarget) -> tuple[Profile, ...]:
             expected=f"at most {positions}",
         )
     length = target.length or min(positions or _LONGEST, _LONGEST)
-    return default_profiles(graph.signature.inputs, batch=target.batch, length=length)
+    return default_profiles(ports, batch=target.batch, length=length)
+
+
+def _refuse(emitted: Emitted, target: TensorRTTarget) -> None:
+    """Refuses what the parser or the builder would, by the rules that both were seen to follow."""
+    known = [capability for capability in target.capabilities if capability in CAPABILITIES]
+    if not known:
+        return
+    refused = [found for found in check_rules(emitted.model, known).findings if found.verdict != "unfused"]
+    if refused:
+        first = refused[0]
+        raise TargetError(
+            "TensorRT does not take this model",
+            where=first.node,
+            got=first.found,
+            expected=first.reason,
+            remedy=first.remedy,
+        )
 
 
 def _installed() -> Api | None:
@@ -132,6 +161,13 @@ def _report(
             "linears": {site: [place.to_dict() for place in places] for site, places in linears.items()},
             "attentions": {name: [place.to_dict() for place in places] for name, places in attentions.items()},
             "layers": [layer.to_dict() for layer in built.layers],
+            "commands": command_lines(
+                MODEL_FILE,
+                built.plan.name,
+                profiles,
+                capability=built.capability,
+                weight_streaming=target.weight_streaming,
+            ),
         }
     if target.strict and findings:
         raise VerificationError(
@@ -190,7 +226,7 @@ def _summary(listed: Mapping[str, Any]) -> dict[str, Any]:
         whole = sum(all(place["fused"] for place in found) for found in places.values())
         return f"{whole} of {len(places)}"
 
-    kept = ("plan", "package", "version", "seconds", "peak_rss_bytes", "plan_bytes", "warnings")
+    kept = ("plan", "commands", "package", "version", "seconds", "peak_rss_bytes", "plan_bytes", "warnings")
     return {
         **{key: listed[key] for key in kept},
         "layers": len(listed["layers"]),
