@@ -42,6 +42,7 @@ class Emitter:
     Attributes:
         products: of each layer whose weight is quantized, the name of the node that multiplies with it.
         attentions: the names of nodes that are an attention each.
+        floats_times_bytes: layers whose weight has codes of 8 bits, which floats are multiplied with.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Emitter:
         self.weight_bytes = 0
         self.products: dict[str, str] = {}
         self.attentions: list[str] = []
+        self.floats_times_bytes: set[str] = set()
         self.values: dict[fx.Node, ir.Value | tuple[ir.Value, ...]] = {}
         self.uses = _uses(graph)
         self._names: set[str] = {port.name for port in (*graph.signature.inputs, *graph.signature.outputs)}

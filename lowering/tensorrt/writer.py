@@ -67,7 +67,8 @@ def write(graph: Graph, directory: Path, target: TensorRTTarget) -> dict[str, An
     files = companion_files(graph)
     emitted = emit(graph, tensorrt_dialect(graph, target.float_dtype))
     _refuse(emitted, target)
-    profiles, api = profiles_of(graph, target), _installed()
+    profiles = profiles_of(graph, target, step=2 if emitted.emitter.floats_times_bytes else 1)
+    api = _installed()
     if api is not None:
         files["run.py"] = run_script(api.package, api.version).encode()
     store(emitted, directory, files)
@@ -84,7 +85,7 @@ def write(graph: Graph, directory: Path, target: TensorRTTarget) -> dict[str, An
     return _report(graph, emitted, target, directory, profiles, engines)
 
 
-def profiles_of(graph: Graph, target: TensorRTTarget) -> tuple[Profile, ...]:
+def profiles_of(graph: Graph, target: TensorRTTarget, *, step: int = 1) -> tuple[Profile, ...]:
     """The profiles asked for, or one to read prompts with and one to decode with.
 
     Raises:
@@ -105,7 +106,7 @@ def profiles_of(graph: Graph, target: TensorRTTarget) -> tuple[Profile, ...]:
             expected=f"at most {positions}",
         )
     length = target.length or min(positions or _LONGEST, _LONGEST)
-    return default_profiles(ports, batch=target.batch, length=length)
+    return default_profiles(ports, batch=target.batch, length=length, step=step)
 
 
 def _refuse(emitted: Emitted, target: TensorRTTarget) -> None:

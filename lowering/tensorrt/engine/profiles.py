@@ -41,26 +41,29 @@ class Profile:
 
 
 def default_profiles(
-    ports: Iterable[Port], *, batch: int = 1, length: int, piece: int | None = None
+    ports: Iterable[Port], *, batch: int = 1, length: int, piece: int | None = None, step: int = 1
 ) -> tuple[Profile, ...]:
     """A profile to read a prompt with, and where there is a cache one to decode with.
 
     ``prefill`` takes 1 to ``piece`` tokens behind none to ``length - piece``: a longer prompt is read in pieces, the
-    shorter one first. ``decode`` is fixed at one sequence and one token, where the builder takes matrix-vector
-    kernels, behind none to ``length - 1``; with a larger ``batch``, ``decode_batch`` takes one token of each of them.
+    shorter one first. ``decode`` is fixed at one sequence and one token, where the builder takes matrix-vector kernels
+    (or takes up to ``step``), behind none to ``length - 1``; with a larger ``batch``, ``decode_batch`` takes one token
+    of each of them.
 
     Args:
         ports: the inputs, with symbolic sizes.
         batch: sequences at once, at most.
         length: tokens of a sequence at most, prompt and answer together.
         piece: tokens of the prompt at once, at most; by default 512.
+        step: tokens at once while decoding, at most. Weights of 8 bits that floats are multiplied with are dequantized
+            by a kernel of their own where it is 1, and as they are multiplied where it is 2 (seen with 1.7).
 
     Raises:
         TargetError: for a size that is no expression of batch, sequence and past length, or sizes that do not hold.
     """
     ports = tuple(ports)
     has_cache = PAST in _symbols(ports)
-    for what, got in (("batch", batch), ("length", length), ("piece", 1 if piece is None else piece)):
+    for what, got in (("batch", batch), ("length", length), ("piece", 1 if piece is None else piece), ("step", step)):
         if got < 1:
             raise TargetError("a profile needs sizes of at least one", where=what, got=got)
     piece = min(length, piece or (_PIECE if has_cache else length))
@@ -68,11 +71,11 @@ def default_profiles(
     batches, past = (1, 1, batch), (0, 0, length - piece)
     found = [make_profile("prefill", ports, {BATCH: batches, SEQUENCE: tokens, PAST: past})]
     if has_cache:
-        past = (0, (length - 1) // 2, length - 1)
-        found.append(make_profile("decode", ports, {BATCH: (1, 1, 1), SEQUENCE: (1, 1, 1), PAST: past}))
+        past = (0, (length - 1) // 2, length - step)
+        found.append(make_profile("decode", ports, {BATCH: (1, 1, 1), SEQUENCE: (1, 1, step), PAST: past}))
         if batch > 1:
             batches = (1, batch, batch)
-            found.append(make_profile("decode_batch", ports, {BATCH: batches, SEQUENCE: (1, 1, 1), PAST: past}))
+            found.append(make_profile("decode_batch", ports, {BATCH: batches, SEQUENCE: (1, 1, step), PAST: past}))
     return tuple(found)
 
 
