@@ -1,38 +1,27 @@
-"""Rules of attention, and of the names of operators."""
+"""Rules of attention."""
 
 import onnx_ir as ir
 
 from qcompiler.lowering.tensorrt.legality.operands import Shape, dtype_of, shape_of
-from qcompiler.lowering.tensorrt.legality.operators import CUSTOM, MICROSOFT, STANDARD
 from qcompiler.lowering.tensorrt.legality.rule import Rule
 
-__all__ = ["OPERATOR_RULES", "is_attention"]
+__all__ = ["ATTENTION_RULES", "is_attention"]
 
 _BUILDER = "seen with tensorrt_rtx 1.7.1.116"
 _T = ir.DataType
-_ONNX, _TRT, _MICROSOFT = ("", "ai.onnx"), ("trt", ""), "com.microsoft"
-_LEAST_HEAD, _MOST_HEAD = 16, 256
+_ONNX = ("", "ai.onnx")
+_LEAST_HEAD, _MOST_HEAD = 9, 256  # padded to a multiple of 8, of which the smallest is 16
 _MASK, _PAST, _LENGTHS = 3, (4, 5), 6
+
+_KERNELS = (
+    f"fused kernels take FLOAT16 and BFLOAT16, heads of {_LEAST_HEAD} to {_MOST_HEAD} channels, and a mask for several "
+    "heads alone"
+)
 
 
 def is_attention(node: ir.Node) -> bool:
     """Whether a node is ONNX's Attention, or TensorRT's."""
     return (node.op_type == "Attention" and node.domain in _ONNX) or node.op_type == "TRT_Attention"
-
-
-def _unknown(node: ir.Node, _: int) -> str | None:
-    if node.op_type in CUSTOM and node.domain in _TRT:
-        return None
-    known = MICROSOFT if node.domain == _MICROSOFT else STANDARD
-    is_there = node.op_type in known or (
-        node.domain not in (*_ONNX, _MICROSOFT) and node.op_type in (STANDARD | CUSTOM)
-    )
-    return None if is_there else f"{node.domain}.{node.op_type}".lstrip(".")
-
-
-def _other_domain(node: ir.Node, _: int) -> str | None:
-    strange = node.domain not in (*_ONNX, _MICROSOFT, "trt") and node.op_type in STANDARD | CUSTOM
-    return f"{node.domain}.{node.op_type}" if strange else None
 
 
 def _given(node: ir.Node, place: int) -> ir.Value | None:
@@ -111,7 +100,13 @@ def _no_kernel(node: ir.Node) -> str | None:
     size = None if heads is None else heads[0][1]
     if isinstance(size, int) and not _LEAST_HEAD <= size <= _MOST_HEAD:
         return f"heads of {size} channels"
-    return "a single head" if heads is not None and heads[0][0] == heads[1][0] == 1 else None
+    single = heads is not None and heads[0][0] == heads[1][0] == 1
+    return "a single head with a mask" if single and _given(node, _MASK) is not None else None
+
+
+def _flat(node: ir.Node, _: int) -> str | None:
+    shape = shape_of(node.inputs[0]) if node.op_type == "TRT_Attention" else None
+    return None if shape is None or len(shape) == 4 else f"TRT_Attention of {len(shape)} dimensions"
 
 
 def _refused(node: ir.Node, _: int) -> str | None:
@@ -122,28 +117,7 @@ def _decomposed(node: ir.Node, _: int) -> str | None:
     return _no_kernel(node) if node.attributes.get_int("TRT_decomposable", 0) else None
 
 
-def _scatter(node: ir.Node, _: int) -> str | None:
-    dtype = dtype_of(node.inputs[0]) if node.op_type in ("TensorScatter", "TRT_KVCacheUpdate") else None
-    return None if dtype is None or dtype in (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16) else f"{node.op_type} of {dtype.name}"
-
-
-OPERATOR_RULES: tuple[Rule[ir.Node], ...] = (
-    Rule(
-        "unknown-operator",
-        "refused",
-        _unknown,
-        "the parser does not know the operator and looks for a plugin",
-        "write it in operators of ONNX",
-        f"OnnxParser.supports_operator; {_BUILDER}: 'Plugin not found'",
-    ),
-    Rule(
-        "other-domain",
-        "wrong",
-        _other_domain,
-        "the parser looks at names alone: it builds ONNX's operator of this name",
-        "rename the operator",
-        _BUILDER,
-    ),
+ATTENTION_RULES: tuple[Rule[ir.Node], ...] = (
     Rule(
         "attention-cache",
         "refused",
@@ -193,10 +167,18 @@ OPERATOR_RULES: tuple[Rule[ir.Node], ...] = (
         f"{_BUILDER}: 'must have the same head dimension'",
     ),
     Rule(
+        "attention-rank",
+        "refused",
+        _flat,
+        "heads are an axis of their own",
+        "Reshape and Transpose to [batch, heads, length, channels]",
+        f"{_BUILDER}: 'must be 4D for padded (BHND) form'",
+    ),
+    Rule(
         "attention-kernel",
         "refused",
         _refused,
-        f"fused kernels take FLOAT16 and BFLOAT16, several heads, and {_LEAST_HEAD} to {_MOST_HEAD} channels in each",
+        _KERNELS,
         "float=float16; TRT_decomposable=1 builds it unfused",
         f"{_BUILDER}: 'Attention operation was not supported by a dedicated kernel'",
     ),
@@ -204,16 +186,8 @@ OPERATOR_RULES: tuple[Rule[ir.Node], ...] = (
         "attention-decomposed",
         "unfused",
         _decomposed,
-        f"fused kernels take FLOAT16 and BFLOAT16, several heads, and {_LEAST_HEAD} to {_MOST_HEAD} channels in each",
+        _KERNELS,
         "float=float16",
         _BUILDER,
-    ),
-    Rule(
-        "cache-of-codes",
-        "refused",
-        _scatter,
-        "caches that are written in place hold floats alone",
-        "codes as inputs and outputs of the engine, and Concat",
-        f"{_BUILDER}: 'cache has type Int8 but must have type Float, Half, or BFloat16'",
     ),
 )

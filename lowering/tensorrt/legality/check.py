@@ -9,9 +9,10 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler.errors import TargetError
-from qcompiler.lowering.tensorrt.legality.attention_rules import OPERATOR_RULES, is_attention
+from qcompiler.lowering.tensorrt.legality.attention_rules import ATTENTION_RULES, is_attention
 from qcompiler.lowering.tensorrt.legality.model import read_model
-from qcompiler.lowering.tensorrt.legality.operands import computed_weight, product_of
+from qcompiler.lowering.tensorrt.legality.operands import Product, product_of
+from qcompiler.lowering.tensorrt.legality.operator_rules import OPERATOR_RULES
 from qcompiler.lowering.tensorrt.legality.product_rules import PRODUCT_RULES
 from qcompiler.lowering.tensorrt.legality.quantizer_rules import QUANTIZER_RULES
 from qcompiler.lowering.tensorrt.legality.rule import Rule, Verdict
@@ -22,7 +23,7 @@ __all__ = ["CAPABILITIES", "RULES", "Checked", "Finding", "check", "check_model"
 CAPABILITIES = (75, 80, 86, 89, 120, 121)
 """Compute capabilities that tensorrt_rtx 1.7 builds for."""
 
-NODE_RULES: tuple[Rule[ir.Node], ...] = (*OPERATOR_RULES, *QUANTIZER_RULES, *PRODUCT_RULES)
+NODE_RULES: tuple[Rule[ir.Node], ...] = (*OPERATOR_RULES, *ATTENTION_RULES, *QUANTIZER_RULES, *PRODUCT_RULES)
 RULES: tuple[Rule[ir.Node] | Rule[ir.Value], ...] = (*NODE_RULES, *VALUE_RULES)
 _WORST: tuple[Verdict, ...] = ("refused", "wrong", "unfused")
 
@@ -101,8 +102,8 @@ def check(source: str | Path | ir.Model, sm: Sequence[int] = (89,)) -> Checked:
             found.setdefault((rule.name, text), _Group(rule, text)).add(name, capability)
             touched.add(name)
     findings = [group.finding() for group in found.values()]
-    findings.sort(key=lambda finding: _WORST.index(finding.verdict))
-    fused = Counter(kind for name, kind in _parts(model) if name not in touched)
+    findings.sort(key=lambda finding: (_WORST.index(finding.verdict), -finding.count))
+    fused = Counter(kind for names, kind in _parts(model) if touched.isdisjoint(names))
     return Checked(tuple(findings), dict(fused))
 
 
@@ -156,18 +157,27 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
         yield from (value for value in node.outputs if value.name)
 
 
-def _parts(model: ir.Model) -> Iterable[tuple[str, str]]:
-    """What ought to be fused: names of nodes, and their kind."""
+def _parts(model: ir.Model) -> Iterable[tuple[set[str], str]]:
+    """What ought to be fused: the nodes and constants that it consists of, and its kind."""
     for node in model.graph.all_nodes():
         product = product_of(node)
         if product is not None and product.weight.codes is not None:
             rounded = product.activation
             by = "" if rounded is None or rounded.codes is None else f" by {rounded.codes.name} activations"
-            yield called(node), f"{product.weight.codes.name} weights{by}"
+            yield {called(node), *_names(product)}, f"{product.weight.codes.name} weights{by}"
         elif is_attention(node):
-            yield called(node), "attention"
-        elif computed_weight(node) is not None:
-            yield called(node), "computed weights"
+            yield {called(node)}, "attention"
+
+
+def _names(product: Product) -> Iterator[str]:
+    for side in (product.weight, product.activation):
+        if side is not None:
+            for value in side.dequantize.inputs[:1]:
+                maker = None if value is None else value.producer()
+                yield (value.name if value is not None else None) or "?"
+                if maker is not None:
+                    yield called(maker)
+            yield from (called(node) for node in (side.dequantize, *side.path))
 
 
 def called(node: ir.Node) -> str:

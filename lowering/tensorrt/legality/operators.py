@@ -4,7 +4,7 @@ Source: ``OnnxParser.supports_operator`` of tensorrt_rtx 1.7.1.116, asked for ev
 ``tests/lowering/tensorrt/test_rules_and_builder.py`` asks again. The parser looks at names alone, not at domains.
 """
 
-__all__ = ["CUSTOM", "MICROSOFT", "STANDARD"]
+__all__ = ["CUSTOM", "MICROSOFT", "PLUGINS", "STANDARD"]
 
 _STANDARD = """
 Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BlackmanWindow
@@ -38,3 +38,6 @@ SkipSimplifiedLayerNormalization
 """
 MICROSOFT = frozenset(_MICROSOFT.split())
 """Of ONNX Runtime's domain com.microsoft, those that are built as ONNX Runtime computes them."""
+
+PLUGINS = frozenset({"CausalConvWithState", "LinearAttention", "NonZero", "RoiAlign"})
+"""Of STANDARD, those that the parser makes with a plugin, which does not come with TensorRT for RTX."""

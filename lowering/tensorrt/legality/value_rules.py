@@ -18,6 +18,10 @@ _LEAST = {_T.INT4: 80, _T.BFLOAT16: 80, _T.FLOAT8E4M3FN: 89, _T.FLOAT4E2M1: 120}
 _READS_UINT8 = ("Cast", "Identity")
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _MOST_RANK = 8
+_PACKED = (_T.INT4, _T.FLOAT8E4M3FN, _T.FLOAT4E2M1)
+_MOVES = ("Concat", "Flatten", "Identity", "Reshape", "Transpose")
+_MAKES_CODES = ("QuantizeLinear", "Constant", *_MOVES)
+_TAKES_CODES = ("DequantizeLinear", "Shape", "Size", *_MOVES)
 
 
 def _unknown_type(value: ir.Value, _: int) -> str | None:
@@ -44,6 +48,37 @@ def _uint8(value: ir.Value, _: int) -> str | None:
         if node.op_type not in _READS_UINT8 and not (node.op_type in _QUANTIZERS and place == 2)
     ]
     return f"UINT8 read by {others[0]}" if others else None
+
+
+def _constant_codes(value: ir.Value, _: int) -> str | None:
+    maker = value.producer()
+    is_stored = value.const_value is not None or (maker is not None and maker.op_type == "Constant")
+    dtype = dtype_of(value)
+    if not is_stored or dtype is None or dtype not in (_T.INT8, *_PACKED):
+        return None
+    others = [
+        node.op_type
+        for node, place in value.uses()
+        if not node.op_type.startswith("TRT_")
+        and node.op_type != "DequantizeLinear"
+        and not (node.op_type == "QuantizeLinear" and place == 2)
+    ]
+    return f"a constant of {dtype.name} read by {others[0]}" if others else None
+
+
+def _codes_between(value: ir.Value, _: int) -> str | None:
+    dtype = dtype_of(value)
+    if dtype is None or dtype not in _PACKED or value.const_value is not None:
+        return None
+    maker = value.producer()
+    if maker is not None and maker.op_type not in _MAKES_CODES and not maker.op_type.startswith("TRT_"):
+        return f"{dtype.name} made by {maker.op_type}"
+    others = [
+        node.op_type
+        for node, place in value.uses()
+        if node.op_type not in _TAKES_CODES and not node.op_type.startswith("TRT_") and place != 2
+    ]
+    return f"{dtype.name} read by {others[0]}" if others else None
 
 
 def _rank(value: ir.Value, _: int) -> str | None:
@@ -91,6 +126,23 @@ VALUE_RULES: tuple[Rule[ir.Value], ...] = (
         "UINT8 may only enter the engine and be cast",
         "symmetric INT8 codes without a zero point",
         f"{_BUILDER}: 'TensorRT does not support UINT8 types for intermediate tensors'",
+    ),
+    Rule(
+        "constant-codes",
+        "refused",
+        _constant_codes,
+        "constants of codes go straight into DequantizeLinear",
+        "turn or cut the weights when they are written, or behind DequantizeLinear; INT32 for numbers",
+        f"{_BUILDER}: 'Quantized constant is only allowed before DQ'",
+    ),
+    Rule(
+        "codes-between",
+        "refused",
+        _codes_between,
+        "INT4, FP8 and FP4 codes are made by QuantizeLinear, and only concatenated, reshaped or transposed ahead of "
+        "DequantizeLinear",
+        "QuantizeLinear and DequantizeLinear with a scale of 1 in the place of Cast; anything else on floats",
+        f"{_BUILDER}: 'is not consumed by ... IDequantizeLayer, IConcatenationLayer, IShuffleLayer'",
     ),
     Rule(
         "rank",
