@@ -90,6 +90,9 @@ def _scale_at_run_time(node: ir.Node, _: int) -> str | None:
     found = _rounded(node)
     if found is None or found.activation is None or is_constant(found.activation.scale):
         return None
+    scaled = found.activation.scale.producer() if found.activation.scale is not None else None
+    if scaled is not None and scaled.op_type == "DequantizeLinear":  # of TRT_FP4DynamicQuantize
+        return None
     return f"a scale per {found.activation.granularity.kind} of activations, computed at run time"
 
 
