@@ -13,6 +13,7 @@ from typing_extensions import Doc
 
 from qcompiler.errors import MissingDependencyError, TargetError
 from qcompiler.ir import CacheFormat, Graph
+from qcompiler.lowering.onnx import OnnxTarget, by_onnxruntime
 from qcompiler.lowering.tensorrt.support import support_of, support_of_cache
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target
@@ -100,7 +101,7 @@ class TensorRTTarget(Target):
         tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
         readers = []
         if not report["has_float4"]:  # ONNX Runtime has no kernels for 4-bit floats on a CPU
-            readers.append(Reader(lambda: _by_onnxruntime(directory), tolerance=tolerance, dtype=dtype))
+            readers.append(Reader(lambda: by_onnxruntime(directory), tolerance=tolerance, dtype=dtype))
         if is_half or report["has_float4"]:
             readers.append(
                 Reader(
@@ -117,27 +118,17 @@ class TensorRTTarget(Target):
     @classmethod
     def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
         """The ONNX that engines are built of, by ONNX Runtime on a CPU."""
-        from qcompiler.lowering.onnx import OnnxTarget
-
         return OnnxTarget.open(directory, exact=exact, device=device)
 
     @classmethod
     def wrote(cls, directory: Path) -> bool:
         """By the producer of the ONNX, beside a list of layers."""
-        from qcompiler.lowering.onnx import OnnxTarget
-
         return (directory / "layers.json").is_file() and OnnxTarget.wrote(directory)
 
     @classmethod
     def variants(cls) -> Mapping[str, Target]:
         """For the GPUs of two generations: of Ada, and of Blackwell for workstations."""
         return {"tensorrt (SM 89)": cls("89"), "tensorrt (SM 120)": cls("120")}
-
-
-def _by_onnxruntime(directory: Path) -> Artifact:
-    from qcompiler.lowering.onnx import OnnxArtifact
-
-    return OnnxArtifact(directory)
 
 
 def _in_float16(directory: Path) -> Artifact:

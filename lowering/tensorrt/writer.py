@@ -182,6 +182,7 @@ def _report(
     with StagedFiles(directory) as staged, staged.file(LAYERS_FILE) as append:
         append(json.dumps(document, indent=1).encode() + b"\n")
     files = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+    summaries = {capability: _summary(entry) for capability, entry in listed.items()}
     return {
         "target": target.name,
         "path": str(directory),
@@ -194,9 +195,9 @@ def _report(
         "weight_bytes": emitter.weight_bytes,
         "files": files,
         "sites": sites,
-        "engines": {capability: _summary(listed[capability]) for capability in listed},
+        "engines": summaries,
         "findings": findings,
-        "notes": _notes(sites, findings, target, bool(engines)),
+        "notes": _notes(sites, findings, target, summaries),
     }
 
 
@@ -240,14 +241,17 @@ def _notes(
     sites: Mapping[str, Mapping[str, str]],
     findings: Sequence[Mapping[str, str]],
     target: TensorRTTarget,
-    is_built: bool,
+    engines: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
-    """Findings first, then what was known ahead."""
+    """Findings first, then what was built, then what was known ahead."""
     counts = Counter((found["engine"], found["profile"], found["reason"]) for found in findings)
-    notes = [
-        f"{count} not fused for {engine}, {profile}: {reason}" for (engine, profile, reason), count in counts.items()
-    ]
-    if not is_built:
+    notes = [f"{count} not fused for {where}, {profile}: {why}" for (where, profile, why), count in counts.items()]
+    for engine in engines.values():
+        notes.append(
+            f"{engine['plan']}: {engine['fused_linears']} quantized layers and {engine['fused_attentions']} attentions "
+            f"fused, {engine['plan_bytes'] / 2**20:.1f} MiB, built in {engine['seconds']:.1f} s"
+        )
+    if not engines:
         asked = ", ".join(f"SM {capability}" for capability in target.capabilities)
         notes.append(f"no engine for {asked}: TensorRT is not installed; pip install tensorrt-rtx, then convert again")
     return notes + sorted({site["reason"] for site in sites.values() if site["reason"]})
