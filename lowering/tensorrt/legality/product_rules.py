@@ -159,13 +159,6 @@ def _turing_float(node: ir.Node, sm: int) -> str | None:
     return f"{node.op_type} in FLOAT on SM {sm}"
 
 
-def _codes_times_codes(node: ir.Node, _: int) -> str | None:
-    dtype = dtype_of(node.inputs[0]) if node.op_type in ("MatMul", "Gemm") else None
-    return (
-        None if dtype is None or dtype not in (*_BYTES, _T.INT4, _T.FLOAT4E2M1) else f"{node.op_type} of {dtype.name}"
-    )
-
-
 def _gemm_rank(node: ir.Node, _: int) -> str | None:
     shape = shape_of(node.inputs[0]) if node.op_type == "Gemm" else None
     return None if shape is None or len(shape) == 2 else f"Gemm of {len(shape)} dimensions"
@@ -285,14 +278,6 @@ PRODUCT_RULES: tuple[Rule[ir.Node], ...] = (
         "Turing has no product in FLOAT",
         "FLOAT16",
         f"{_BUILDER}: 'Cannot compile operation ... for Turing (SM75)'",
-    ),
-    Rule(
-        "product-of-codes",
-        "refused",
-        _codes_times_codes,
-        "products are of floats; the builder multiplies codes where both sides are dequantized ahead of it",
-        "DequantizeLinear on both sides",
-        f"{_BUILDER}: 'Could not infer output types for operation'",
     ),
     Rule(
         "gemm-rank",
