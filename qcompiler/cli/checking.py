@@ -7,11 +7,11 @@ import typer
 
 from qcompiler.cli.options import Json
 from qcompiler.cli.output import Kept
-from qcompiler.errors import MissingDependencyError, TargetError
+from qcompiler.errors import TargetError
 from qcompiler.reporting import print_rows
 
 if TYPE_CHECKING:
-    from qcompiler.lowering.tensorrt import Checked
+    from qcompiler.lowering.tensorrt.legality import Checked
 
 __all__ = ["check"]
 
@@ -27,7 +27,9 @@ def check(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Tell what TensorRT refuses, computes differently or does not fuse in FILE; status 3 if anything but the last."""
-    found = _check(file, _capabilities(target))
+    from qcompiler.lowering.tensorrt import check as check_file
+
+    found = check_file(file, _capabilities(target))
     if not as_json:
         _print(found)
     kept: Kept = context.obj
@@ -48,21 +50,6 @@ def _capabilities(text: str) -> tuple[int, ...]:
             expected="such as tensorrt:sm=89 or tensorrt:sm=80+89",
         )
     return tuple(dict.fromkeys(map(int, parts)))
-
-
-def _check(file: Path, capabilities: tuple[int, ...]) -> "Checked":
-    try:
-        from qcompiler.lowering.tensorrt import check as check_file
-
-        return check_file(file, capabilities)
-    except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnx_ir", "ml_dtypes"):
-            raise
-        raise MissingDependencyError(
-            "reading ONNX needs packages that are not installed",
-            got=f"no module {error.name}",
-            remedy="pip install onnx onnx-ir",
-        ) from error
 
 
 def _print(checked: "Checked") -> None:
