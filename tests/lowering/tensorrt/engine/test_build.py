@@ -23,6 +23,15 @@ def test_an_engine_is_built_in_a_child(built, decoder, progress):
     assert built.to_dict()["plan"] == "engine-sm89.plan"
 
 
+def test_warnings_of_a_kind_are_counted():
+    said = [f"Importer.cpp:416: UINT8 data layers.{i}.zero_point is being converted to INT32." for i in range(3)]
+    said += ["Importer.cpp:9: Make sure input ids has Int64 binding.", "Something else.", "Something else."]
+    assert build._each_once(said) == (
+        "UINT8 data layers.0.zero_point is being converted to INT32. (3 such)",
+        "Something else. (2 such)",
+    )
+
+
 def test_progress_is_told(built, progress):
     assert progress[0] == (0, 0, "starting the builder")
     assert (0, 0, "parsing the ONNX file") in progress
