@@ -37,8 +37,9 @@ def test_progress_is_told(built, progress):
     assert (0, 0, "parsing the ONNX file") in progress
     assert progress[-1][2] == "writing the plan"
     steps = [(done, total) for done, total, _ in progress if total]
-    assert steps
-    assert all(0 <= done <= total for done, total in steps)
+    assert {total for _, total in steps} == {2}
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert {what.partition(":")[0] for _, total, what in progress if total} >= {"profile prefill", "profile decode"}
 
 
 def test_a_plan_replaces_an_older_one(decoder, ports, tmp_path):
