@@ -2,8 +2,9 @@
 
 Each row is what users run, a process of its own: ``qcompiler compile MODEL -r RECIPE --calib TEXT --to TARGET``, which
 compares what it wrote; ``qcompiler convert OUT --to TARGET`` for ``convert:TARGET``; and ``qcompiler.lower(OUT,
-"kernels")``. What counts is the largest resident memory of the process, imports included. Other shapes by option; that
-of Llama-2-7B: ``--hidden 4096 --intermediate 11008 --heads 32 --kv-heads 32 --vocabulary 32000 --untied``.
+"kernels")``, whose result is a module with all weights, for ``module``. What counts is the largest resident memory of
+the process, imports included. Other shapes by option; that of Llama-2-7B: ``--hidden 4096 --intermediate 11008
+--heads 32 --kv-heads 32 --vocabulary 32000 --untied``.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "booklm"
-NOTHING, KERNELS, CONVERT = "none", "kernels", "convert:"
+NOTHING, MODULE, CONVERT = "none", "module", "convert:"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="w4a16-gptq")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--targets", nargs="+", default=[NOTHING, "onnx", "checkpoint", KERNELS])
+    parser.add_argument("--targets", nargs="+", default=[NOTHING, "onnx", "checkpoint", "kernels:device=cpu", MODULE])
     parser.add_argument("--output", type=Path, help="write the table here too")
     parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -75,13 +76,14 @@ def main() -> None:
 
 
 def command(root: Path, target: str, options: argparse.Namespace) -> list[str | Path]:
-    """What users run. Kernels, and what is converted, are made of what was compiled for the target that came first."""
-    if target == KERNELS:
+    """What users run. A module, and what is converted, is made of what was compiled for the target that came first."""
+    compiled = root / options.targets[0].partition(":")[0]
+    if target == MODULE:
         lower = "import sys, qcompiler; qcompiler.lower(sys.argv[1], 'kernels', device='cpu')"
-        return [sys.executable, "-c", lower, root / options.targets[0]]
+        return [sys.executable, "-c", lower, compiled]
     if target.startswith(CONVERT):
         made = ["--to", target.removeprefix(CONVERT), "-o", root / "converted"]
-        return [sys.executable, "-m", "qcompiler", "convert", root / options.targets[0], *made]
+        return [sys.executable, "-m", "qcompiler", "convert", compiled, *made]
     out = root / target.partition(":")[0]
     arguments = ["-r", options.recipe, "--calib", root / "model" / "text.txt"]
     arguments += [] if target == NOTHING else ["--to", target]

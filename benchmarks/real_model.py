@@ -37,6 +37,7 @@ from benchmarks.peer_drivers.score_rows import Scores
 from benchmarks.runs import environment, keep
 from qcompiler.artifacts import HFArtifact, load_tokenizer
 from qcompiler.errors import QCompilerError
+from qcompiler.ir import with_float_tables
 from qcompiler.passes.assign import Assign
 from qcompiler.passes.recipes import recipe as named_recipe
 from qcompiler.protocol import Artifact, Pass
@@ -211,7 +212,7 @@ def _python(options: argparse.Namespace, engine: str) -> Path:
 
 def write_original(file: Path, directory: Path) -> None:
     """The weights of a GGUF file as a Hugging Face directory in bfloat16, ``config.json`` last."""
-    graph = qc.capture(file)
+    graph = with_float_tables(qc.capture(file))
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         place = Path(scratch) / "original"
         place.mkdir()

@@ -10,5 +10,6 @@ def targets() -> tuple[type[Target], ...]:
     from qcompiler.lowering.checkpoint import CheckpointTarget
     from qcompiler.lowering.kernels import KernelsTarget
     from qcompiler.lowering.onnx import OnnxTarget
+    from qcompiler.lowering.tensorrt import TensorRTTarget
 
-    return OnnxTarget, CheckpointTarget, KernelsTarget
+    return TensorRTTarget, OnnxTarget, CheckpointTarget, KernelsTarget

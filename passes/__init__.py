@@ -5,6 +5,7 @@ from qcompiler.passes.awq import AWQ
 from qcompiler.passes.fisher import Fisher
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.insert_qdq import InsertQDQ
+from qcompiler.passes.quantize_embedding import QuantizeEmbedding
 from qcompiler.passes.quantize_kv_cache import QuantizeKVCache
 from qcompiler.passes.recipes import RECIPES, recipe
 from qcompiler.passes.rotate import Rotate
@@ -20,6 +21,7 @@ __all__ = [
     "Assign",
     "Fisher",
     "InsertQDQ",
+    "QuantizeEmbedding",
     "QuantizeKVCache",
     "Rotate",
     "SmoothQuant",

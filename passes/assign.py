@@ -33,7 +33,8 @@ class Assign(Pass):
     The linear layers behind which no other follows (the output projection of a language model, the scores of a
     classifier) stay in float unless an override names them: their error reaches the output undamped, and their weight
     is often the embedding table. So do layers that choose among experts: they are small, and a row sent to another
-    expert is no small error.
+    expert is no small error. And so do layers with one output channel, such as the gate of a shared expert: they save
+    nothing, and no engine packs them.
 
     Attributes:
         scheme: a scheme name, see `Scheme.parse`.
@@ -84,6 +85,8 @@ class Assign(Pass):
                 name, reason = None, "output projection, left in float; name it in an override to quantize it"
             elif site.name in choosing:
                 name, reason = None, "chooses among experts, left in float; name it in an override to quantize it"
+            elif site.out_features == 1:
+                name, reason = None, "one output channel, left in float; name it in an override to quantize it"
             for pattern, override in self.overrides.items():
                 if fnmatchcase(site.name, pattern):
                     unmatched.discard(pattern)

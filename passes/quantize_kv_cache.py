@@ -63,9 +63,10 @@ class QuantizeKVCache(Pass):
 
     Scales per token are computed when the token comes, ``amax / 127``, ``amax / 448`` or, for ``int4``, from the range
     of every 16 channels, widened to hold zero, with a zero point; they are rounded to float16 first. Static ranges come
-    from calibration: per channel of every head for integers, per tensor for floats, those with twice the room of what
-    was seen. The static range of every channel is calibrated in either case and stored, because some targets have no
-    other form; `static_caches` makes it, and the report says what it costs beside what the scales per token do.
+    from calibration: per channel of every head for integers, per tensor for floats (or per head, with ``per_head``),
+    those with twice the room of what was seen. The static range of every channel is calibrated in either case and
+    stored, because some targets have no other form; `static_caches` makes it, and the report says what it costs beside
+    what the scales per token do.
 
     With ``rotate``, queries and keys are rotated by a Hadamard matrix (arXiv 2404.00456, section 4), which changes no
     product of theirs and spreads the few large channels that keys have over all. Values have none and stay as they are.
@@ -83,6 +84,7 @@ class QuantizeKVCache(Pass):
             others.
         symmetric: no zero point; None: only ``int4`` has one.
         rotate: turn queries and keys.
+        per_head: a static scale for every head, instead of one for the tensor; for floats.
 
     Raises:
         RecipeError: for an unknown format, or options that do not go together.
@@ -95,6 +97,7 @@ class QuantizeKVCache(Pass):
     group_size: int | None = None
     symmetric: bool | None = None
     rotate: bool = False
+    per_head: bool = False
 
     effect: ClassVar[Effect] = Effect.APPROXIMATE
     requires: ClassVar[frozenset[str]] = frozenset({CANONICAL, FLOAT_CACHE})
@@ -148,6 +151,11 @@ class QuantizeKVCache(Pass):
         """Of keys and of values."""
         found = (self._format_of(part, _NARROW_GROUP) for part in ("key", "value"))
         return tuple(dict.fromkeys(spec for spec in found if spec is not None))
+
+    def planned_caches(self, graph: Graph) -> dict[str, CacheFormat]:
+        """Keys and values that are recognized, but for those that stay in float."""
+        found = {cache.name: self._format_of(cache.part, cache.width) for cache in float_caches(graph)}
+        return {name: spec for name, spec in found.items() if spec is not None}
 
     def waves(self, segment: Segment, graph: Graph) -> list[Wave]:
         """The caches of a segment, together."""
@@ -220,7 +228,7 @@ class QuantizeKVCache(Pass):
         """Rewrites one cache; returns what the report says of it beside its format."""
         low, high = (end.cpu() for end in seen.result())
         tokens = seen.tokens().cpu()
-        static = CacheFormat(spec.dtype, "static", symmetric=spec.symmetric)
+        static = CacheFormat(spec.dtype, "static", symmetric=spec.symmetric, per_head=spec.per_head)
         scale, zero = static_qparams(static, low, high)
         names: tuple[str | None, str | None] = (None, None)
         if spec.scales == "static":
@@ -249,7 +257,7 @@ class QuantizeKVCache(Pass):
         if self.group_size is None and name == "int4" and self.scales == "per_token":
             group = math.gcd(_NARROW_GROUP, width)
         symmetric = name != "int4" if self.symmetric is None else self.symmetric
-        return CacheFormat(_DTYPES[name], self.scales, group, symmetric)
+        return CacheFormat(_DTYPES[name], self.scales, group, symmetric, self.per_head)
 
 
 class TurnedHeadRange(HeadRange):

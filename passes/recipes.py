@@ -7,14 +7,15 @@ from qcompiler.passes.assign import Assign
 from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.insert_qdq import InsertQDQ
+from qcompiler.passes.quantize_embedding import QuantizeEmbedding
 from qcompiler.passes.quantize_kv_cache import QuantizeKVCache
 from qcompiler.passes.rotate import Rotate
 from qcompiler.passes.rtn import RTN
 from qcompiler.passes.smooth_quant import SmoothQuant
 from qcompiler.passes.squeezellm import SqueezeLLM
-from qcompiler.protocol import ACTIVATIONS_QUANTIZED, WEIGHTS_QUANTIZED, Pass
+from qcompiler.protocol import ACTIVATIONS_QUANTIZED, CACHE_QUANTIZED, WEIGHTS_QUANTIZED, Pass
 
-__all__ = ["CACHES", "RECIPES", "recipe"]
+__all__ = ["CACHES", "EMBEDDINGS", "RECIPES", "recipe"]
 
 _W4A4 = "w4a4-actasym-clip90"
 
@@ -52,34 +53,45 @@ CACHES: dict[str, Callable[[], QuantizeKVCache]] = {
     "kv-int8": lambda: QuantizeKVCache("int8"),
     "kv-int4": lambda: QuantizeKVCache("int4", rotate=True),
     "kv-fp8-static": lambda: QuantizeKVCache("fp8", scales="static"),
+    "kv-fp8-static-head": lambda: QuantizeKVCache("fp8", scales="static", per_head=True),
 }
 """What stands behind the ``+`` of a name, or alone: the cache, besides weights and activations or without."""
+EMBEDDINGS: dict[str, Callable[[], QuantizeEmbedding]] = {
+    "emb-int8": lambda: QuantizeEmbedding(8),
+    "emb-int4": lambda: QuantizeEmbedding(4, search="mse"),
+}
+"""What stands there, too: the embedding table."""
 
 
 def recipe(name: str) -> tuple[Pass, ...]:
-    """The passes of a named recipe, such as ``w4a16-gptq``, ``w4a16-gptq+kv-int8`` or ``kv-int8``.
+    """The passes of a named recipe, such as ``w4a16-gptq``, ``w4a16-gptq+kv-int8+emb-int8`` or ``kv-int8``.
 
     Raises:
-        RecipeError: for an unknown name.
+        RecipeError: for an unknown name, or two caches or embeddings.
     """
-    if name in CACHES:
-        return (CACHES[name](),)
-    base, plus, cache = name.partition("+")
-    if base not in RECIPES or (plus and cache not in CACHES):
-        names = (*RECIPES, *CACHES) if base not in RECIPES else tuple(CACHES)
+    more: dict[str, Callable[[], Pass]] = {**CACHES, **EMBEDDINGS}
+    base, *added = name.split("+")
+    if base in more:
+        added = [base, *added]
+    kinds = [item in EMBEDDINGS for item in added]
+    unknown = next((item for item in added if item not in more), None if base in {**RECIPES, **more} else base)
+    if unknown is not None or len(set(kinds)) < len(kinds):
+        names = (*RECIPES, *more) if unknown == base else tuple(more)
         raise RecipeError(
             "unknown recipe",
             got=name,
-            expected=f"{', '.join(RECIPES)}; each with +{', +'.join(CACHES)}, or one of those alone",
-            remedy=did_you_mean(name if base not in RECIPES else cache, names)
+            expected=f"{', '.join(RECIPES)}; each with +{', +'.join(more)} (one cache, one embedding), or those alone",
+            remedy=did_you_mean(unknown or name, names)
             or "or give FILE.toml, FILE.py:NAME, or a list of passes in Python",
         )
-    passes = RECIPES[base]()
-    return _with_cache(passes, CACHES[cache]()) if plus else passes
+    passes: tuple[Pass, ...] = RECIPES[base]() if base in RECIPES else ()
+    for item in sorted(added, key=lambda item: item in CACHES):
+        passes = _with(passes, more[item]())
+    return passes
 
 
-def _with_cache(passes: tuple[Pass, ...], cache: QuantizeKVCache) -> tuple[Pass, ...]:
+def _with(passes: tuple[Pass, ...], added: Pass) -> tuple[Pass, ...]:
     """Ahead of what rounds weights and activations, which is then calibrated on it, and behind what only rescales."""
-    facts = {WEIGHTS_QUANTIZED, ACTIVATIONS_QUANTIZED}
+    facts = {WEIGHTS_QUANTIZED, ACTIVATIONS_QUANTIZED, CACHE_QUANTIZED}
     place = next((i for i, item in enumerate(passes) if facts & item.establishes), len(passes))
-    return (*passes[:place], cache, *passes[place:])
+    return (*passes[:place], added, *passes[place:])

@@ -42,13 +42,7 @@ from qcompiler.passes.recipes import recipe as named_recipe
 from qcompiler.protocol import Artifact, Pass, Pipeline, Target, choose_device
 from qcompiler.reporting import CompileReport
 from qcompiler.storage import no_directory
-from qcompiler.sweep import (
-    CalibrationInput,
-    Progress,
-    check_work_dir,
-    compile_graph,
-    contention,
-)
+from qcompiler.sweep import CalibrationInput, Progress, check_work_dir, compile_graph, contention
 from qcompiler.to_target import (
     check_target,
     describe_targets,
@@ -56,8 +50,8 @@ from qcompiler.to_target import (
     make_target,
     open_with_engine,
     record_target,
+    try_target,
     write_target,
-    written_target,
 )
 
 __all__ = [
@@ -76,8 +70,8 @@ __all__ = [
     "open_artifact",
     "recipe_matrix",
     "record_target",
+    "try_target",
     "write_target",
-    "written_target",
 ]
 
 Recipe = str | Path | Sequence[Pass]
@@ -290,6 +284,7 @@ def open_artifact(
     exact: bool = True,
     engine: str | None = None,
     device: str | None = None,
+    streamed: bool | None = None,
     trust_remote_code: bool = False,
 ) -> Artifact:
     """Anything that runs: ``OUT``, ``OUT/native``, ``OUT/onnx``, or a Hugging Face directory.
@@ -299,20 +294,24 @@ def open_artifact(
         exact: compute as written; False allows an engine's faster ways (ONNX Runtime's 8-bit activations).
         engine: ``kernels`` runs a native artifact by fused low-bit operators; by default, its reference arithmetic.
         device: ``cpu``, ``cuda`` or ``auto``; by default ``auto`` for kernels, and the CPU for everything else.
+        streamed: run a native artifact segment by segment, see `CompileResult.artifact`; by default, if it is large.
         trust_remote_code: for a Hugging Face directory, run the code it brings along.
 
     Raises:
-        InputError: if the path is none of these, or does not run on this device.
+        InputError: if the path is none of these, or does not run on this device or segment by segment.
         TargetError: for an unknown engine, or one that does not run what is there.
     """
     root = Path(path)
     if not root.is_dir() and root.suffix != ".gguf":
         raise no_directory(root)
-    if (native_directory(root) / MANIFEST).is_file() or is_quantized_checkpoint(root):
+    is_native = (native_directory(root) / MANIFEST).is_file() or is_quantized_checkpoint(root)
+    if streamed and (engine is not None or not is_native):
+        raise InputError("this is not run segment by segment", where=root, expected="a native artifact, without engine")
+    if is_native:
         result = load(root, trust_remote_code=trust_remote_code)
         if engine is not None:
             return open_with_engine(result, engine, device or "auto")
-        return result.artifact(choose_device(device or "cpu"))
+        return result.artifact(choose_device(device or "cpu"), streamed=streamed)
     if engine is not None:
         raise TargetError(f"{engine} run native artifacts alone", where=root, remedy="give OUT or OUT/native")
     for target in known_targets():

@@ -4,7 +4,7 @@ With `qcompiler.api` and `qcompiler.cli`, a module that sees the targets; which 
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompiler.artifacts import CompileResult, StreamedArtifact, add_target, check_parity, load, with_noise
 from qcompiler.errors import InputError, QCompilerError, TargetError, did_you_mean
-from qcompiler.ir import Graph, cache_formats
+from qcompiler.ir import Graph, cache_formats, formats_by_cache
 from qcompiler.lowering import targets
 from qcompiler.protocol import (
     Artifact,
@@ -27,6 +27,7 @@ from qcompiler.protocol import (
     list_options,
     read_options,
     unknown_option,
+    with_taken_tables,
 )
 from qcompiler.storage import filled_directory
 
@@ -40,9 +41,9 @@ __all__ = [
     "make_target",
     "open_with_engine",
     "record_target",
+    "try_target",
     "verify",
     "write_target",
-    "written_target",
 ]
 
 _NOISE_SAMPLES = 3
@@ -119,23 +120,6 @@ def _with_options(target: type[Target] | Target, options: Mapping[str, Any], whe
             raise unknown_option(cls, name, TargetError)
     with foreign("this target cannot be made", where, error=TargetError):
         return target(**options) if isinstance(target, type) else dataclasses.replace(target, **options)
-
-
-def written_target(text: str) -> Target:
-    """`make_target`, for one that makes files.
-
-    Raises:
-        TargetError: besides, for one that makes a model in memory.
-    """
-    target = make_target(text)
-    if target.main_file is None:
-        raise TargetError(
-            f"{target.name} are not written anywhere",
-            got=text,
-            expected=", ".join(cls.name for cls in targets() if cls.main_file is not None),
-            remedy=f"run the native artifact with --engine {target.name}",
-        )
-    return target
 
 
 def describe_targets() -> list[dict[str, Any]]:
@@ -224,7 +208,7 @@ def lower(
         result = load(result)
     check_target(result, made)
     if directory is None:
-        lowered = _lower(result, made, None, verify=verify)
+        lowered = _lower(result, made, lambda graph: made.lower(graph, None), verify=verify)
         record_target(result, made.name, lowered.report)
         return lowered.model
     written = write_target(result, made, directory, verify=verify)
@@ -241,8 +225,10 @@ def check_target(result: CompileResult, target: Target) -> None:
     """
     check_schemes(result.graph.schemes, {site.name: site.in_features for site in result.graph.sites()}, [target])
     check_caches(cache_formats(result.graph), [target])
-    target.check_graph(result.graph)
-    target.check_assigned(result.graph)
+    target.check_cached(formats_by_cache(result.graph))
+    graph = with_taken_tables(result.graph, target)
+    target.check_graph(graph)
+    target.check_assigned(graph)
 
 
 def write_target(
@@ -255,11 +241,16 @@ def write_target(
     assert target.main_file is not None
     # compared in a place that is not final yet: what was not verified must not look as if it had been
     with filled_directory(directory, last=target.main_file) as place:
-        lowered = _lower(result, target, place, verify=verify)
+        lowered = _lower(result, target, lambda graph: target.lower(graph, place), verify=verify)
         if lowered.finish is not None:
             recipe, report = result.manifest.get("recipe", ()), result.report
             lowered.finish(Compilation(recipe, report.calibration, report.held_out))
     return {**lowered.report, "path": str(directory)}
+
+
+def try_target(result: CompileResult, target: Target) -> dict[str, Any]:
+    """`lower` to a target without files whose model nobody keeps, so that it need not be in memory as a whole."""
+    return _lower(result, target, target.lower_streamed, verify=True).report
 
 
 def record_target(result: CompileResult, name: str, written: dict[str, Any]) -> None:
@@ -341,16 +332,26 @@ def open_with_engine(result: CompileResult, engine: str, device: str) -> Artifac
     engines = [cls.name for cls in targets() if cls.main_file is None]
     if engine not in engines:
         raise TargetError("unknown engine", got=engine, expected=", ".join(engines))
-    model = make_target(engine, device=device).lower(result.graph, None).model
+    target = make_target(engine, device=device)
+    model = target.lower(with_taken_tables(result.graph, target), None).model
     assert model is not None
     return model
 
 
-def _lower(result: CompileResult, target: Target, place: Path | None, *, verify: bool) -> Lowered:
-    """Lowers, and lets every reader run what came out beside the native artifact, which is run by segments."""
-    lowered = target.lower(result.graph, place)
+def _lower(result: CompileResult, target: Target, lower: Callable[[Graph], Lowered], *, verify: bool) -> Lowered:
+    """Lowers with tables of floats where the target takes no others, and compares what came out."""
+    graph = with_taken_tables(result.graph, target)
+    lowered = lower(graph)
+    if graph is not result.graph:
+        lowered.report.setdefault("notes", []).append("the embedding table is float, of the same numbers, not codes")
+    _compare(result, lowered, verify=verify)
+    return lowered
+
+
+def _compare(result: CompileResult, lowered: Lowered, *, verify: bool) -> None:
+    """Lets every reader run what came out beside the native artifact, which is run by segments; the report grows."""
     if not verify or result.graph.signature.index_of_output("logits") is None:
-        return lowered
+        return
     for reader in lowered.readers:
         found = reader.open()
         if reader.held_out_tokens and result.held_out is not None:
@@ -368,7 +369,6 @@ def _lower(result: CompileResult, target: Target, place: Path | None, *, verify:
             length=length,
             steps=reader.steps,
         )
-    return lowered
 
 
 def _noisy(

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 # Kernels are interpreted where there is no GPU; what compiles them ahead of time runs in a process of its own.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+from tests.traced_once import traced_anew, traced_once
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def booklm() -> Path:
     """The model that the project ships: a Llama of 7.3 M parameters in bfloat16, with its tokenizer."""
     return ROOT / "examples" / "booklm"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """Models of one configuration are traced once."""
+    with traced_once():
+        yield
+
+
+@pytest.fixture(scope="module")
+def each_traced() -> Iterator[None]:
+    """Every model of a file is traced, for tests of just that."""
+    with traced_anew():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from qcompiler.lowering import targets
 from qcompiler.lowering.kernels import KernelsTarget
 from qcompiler.lowering.onnx import OnnxTarget
 from qcompiler.passes import RTN, QuantizeKVCache
-from qcompiler.to_target import describe_targets, make_target, written_target
+from qcompiler.to_target import describe_targets, make_target
 from tests.tiny_checkpoint import command
 from tests.tiny_graphs import language_model
 
@@ -181,7 +181,7 @@ def test_a_guest_s_target(guest: Callable[..., str], tmp_path: Path) -> None:
 )
 def test_what_is_no_target_of_a_guest(name: str, what: str, guest: Callable[..., str]) -> None:
     with pytest.raises(TargetError, match=what) as caught:
-        written_target(guest(name))
+        make_target(guest(name))
     if name == "Missing":
         assert caught.value.expected == "Names, INSTANCE, Nameless, Unmade"
 

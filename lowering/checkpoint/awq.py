@@ -92,7 +92,7 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
         "group_size": _group_size(contents.layers) or -1,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": contents.ignored or None,
+        "modules_to_not_convert": contents.ignored_modules or None,
     }
 
 

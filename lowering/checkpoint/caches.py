@@ -1,18 +1,21 @@
 """The scales of quantized key-value caches, which hang on modules of the model.
 
-Source: vLLM 0.32, which takes 8-bit floats with one scale for the keys and one for the values of a layer, and maps
-``<attention>.k_scale`` and ``<attention>.k_proj.k_scale`` alike.
+Source: vLLM 0.32, which takes 8-bit floats with one scale for the keys and one for the values of a layer, or of
+compressed-tensors one for each of their heads (``attn_head``), and maps ``<attention>.k_scale`` and
+``<attention>.k_proj.k_scale`` alike.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from qcompiler.errors import TargetError
-from qcompiler.ir import FLOAT_CACHES, CacheFormat, Graph, QuantizedCache, nearest_sites, quantized_caches
+from qcompiler.ir import CacheFormat, Graph, QuantizedCache, nearest_sites, quantized_caches
+from qcompiler.lowering.checkpoint.layers import common_parent
 from qcompiler.protocol import Support
 
-__all__ = ["CacheScale", "cache_scales", "supports_cache"]
+__all__ = ["CacheScale", "cache_scales", "check_cached", "supports_cache"]
 
 _LETTERS = {"key": "k", "value": "v"}
 
@@ -23,7 +26,8 @@ class CacheScale:
 
     Attributes:
         letter: ``k`` or ``v``.
-        stored: its name in the graph's store, 0-D float32.
+        stored: its name in the graph's store, float32: 0-D, or ``[1, H, 1, 1]``.
+        heads: that have a scale of their own; None: one for all.
         source: the linear layer whose outputs are cached.
         attention: the module that keys and values are computed in.
         module: the same, on meta.
@@ -31,6 +35,7 @@ class CacheScale:
 
     letter: str
     stored: str
+    heads: int | None
     source: str
     attention: str
     module: nn.Module
@@ -43,27 +48,40 @@ def supports_cache(spec: CacheFormat, layout: str) -> Support:
         remedy = f"write format=compressed-tensors, or {otherwise}"
         return Support("refused", f"{layout} checkpoints have no place for the scales of a cache", remedy)
     if not spec.is_float or spec.scales != "static":
-        reason = "engines take from a checkpoint 8-bit floats with one calibrated scale for keys and one for values"
+        reason = "engines take from a checkpoint 8-bit floats with calibrated scales, for keys and for values"
         return Support("refused", reason, f"choose kv-fp8-static, or {otherwise}")
+    if spec.per_head and layout == "modelopt":
+        reason = "ModelOpt checkpoints have one scale for the keys and one for the values of a layer, not one per head"
+        return Support("refused", reason, "choose kv-fp8-static, or write format=compressed-tensors")
     return Support("fused")
+
+
+def check_cached(formats: Mapping[str, CacheFormat | None]) -> None:
+    """Refuses caches that are not all of one format, as engines have one for all that a checkpoint says.
+
+    Raises:
+        TargetError: that names the first that differs from a quantized one.
+    """
+    quantized = next((spec for spec in formats.values() if spec is not None), None)
+    other = next((name for name, spec in formats.items() if spec != quantized), None)
+    if other is not None:
+        raise TargetError(
+            "some caches are quantized and others are not, or not alike, and engines have one format for all",
+            where=f"checkpoint: {other}",
+            got=f"{formats[other] or 'float'} beside {quantized}",
+            expected="one format for all keys and values",
+            remedy="quantize both keys and values of all layers, or leave the cache in float, and ask the engine for a "
+            "quantized one by its options (of vLLM: --kv-cache-dtype, --kv-cache-dtype-skip-layers)",
+        )
 
 
 def cache_scales(graph: Graph, model: nn.Module) -> list[CacheScale]:
     """Where the scales of all quantized caches belong; none where caches are float.
 
     Raises:
-        TargetError: where one cache is quantized and another is not, or keys and values come from no module.
+        TargetError: where keys and values come from no module.
     """
     caches = quantized_caches(graph)
-    left = [port for port in graph.signature.outputs if port.role == "present" and port.dtype in FLOAT_CACHES]
-    if caches and left:
-        raise TargetError(
-            "some caches are quantized and others are not, and engines have one format for all",
-            where=f"checkpoint: {left[0].name}",
-            got=f"{left[0].dtype} beside {caches[0].format}",
-            expected="one format for all keys and values",
-            remedy="quantize both keys and values, or leave the cache in float",
-        )
     modules = dict(model.named_modules())
     of_layer: dict[int, list[QuantizedCache]] = {}
     for cache in caches:
@@ -71,7 +89,7 @@ def cache_scales(graph: Graph, model: nn.Module) -> list[CacheScale]:
     found = []
     for layer, pair in of_layer.items():
         sources = [_source(graph, cache) for cache in pair]
-        attention = _common_parent([source for source in sources if source])
+        attention = common_parent([source for source in sources if source])
         if None in sources or attention not in modules:
             raise TargetError(
                 "the layers that keys and values come from are not found, or have no module in common",
@@ -82,7 +100,9 @@ def cache_scales(graph: Graph, model: nn.Module) -> list[CacheScale]:
             )
         for cache, source in zip(pair, sources, strict=True):
             assert cache.scale is not None
-            found.append(CacheScale(_LETTERS[cache.part], cache.scale, str(source), attention, modules[attention]))
+            heads = graph.weights.info(cache.scale).shape[1] if cache.format.per_head else None
+            letter = _LETTERS[cache.part]
+            found.append(CacheScale(letter, cache.scale, heads, str(source), attention, modules[attention]))
     return found
 
 
@@ -90,13 +110,3 @@ def _source(graph: Graph, cache: QuantizedCache) -> str | None:
     """The one linear layer that is met on the way back from what is cached."""
     found = nearest_sites(graph, [cache.value])
     return found.pop() if len(found) == 1 else None
-
-
-def _common_parent(names: list[str]) -> str:
-    parents = [name.split(".")[:-1] for name in names]
-    same = []
-    for parts in zip(*parents, strict=False):
-        if len(set(parts)) > 1:
-            break
-        same.append(parts[0])
-    return ".".join(same)

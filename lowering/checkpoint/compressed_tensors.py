@@ -19,9 +19,6 @@ from qcompiler.protocol import Support
 __all__ = ["LAYOUT", "supports"]
 
 
-_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
-
-
 def supports(scheme: Scheme, width: int) -> Support:
     """What becomes of a layer."""
     weight, activation = scheme.weight, scheme.activation
@@ -59,6 +56,14 @@ def supports(scheme: Scheme, width: int) -> Support:
     if in_blocks or is_grouped or weight.granularity == "per_group" or weight.bits < 8 or not weight.symmetric:
         return Support("writes-only", f"{weight} weights with {activation} inputs: no kernel in vLLM")
     return Support("fused")
+
+
+def supports_table(spec: QuantSpec, width: int) -> Support:
+    """What becomes of an embedding: engines look rows up in packed symmetric integers."""
+    found = supports(Scheme(spec), width)
+    if found.status != "refused" and (spec.is_float or not spec.symmetric or spec.bits not in (2, 4, 8)):
+        return Support("writes-only", f"embeddings of {spec}: vLLM takes symmetric integers")
+    return found
 
 
 def _weights_alone(weight: QuantSpec, width: int) -> Support:
@@ -155,7 +160,8 @@ def add_caches(contents: Contents) -> None:
     from compressed_tensors.quantization import is_cached_attention_module
 
     for cache in contents.caches:
-        contents.add_cache_scale(cache, f"{cache.attention}.{cache.letter}_scale", (1,))
+        shape = (1,) if cache.heads is None else (cache.heads, 1, 1)
+        contents.add_cache_scale(cache, f"{cache.attention}.{cache.letter}_scale", shape)
         if not is_cached_attention_module(cache.module):
             contents.note(
                 f"compressed-tensors finds no cache in {type(cache.module).__name__}: "
@@ -178,9 +184,8 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
             "format": layout_of(weight, activation),
         }
         groups.setdefault(json.dumps(fields), (fields, []))[1].append(layer.name)
-    class_names = ["Linear"]
-    if any(layer.name == contents.head for layer in contents.layers):
-        class_names.append(contents.head)  # which vLLM holds in another class
+    class_names = ["Linear"]  # and by name what is of another class, in vLLM the head, too
+    class_names += [layer.name for layer in contents.layers if layer.is_table or layer.name == contents.head]
     layouts = {str(fields["format"]) for fields, _ in groups.values()}
     config = QuantizationConfig(
         config_groups={
@@ -188,12 +193,17 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
             for number, (fields, names) in enumerate(groups.values())
         },
         ignore=contents.ignored,
-        kv_cache_scheme=QuantizationArgs(**_CACHE) if contents.caches else None,
+        kv_cache_scheme=QuantizationArgs(**_cache_arguments(contents)) if contents.caches else None,
         format=layouts.pop() if len(layouts) == 1 else "mixed-precision" if layouts else "dense",
         quantization_status="compressed",
     )
     found: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
     return found
+
+
+def _cache_arguments(contents: Contents) -> dict[str, Any]:
+    strategy = "tensor" if contents.caches[0].heads is None else "attn_head"
+    return {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
 
 
 def _arguments(spec: QuantSpec, layer: Layer) -> dict[str, Any]:
@@ -254,6 +264,7 @@ def _nibbles(codes: Tensor) -> Tensor:
 LAYOUT = Layout(
     supports=supports,
     add_layer=add_layer,
+    supports_table=supports_table,
     quantization_config=quantization_config,
     add_caches=add_caches,
 )

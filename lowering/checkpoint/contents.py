@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 
 from qcompiler.errors import TargetError
 from qcompiler.frontend import SourceNames
-from qcompiler.ir import Graph, is_quantized_weight, quantized_caches, stored_names
+from qcompiler.ir import Graph, is_quantized_weight, quantized_caches, quantized_tables, stored_names
 from qcompiler.lowering.checkpoint.caches import CacheScale, cache_scales
-from qcompiler.lowering.checkpoint.experts import in_source, place_in_stack
+from qcompiler.lowering.checkpoint.experts import in_source, mixtures, place_in_stack
 from qcompiler.lowering.checkpoint.layers import Layer, input_tensors
 from qcompiler.numerics import pack_bits
 from qcompiler.storage import WeightStore
@@ -30,6 +30,7 @@ class Contents:
         model: that it was captured from, on meta.
         layers: its quantized layers, which leave their float weights to the layout.
         sources: what checkpoints call its tensors; by default as the model does.
+        ties_codes: whether an output head that has the codes of the embedding is left out.
 
     Attributes:
         store: the tensors of the checkpoint.
@@ -50,6 +51,8 @@ class Contents:
         model: nn.Module,
         layers: Sequence[Layer],
         sources: SourceNames = _AS_IN_THE_MODEL,
+        *,
+        ties_codes: bool = False,
     ) -> None:
         self._graph, self._sources = graph, sources
         self.store = WeightStore()
@@ -62,11 +65,20 @@ class Contents:
         if sources.experts:  # what chooses among experts, and they themselves, are no linear layers of the model
             left += [site.name for site in graph.sites() if site.name not in quantized and site.name not in linear]
         self.ignored = [name for item in left for name in self._source_paths(item)]
+        self._mixtures = mixtures(sources)
         self._add_floats(model, quantized)
         self.ties = self._is_tied(model)
         self._drop_tied(model)
         self.head, was_tied = self._find_head(model)
-        if was_tied and self.head in quantized:
+        has_table = any(layer.is_table for layer in layers)
+        if ties_codes and self._has_codes_of_table(layers):
+            self.layers = [layer for layer in self.layers if layer.name != self.head]
+            self.ties = True
+        if was_tied and has_table and self.head not in quantized:
+            self.note("the embedding is quantized, and so no longer the output head, which stays as it was")
+        elif self._has_codes_of_table(layers) and not self.ties:
+            self.note("embedding and output head have the same codes, twice: engines multiply with no table of codes")
+        elif was_tied and self.head in quantized and not has_table:
             self.note("the output head is quantized, and so no longer the embedding, which stays as it was")
 
     def add(
@@ -98,7 +110,7 @@ class Contents:
         )
 
     def add_cache_scale(self, cache: CacheScale, name: str, shape: Sequence[int]) -> None:
-        """The scale of a cache as a float32 tensor of one number."""
+        """The scale of a cache in float32."""
         stored, size = (cache.stored,), tuple(shape)
         self.store.derive(
             name,
@@ -123,6 +135,11 @@ class Contents:
         self.add(layer, "scales", ["scale"], halved, "float16", (layer.groups, layer.rows))
         if self.dtype(layer, "scale") == "float32":
             self.note("scales are rounded to float16, which this layout has: the native artifact's are float32")
+
+    @property
+    def ignored_modules(self) -> list[str]:
+        """As ``ignored``, experts by the module that holds all of their mixture: engines make one layer of it."""
+        return list(dict.fromkeys(self._mixtures.get(name, name) for name in self.ignored))
 
     def dtype(self, layer: Layer, part: str) -> str:
         """The dtype a part of a layer is stored in."""
@@ -242,6 +259,7 @@ class Contents:
     def _parts(self) -> set[str]:
         """The stored tensors that quantized weights, rounded inputs and caches are computed from."""
         found = {name for cache in quantized_caches(self._graph) for name in cache.stored_names}
+        found.update(name for table in quantized_tables(self._graph) for name in table.parts)
         for node in (node for site in self._graph.sites() for node in site.nodes):
             weight = node.args[1]
             if isinstance(weight, fx.Node) and is_quantized_weight(weight):
@@ -266,6 +284,12 @@ class Contents:
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         path = next((path for path, module in model.named_modules() if module is head), "")
         return path, head is not None and table is not None and head.weight is table.weight
+
+    def _has_codes_of_table(self, layers: Sequence[Layer]) -> bool:
+        """Whether the output head multiplies with the codes of the embedding."""
+        tables = {f"{layer.stored}_codes" for layer in layers if layer.is_table}
+        head = next((layer for layer in layers if layer.name == self.head), None)
+        return head is not None and not tables.isdisjoint(self._graph.weights.tied(f"{head.stored}_codes"))
 
     def _is_tied(self, model: Any) -> bool:
         head, table = model.get_output_embeddings(), model.get_input_embeddings()

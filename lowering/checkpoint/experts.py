@@ -8,9 +8,9 @@ from torch import nn
 from qcompiler.errors import TargetError
 from qcompiler.frontend import SourceNames, source_names
 from qcompiler.ir import Graph, is_expert
-from qcompiler.lowering.checkpoint.layers import Layer
+from qcompiler.lowering.checkpoint.layers import Layer, common_parent
 
-__all__ = ["check_experts", "find_sources", "in_source", "place_in_stack"]
+__all__ = ["check_experts", "find_sources", "in_source", "mixtures", "place_in_stack"]
 
 
 def find_sources(graph: Graph, model: nn.Module) -> SourceNames:
@@ -29,7 +29,7 @@ def place_in_stack(layer: str) -> tuple[str, int]:
 
 def in_source(layers: Sequence[Layer], sources: SourceNames) -> list[Layer]:
     """The same layers as checkpoints have them: under their names, and of an expert one for each of its matrices."""
-    found = []
+    found, mixture_of = [], mixtures(sources)
     for layer in layers:
         stack, number = place_in_stack(layer.name)
         if stack not in sources.experts:
@@ -39,7 +39,17 @@ def in_source(layers: Sequence[Layer], sources: SourceNames) -> list[Layer]:
         for part in sources.experts[stack][number]:
             first = None if part.rows == 1 else int(part.first * layer.rows)
             name, rows = part.name.removesuffix(".weight"), int(part.rows * layer.rows)
-            found.append(replace(layer, name=name, rows=rows, first_row=first))
+            found.append(replace(layer, name=name, rows=rows, first_row=first, mixture=mixture_of[name]))
+    return found
+
+
+def mixtures(sources: SourceNames) -> dict[str, str]:
+    """By the path of each matrix of an expert in checkpoints, the module that all experts of its mixture are in."""
+    found = {}
+    for experts in sources.experts.values():
+        names = [part.name.removesuffix(".weight") for parts in experts for part in parts]
+        together = common_parent(names)
+        found.update(dict.fromkeys(names, together))
     return found
 
 
@@ -47,20 +57,20 @@ def check_experts(graph: Graph, layers: Mapping[str, Layer], sources: SourceName
     """Refuses mixtures of experts that a layout does not hold, or that engines do not take.
 
     Raises:
-        TargetError: for experts in another layout than compressed-tensors, experts that no checkpoint has one by one,
-            different formats in one mixture, and blocks that reach from one matrix of an expert into the next.
+        TargetError: for experts in GGUF, experts that no checkpoint has one by one, different formats in one mixture,
+            and blocks that reach from one matrix of an expert into the next.
     """
     formats: dict[str, tuple[str, str]] = {}
     for site in graph.sites():
         if not is_expert(site):
             continue
         stack, number = place_in_stack(site.name)
-        if layout != "compressed-tensors" or stack not in sources.experts:
+        if layout == "gguf" or stack not in sources.experts:
             raise TargetError(
                 "mixtures of experts are not written into such checkpoints",
                 where=f"checkpoint: {site.name}",
                 got=f"format={layout}" if stack in sources.experts else "experts that checkpoints have in one tensor",
-                expected="format=compressed-tensors, and experts that checkpoints have matrix by matrix",
+                expected="another layout than gguf, and experts that checkpoints have matrix by matrix",
                 remedy="write format=compressed-tensors" if stack in sources.experts else "lower to another target",
             )
         layer = layers.get(site.name)

@@ -75,12 +75,17 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
         "lm_head": any(layer.name == contents.head for layer in contents.layers),
     }
     different = {
-        f"+:^{re.escape(layer.name)}$": fields
+        f"+:{_pattern(layer.mixture or layer.name)}": fields
         for layer, fields in zip(contents.layers[1:], others, strict=True)
         if fields != first
     }
-    different |= {f"-:^{re.escape(name)}$": {} for name in contents.ignored if name != contents.head}
+    different |= {f"-:{_pattern(name)}": {} for name in contents.ignored_modules if name != contents.head}
     return {**found, "dynamic": different} if different else found
+
+
+def _pattern(module: str) -> str:
+    """What matches a module, and all in it: vLLM asks for the experts of a mixture by the module that holds them."""
+    return rf"^{re.escape(module)}(\.|$)"
 
 
 def extra_files(contents: Contents) -> dict[str, Any]:

@@ -10,7 +10,17 @@ from torch import Tensor, fx, nn
 
 from qcompiler.errors import TargetError
 from qcompiler.frontend import build_on_meta
-from qcompiler.ir import Graph, Site, is_expert, is_op, is_quantized_weight, quantized_value, routers, stored_names
+from qcompiler.ir import (
+    Graph,
+    Site,
+    is_expert,
+    is_op,
+    is_quantized_weight,
+    quantized_tables,
+    quantized_value,
+    routers,
+    stored_names,
+)
 from qcompiler.numerics import QuantSpec
 from qcompiler.protocol import Support
 from qcompiler.storage import SOURCE_ONLY
@@ -20,6 +30,7 @@ __all__ = [
     "build_source",
     "check_layers",
     "check_rows",
+    "common_parent",
     "fused_layers",
     "input_tensors",
     "integer_support",
@@ -45,6 +56,8 @@ class Layer:
             ``_factor``; empty where nothing is quantized yet.
         input_scale, input_zero_point: stored tensors, 0-D, of a static activation; in NVFP4 the first is the factor.
         first_row: where its rows begin in what is stored; None: all of that is its own.
+        mixture: the module that holds the experts which it is one of; empty for a layer of no mixture.
+        is_table: an embedding, whose rows are chosen instead.
     """
 
     name: str
@@ -56,6 +69,8 @@ class Layer:
     input_scale: str | None = None
     input_zero_point: str | None = None
     first_row: int | None = None
+    mixture: str = ""
+    is_table: bool = False
 
     def rows_of(self, part: Tensor) -> Tensor:
         """Its own rows of codes, scales or zero points; a number that scales a whole tensor is everybody's."""
@@ -91,8 +106,13 @@ def planned_layers(graph: Graph) -> list[Layer]:
 
 
 def written_layers(graph: Graph) -> list[Layer]:
-    """The layers that are quantized."""
-    return [_written(graph, site) for site in graph.sites() if is_quantized_weight(site.nodes[0].args[1])]
+    """The layers that are quantized, and embeddings."""
+    layers = [_written(graph, site) for site in graph.sites() if is_quantized_weight(site.nodes[0].args[1])]
+    return layers + [
+        Layer(table.name, table.rows, table.columns, table.spec, None, table.weight, is_table=True)
+        for table in quantized_tables(graph)
+        if table.spec is not None
+    ]
 
 
 def _written(graph: Graph, site: Site) -> Layer:
@@ -170,14 +190,17 @@ def _kind(model: nn.Module, name: str) -> str:
 
 
 def fused_layers(graph: Graph) -> list[list[str]]:
-    """Linear layers that read one value, such as q, k and v: engines make one of them, whatever they are called."""
-    chosen = routers(graph)
+    """Linear layers that read one value, such as q, k and v: engines make one of them, whatever they are called.
+
+    What chooses among experts is none of them, nor is a layer with one output channel, which gates what others compute.
+    """
+    apart = routers(graph) | {site.name for site in graph.sites() if site.out_features == 1}
     readers: dict[fx.Node, list[str]] = {}
     for site in graph.sites():
         for value in site.inputs:
             unrounded = quantized_value(value)
             names = readers.setdefault(value if unrounded is None else unrounded, [])
-            if site.name not in chosen and site.name not in names:
+            if site.name not in apart and site.name not in names:
                 names.append(site.name)
     return [names for names in readers.values() if len(names) > 1]
 
@@ -231,3 +254,14 @@ def integer_support(weight: QuantSpec, width: int) -> Support:
     if group not in (*_GROUPS, width):
         return Support("writes-only", f"groups of {group}: vLLM has kernels for 32, 64, 128 and whole channels")
     return Support("fused")
+
+
+def common_parent(names: Sequence[str]) -> str:
+    """The path of the innermost module that is around all of some."""
+    parents = [name.split(".")[:-1] for name in names]
+    same = []
+    for parts in zip(*parents, strict=False):
+        if len(set(parts)) > 1:
+            break
+        same.append(parts[0])
+    return ".".join(same)

@@ -10,10 +10,12 @@ from torch import nn
 from qcompiler.ir import Graph
 from qcompiler.lowering.checkpoint.contents import Contents
 from qcompiler.lowering.checkpoint.layers import Layer
-from qcompiler.numerics import Scheme
+from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Support
 
 __all__ = ["Layout"]
+
+_FLOAT_TABLES = Support("refused", "float embeddings alone")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Layout:
         supports: what becomes of a layer under a scheme, by its input channels.
         add_layer: adds the tensors of a layer to what is written.
         quantization_config: what ``config.json`` says; None: nothing.
+        supports_table: what becomes of a quantized embedding, by its format and channels; by default it is refused.
+        ties_codes: whether engines multiply with an embedding of codes, so that a head of the same is not stored.
         add_caches: adds the scales of quantized caches; by default there are none.
         extra_files: what goes into further files of JSON, by their names.
         check_layers: refuses layers, as planned or written, that have no place beside each other.
@@ -34,6 +38,8 @@ class Layout:
     supports: Callable[[Scheme, int], Support]
     add_layer: Callable[[Contents, Layer], None]
     quantization_config: Callable[[Contents], dict[str, Any] | None] = lambda contents: None
+    supports_table: Callable[[QuantSpec, int], Support] = lambda spec, width: _FLOAT_TABLES
+    ties_codes: bool = False
     add_caches: Callable[[Contents], None] = lambda contents: None
     extra_files: Callable[[Contents], dict[str, Any]] = lambda contents: {}
     check_layers: Callable[[Sequence[Layer]], None] = lambda layers: None

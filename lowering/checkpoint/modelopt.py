@@ -2,7 +2,8 @@
 
 Source: ModelOpt's export to Hugging Face directories; vLLM 0.32 takes all of these but integers. Where layers differ,
 the algorithm of the whole is ``MIXED_PRECISION``, and ``quantized_layers`` names each. Engines round the inputs of
-``FP8_PB_WO`` in groups of 128, though its name speaks of weights alone.
+``FP8_PB_WO`` in groups of 128, though its name speaks of weights alone; vLLM finds the experts of a mixture that have
+it under ``MIXED_PRECISION`` alone.
 """
 
 from collections.abc import Sequence
@@ -135,7 +136,8 @@ def _fields(contents: Contents) -> dict[str, Any]:
     """What both files say."""
     first, *others = (_of_layer(layer) for layer in contents.layers)
     cache = "FP8" if contents.caches else None
-    if any(fields != first for fields in others):
+    has_blocks = any(layer.mixture and layer.weight.granularity == "per_block" for layer in contents.layers)
+    if has_blocks or any(fields != first for fields in others):
         layers = {layer.name: _of_layer(layer) for layer in contents.layers}
         return {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": cache, "quantized_layers": layers}
     return {"kv_cache_quant_algo": cache, **first}

@@ -7,8 +7,9 @@ compressed-tensors), llama.cpp.
 from collections.abc import Sequence
 
 from qcompiler.lowering.checkpoint.layers import Layer
+from qcompiler.numerics import QuantSpec
 
-__all__ = ["serving_commands"]
+__all__ = ["are_experts_run", "serving_commands"]
 
 
 def serving_commands(layout: str, layers: Sequence[Layer], *, is_fused: bool) -> dict[str, str]:
@@ -19,10 +20,12 @@ def serving_commands(layout: str, layers: Sequence[Layer], *, is_fused: bool) ->
         layers: those that are quantized.
         is_fused: whether an engine has kernels for all of them.
     """
-    if not is_fused:
+    if not is_fused or not are_experts_run(layout, layers):
         return {}
     if layout == "gguf":
         return {"llama.cpp": "llama-server -m PATH/model.gguf"}
+    if any(layer.is_table for layer in layers):
+        return {"vLLM": "vllm serve PATH"}
     has_many_forms = layout == "compressed-tensors"
     found = {}
     if layout != "modelopt" or all(layer.weight.is_float for layer in layers):
@@ -32,6 +35,23 @@ def serving_commands(layout: str, layers: Sequence[Layer], *, is_fused: bool) ->
     if not has_many_forms or all(map(_tensorrt_llm_takes, layers)):
         found["TensorRT-LLM"] = "trtllm-serve PATH"
     return found
+
+
+def are_experts_run(layout: str, layers: Sequence[Layer]) -> bool:
+    """Whether vLLM has a kernel for mixtures of experts in the formats of those that are quantized."""
+    return all(_runs_expert(layout, layer.weight, layer.activation) for layer in layers if layer.mixture)
+
+
+def _runs_expert(layout: str, weight: QuantSpec, activation: QuantSpec | None) -> bool:
+    if weight.is_fp4:
+        return True
+    if layout == "modelopt":
+        return weight.is_float and weight.granularity in ("per_tensor", "per_block")
+    if layout == "awq":
+        return weight.granularity == "per_group"
+    if layout == "compressed-tensors" and (weight.is_float or activation is not None):
+        return activation is not None and (weight.is_float or activation.granularity == "per_token")
+    return True
 
 
 def _sglang_takes(layer: Layer) -> bool:

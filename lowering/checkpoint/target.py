@@ -15,7 +15,7 @@ from qcompiler.artifacts import HFArtifact, StreamedArtifact, load
 from qcompiler.errors import MissingDependencyError
 from qcompiler.ir import CacheFormat, Graph, Site, is_expert, is_op, site_name
 from qcompiler.lowering.checkpoint import awq, card, compressed_tensors, gguf, gptq, modelopt
-from qcompiler.lowering.checkpoint.caches import supports_cache
+from qcompiler.lowering.checkpoint.caches import check_cached, supports_cache
 from qcompiler.lowering.checkpoint.contents import Contents
 from qcompiler.lowering.checkpoint.experts import check_experts, find_sources, in_source
 from qcompiler.lowering.checkpoint.layers import (
@@ -26,7 +26,7 @@ from qcompiler.lowering.checkpoint.layers import (
     planned_layers,
     written_layers,
 )
-from qcompiler.lowering.checkpoint.serving import serving_commands
+from qcompiler.lowering.checkpoint.serving import are_experts_run, serving_commands
 from qcompiler.lowering.checkpoint.streamed import StreamedHFArtifact
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Artifact, Compilation, Lowered, Reader, Support, Target, Within, choose_device
@@ -74,6 +74,10 @@ class CheckpointTarget(Target):
         """What becomes of a linear layer of ``width`` input channels under ``scheme``."""
         return Support("fused") if scheme == Scheme() else _LAYOUTS[self.format].supports(scheme, width)
 
+    def supports_table(self, spec: QuantSpec, width: int) -> Support:
+        """What becomes of an embedding table."""
+        return _LAYOUTS[self.format].supports_table(spec, width)
+
     @property
     def has_one_group(self) -> bool:
         """Whether the layout says the size of groups once, as AWQ's does; ModelOpt's, unless it mixes algorithms."""
@@ -86,6 +90,14 @@ class CheckpointTarget(Target):
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache: engines take calibrated scales of 8-bit floats, and make all others."""
         return supports_cache(spec, self.format)
+
+    def check_cached(self, formats: Mapping[str, CacheFormat | None]) -> None:
+        """Refuses caches that are not all of one format.
+
+        Raises:
+            TargetError: that names one.
+        """
+        check_cached(formats)
 
     def check_graph(self, graph: Graph) -> None:
         """Refuses what did not come from a Hugging Face directory, or computes what no checkpoint tells.
@@ -125,12 +137,12 @@ class CheckpointTarget(Target):
         """Writes the directory, ``config.json`` last; the model card comes when the readers have been compared."""
         assert directory is not None
         layout, model, layers = _LAYOUTS[self.format], build_source(graph), written_layers(graph)
-        contents = Contents(graph, model, layers, find_sources(graph, model))
+        contents = Contents(graph, model, layers, find_sources(graph, model), ties_codes=layout.ties_codes)
         for layer in contents.layers:
             layout.add_layer(contents, layer)
         layout.add_caches(contents)
         _note_factors(graph, contents)
-        _note_expert_inputs(graph, contents)
+        _note_experts(contents, self.format)
         config = _config(graph, contents)
         quantization = layout.quantization_config(contents)
         if quantization is not None:
@@ -178,6 +190,9 @@ class CheckpointTarget(Target):
         if not graph.signature.has_cache:
             contents.note("not compared: transformers reads it back as a model that predicts tokens, and this is none")
             return []
+        if any(layer.is_table for layer in contents.layers):
+            contents.note("compared as qcompiler reads it back: transformers reads no quantized embedding")
+            return [Reader(lambda: StreamedArtifact(load(directory).graph, directory))]
         experts = [site for site in graph.sites() if is_expert(site)]
         if experts and contents.layers:
             return self._readers_of_experts(experts, contents, directory)
@@ -269,11 +284,12 @@ def _sizes(directory: Path) -> dict[str, Any]:
     return {"bytes": sum(sizes.values()), "weight_bytes": tensors, "files": list(sizes)}
 
 
-def _note_expert_inputs(graph: Graph, contents: Contents) -> None:
-    """Engines run the experts of a mixture as one, with one scale of their inputs."""
-    experts = {site.name for site in graph.sites() if is_expert(site)}
-    if any(layer.input_scale is not None and site_name(layer.stored) in experts for layer in contents.layers):
+def _note_experts(contents: Contents, layout: str) -> None:
+    """Engines run the experts of a mixture as one, with one scale of their inputs, and not in all formats."""
+    if any(layer.input_scale is not None and layer.mixture for layer in contents.layers):
         contents.note("experts have input scales of their own: vLLM takes the largest of a mixture for all of them")
+    if not are_experts_run(layout, contents.layers):
+        contents.note(f"vLLM has no kernel for experts of this format in the layout of {layout}")
 
 
 def _json(value: Any) -> bytes:

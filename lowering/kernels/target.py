@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from typing_extensions import Doc
@@ -18,6 +18,9 @@ from qcompiler.lowering.kernels.scaled_linear import operator as scaled_linear
 from qcompiler.lowering.kernels.weight_only import operator as weight_only
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Lowered, Reader, Support, Target, choose_device
+
+if TYPE_CHECKING:
+    from qcompiler.lowering.kernels.module.model import KernelModel
 
 __all__ = ["ON_A_CPU", "KernelsTarget"]
 
@@ -69,6 +72,8 @@ class KernelsTarget(Target):
 
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache: written in place, and read by one operator for a few new tokens."""
+        if spec.per_head:
+            return Support("refused", "no kernel has a static scale for each head", "choose kv-fp8-static or kv-fp8")
         device = self._described_device()
         append = cache_append.choose(spec, _HEAD_WIDTH, device)
         attention = decode_attention.choose(spec, spec, _HEAD_WIDTH, device, _DTYPE)
@@ -79,9 +84,20 @@ class KernelsTarget(Target):
         from qcompiler.lowering.kernels.module.model import lower
 
         place = choose_device(self.device)
-        model = lower(graph, device=place, dtype=self.dtype, tune=self.tune)
+        return self._lowered(lower(graph, device=place, dtype=self.dtype, tune=self.tune))
+
+    def lower_streamed(self, graph: Graph) -> Lowered:
+        """As `lower`, in pieces; as a whole where the fastest launch configurations are searched for."""
+        from qcompiler.lowering.kernels.module.streamed import lower_streamed
+
+        place = choose_device(self.device)
+        if self.tune and place.type == "cuda":
+            return self.lower(graph, None)
+        return self._lowered(lower_streamed(graph, device=place, dtype=self.dtype))
+
+    def _lowered(self, model: "KernelModel") -> Lowered:
         reader = Reader(lambda: model, tolerance=0.0, dtype=model.dtype, rounded=model.rounded)
-        return Lowered(model.report, model, [reader], str(place))
+        return Lowered(model.report, model, [reader], str(model.device))
 
     @classmethod
     def variants(cls) -> Mapping[str, Target]:

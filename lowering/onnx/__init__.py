@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from qcompiler.ir import Graph
 from qcompiler.lowering.onnx.reader import OnnxArtifact
-from qcompiler.lowering.onnx.target import OnnxTarget, import_writer
+from qcompiler.lowering.onnx.target import OnnxTarget, by_onnxruntime, import_writer
 
-__all__ = ["OnnxArtifact", "OnnxTarget", "lower"]
+__all__ = ["OnnxArtifact", "OnnxTarget", "by_onnxruntime", "lower"]
 
 
 def lower(

@@ -12,11 +12,13 @@ import torch
 from torch import fx
 
 from qcompiler.errors import TargetError
-from qcompiler.ir import Graph, Port, ancestors
+from qcompiler.ir import Dim, Graph, Port, ancestors
 from qcompiler.lowering.onnx.dtypes import DTYPES, FLOATS, TORCH, dtype_of, onnx_dtype
 from qcompiler.lowering.onnx.storage import Chunks, DataFile, code_chunks, float_chunks, stored_bytes
 
-__all__ = ["Builder", "Builders", "Emitter", "argument", "is_size", "tensor_arguments"]
+__all__ = ["Builder", "Builders", "Emitter", "Ports", "argument", "is_size", "tensor_arguments"]
+
+Ports = Mapping[str, tuple[ir.DataType, Sequence[Dim]]]
 
 _INLINE_BYTES = 1024  # smaller initializers live in the .onnx file itself
 
@@ -35,11 +37,26 @@ class Emitter:
         opset: the ONNX operator set.
         working: the dtype of weights and activations.
         unsigned_products: store int8 weights as uint8 where an integer product is made of them.
+        ports: how inputs and outputs are declared, dtype and shape by name, where not as their own.
+
+    Attributes:
+        products: of each layer whose weight is quantized, the name of the node that multiplies with it.
+        attentions: the names of nodes that are an attention each.
+        floats_times_bytes: layers whose weight has codes of 8 bits, which floats are multiplied with.
     """
 
-    def __init__(self, graph: Graph, *, opset: int, working: ir.DataType, unsigned_products: bool = True) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        opset: int,
+        working: ir.DataType,
+        unsigned_products: bool = True,
+        ports: Ports | None = None,
+    ) -> None:
         self.graph = graph
         self.opset = opset
+        self.ports = ports or {}
         self.unsigned_products = unsigned_products and working == ir.DataType.FLOAT
         self.working = working
         self.nodes: list[ir.Node] = []
@@ -48,6 +65,9 @@ class Emitter:
         self.inputs: list[ir.Value] = []
         self.scope = ""
         self.weight_bytes = 0
+        self.products: dict[str, str] = {}
+        self.attentions: list[str] = []
+        self.floats_times_bytes: set[str] = set()
         self.values: dict[fx.Node, ir.Value | tuple[ir.Value, ...]] = {}
         self.uses = _uses(graph)
         self._names: set[str] = {port.name for port in (*graph.signature.inputs, *graph.signature.outputs)}
@@ -82,9 +102,15 @@ class Emitter:
         return self.ops(kind, *inputs, dtypes=(dtype or dtype_of(first),), name=name, **attributes)[0]
 
     def ops(
-        self, kind: str, *inputs: ir.Value | None, dtypes: Sequence[ir.DataType], name: str = "", **attributes: Any
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        dtypes: Sequence[ir.DataType],
+        name: str = "",
+        domain: str = "",
+        **attributes: Any,
     ) -> tuple[ir.Value, ...]:
-        """Emits an operator with several outputs."""
+        """Emits an operator with several outputs, of a ``domain`` if not of ONNX itself."""
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
         given = {key: value for key, value in attributes.items() if value is not None}
@@ -100,7 +126,7 @@ class Emitter:
                 ir.Value(name=self.unique(f"{label}_output_{i}"), type=ir.TensorType(dtype))
                 for i, dtype in enumerate(dtypes)
             )
-            self.nodes.append(ir.node(kind, list(inputs), given, outputs=outputs, name=label))
+            self.nodes.append(ir.node(kind, list(inputs), given, domain=domain, outputs=outputs, name=label))
             self._known[key] = outputs
         return self._known[key]
 
@@ -110,7 +136,8 @@ class Emitter:
         is_cache = port.role == "past"
         if is_cache and dtype == ir.DataType.FLOAT:
             dtype = ir.DataType.FLOAT16 if port.dtype == "float16" else self.working
-        value = ir.Value(name=port.name, type=ir.TensorType(dtype), shape=ir.Shape(port.shape))
+        dtype, shape = self.ports.get(port.name, (dtype, port.shape))
+        value = ir.Value(name=port.name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         self.inputs.append(value)
         self.scope = port.name
         self.values[node] = self.cast(value, self.working) if dtype == ir.DataType.FLOAT else value

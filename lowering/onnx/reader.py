@@ -24,7 +24,7 @@ _NUMPY = {
     "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
 }
-_FLOAT8 = {"tensor(float8e4m3fn)": 17, "tensor(float8e5m2)": 19}
+_CODES = {"tensor(float8e4m3fn)": 17, "tensor(float8e5m2)": 19, "tensor(int4)": 22}
 """Their numbers in ONNX; NumPy has no such dtypes."""
 
 
@@ -117,9 +117,9 @@ class OnnxArtifact:
             )
         self.has_cache = bool(self._past)
         kept = [self._inputs[name] for name in self._past]
-        self.has_quantized_cache = any(_item_bytes(port.type) == 1 for port in kept)
+        self.has_quantized_cache = any(_item_bits(port.type) <= 8 for port in kept)
         self.cache_bytes_per_token = (
-            sum(_item_bytes(port.type) * port.shape[1] * port.shape[3] for port in kept) if kept else None
+            sum(_item_bits(port.type) * port.shape[1] * port.shape[3] for port in kept) // 8 if kept else None
         )
         self._result = "logits" if "logits" in self._outputs else self._outputs[0]
         self.vocab_size = int(next(port.shape[-1] for port in outputs if port.name == self._result))
@@ -191,7 +191,7 @@ class OnnxArtifact:
         for name in self._past if names is None else names:
             port = self._inputs[name]
             _, heads, _, width = port.shape
-            dtype = _FLOAT8.get(port.type) or _NUMPY[port.type]
+            dtype = _CODES.get(port.type) or _NUMPY[port.type]
             values[name] = self._new_value((batch, heads, length, width), dtype)
         return _Cache(values, length, batch)
 
@@ -232,9 +232,11 @@ def as_tensor(value: Any) -> Tensor:
     return shared.float()
 
 
-def _item_bytes(kind: str) -> int:
-    """Bytes of one element of an ONNX Runtime type."""
-    return 1 if kind in _FLOAT8 else np.dtype(_NUMPY[kind]).itemsize
+def _item_bits(kind: str) -> int:
+    """Bits of one element of an ONNX Runtime type."""
+    if kind in _CODES:
+        return 4 if kind == "tensor(int4)" else 8
+    return 8 * np.dtype(_NUMPY[kind]).itemsize
 
 
 def token_input(name: str, ids: Tensor, past: int, total: int) -> np.ndarray[Any, Any]:

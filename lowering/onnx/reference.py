@@ -4,6 +4,7 @@ ONNX Runtime's CPU provider computes float16 graphs in float32, so that nothing 
 the result of every operator to its dtype, as accelerators do.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import torch
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from qcompiler.errors import VerificationError
@@ -32,19 +34,20 @@ class Float16Artifact(OnnxArtifact):
 
     Args:
         path: the folder.
+        operators: that are no standard ones.
 
     Raises:
         InputError, ArtifactError, MissingDependencyError: as `OnnxArtifact`.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, operators: Sequence[type[OpRun]] = ()) -> None:
         file = self._find(path)
         model = onnx.load(file, load_external_data=False)
         self._describe(*describe(model))
         self.has_cache = False  # nothing but `forward` is evaluated here
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
         del model.graph.initializer[:]
-        self._evaluator = ReferenceEvaluator(model)
+        self._evaluator = ReferenceEvaluator(model, new_ops=list(operators))
         self._last_uses: dict[str, int] = {}
         for place, node in enumerate(self._evaluator.rt_nodes_):
             self._last_uses.update(dict.fromkeys([*node.input, *node.output], place))

@@ -142,13 +142,18 @@ def _check_range(before: Tensor, after: Tensor, name: str) -> None:
 def code_chunks(read: Callable[[], Tensor], dtype: ir.DataType, *, transpose: bool) -> Chunks:
     """The bytes of integer codes; those narrower than a byte are packed in row-major order, low bits first.
 
-    Signed codes of 8 bits that are stored as unsigned ones are moved by 128.
+    Signed codes of 8 bits that are stored as unsigned ones are moved by 128; unsigned ones that are stored as signed
+    ones, by half of what the dtype holds.
     """
 
     def chunks() -> Iterator[Tensor]:
         for strip in _row_chunks(read(), transpose=transpose):
             if dtype == ir.DataType.UINT8 and strip.dtype == torch.int8:
                 strip = strip.view(torch.uint8) ^ 128
+            elif dtype == ir.DataType.INT8 and strip.dtype == torch.uint8:
+                strip = (strip ^ 128).view(torch.int8)
+            elif dtype == ir.DataType.INT4 and strip.dtype == torch.uint8:
+                strip = strip ^ 8
             yield pack_bits(strip.reshape(1, -1), dtype.bitwidth) if dtype.bitwidth < 8 else strip
 
     return chunks

@@ -46,6 +46,7 @@ _TYPES = {
     "INT64": "tensor(int64)",
     "INT32": "tensor(int32)",
     "INT8": "tensor(int8)",
+    "INT4": "tensor(int4)",
     "UINT8": "tensor(uint8)",
     "FLOAT8E4M3FN": "tensor(float8e4m3fn)",
     "FLOAT8E5M2": "tensor(float8e5m2)",

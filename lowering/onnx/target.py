@@ -17,7 +17,7 @@ from qcompiler.lowering.onnx.reader import OnnxArtifact
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target, choose_device
 
-__all__ = ["OPSETS", "OnnxTarget", "import_writer"]
+__all__ = ["OPSETS", "OnnxTarget", "by_onnxruntime", "import_writer"]
 
 OPSETS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 """Operator sets that can be written, and the IR version each goes with."""
@@ -122,7 +122,7 @@ class OnnxTarget(Target):
         report = import_writer().write(graph, directory, self)
         is_half = self.float_dtype == "float16"
         tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
-        readers = [Reader(lambda: _by_onnxruntime(directory), tolerance=tolerance, dtype=dtype)]
+        readers = [Reader(lambda: by_onnxruntime(directory), tolerance=tolerance, dtype=dtype)]
         if is_half:  # ONNX Runtime does not compute in it on a CPU
             readers.append(
                 Reader(
@@ -221,8 +221,8 @@ class OnnxTarget(Target):
         return ""
 
 
-def _by_onnxruntime(directory: Path) -> Artifact:
-    """As a whole, or in pieces where it is large."""
+def by_onnxruntime(directory: Path) -> Artifact:
+    """What runs a folder to compare it: as a whole, or in pieces where it is large."""
     from qcompiler.lowering.onnx.streamed import PIECE_BYTES, StreamedOnnxArtifact
 
     size = sum(file.stat().st_size for file in directory.glob("model.onnx*"))

@@ -1,7 +1,8 @@
 """Writes a graph as an ONNX folder: ``model.onnx``, ``model.onnx.data``, and what a runtime needs beside them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,77 +20,90 @@ from qcompiler.ir import (
     site_name,
 )
 from qcompiler.lowering.onnx import folder
-from qcompiler.lowering.onnx.builders.caches import CACHE_BUILDERS
-from qcompiler.lowering.onnx.builders.canonical import (
-    CANONICAL_BUILDERS,
-    code_dtype,
-    is_linear_weight,
-    weight_code_dtype,
-)
-from qcompiler.lowering.onnx.builders.codebooks import CODEBOOK_BUILDERS
-from qcompiler.lowering.onnx.builders.elementwise import ELEMENTWISE_BUILDERS
-from qcompiler.lowering.onnx.builders.experts import EXPERT_BUILDERS
-from qcompiler.lowering.onnx.builders.products import PRODUCT_BUILDERS
-from qcompiler.lowering.onnx.builders.shapes import SHAPE_BUILDERS
-from qcompiler.lowering.onnx.emitter import Emitter
+from qcompiler.lowering.onnx.builders.canonical import code_dtype, is_linear_weight, weight_code_dtype
+from qcompiler.lowering.onnx.dialect import BUILDERS, Dialect, portable
+from qcompiler.lowering.onnx.emitter import Builders, Emitter
 from qcompiler.lowering.onnx.storage import DATA_FILE
 from qcompiler.lowering.onnx.target import OnnxTarget
 from qcompiler.protocol import Support
 from qcompiler.storage import StagedFiles, filled_directory
 
-__all__ = ["check", "write"]
+__all__ = ["MODEL_FILE", "Emitted", "check", "companion_files", "emit", "store", "write"]
 
 MODEL_FILE = "model.onnx"
 METADATA_PREFIX = "qcompiler."
-
-BUILDERS = {
-    **CANONICAL_BUILDERS,
-    **CACHE_BUILDERS,
-    **CODEBOOK_BUILDERS,
-    **EXPERT_BUILDERS,
-    **ELEMENTWISE_BUILDERS,
-    **PRODUCT_BUILDERS,
-    **SHAPE_BUILDERS,
-}
-_WORKING = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 
 def write(
     graph: Graph, directory: str | Path, target: OnnxTarget, *, companions: str | Path | None = None
 ) -> dict[str, Any]:
     """See `qcompiler.lowering.onnx.lower`."""
-    emitter, outputs, files, missing = _prepare(graph, target, companions)
-    model = _model(graph, emitter, outputs, target)
-    with filled_directory(directory, last=MODEL_FILE) as place:
-        with StagedFiles(place) as staged:
-            with staged.file(DATA_FILE) as append:
-                emitter.data.write(append)
-            with staged.file(MODEL_FILE) as append:
-                append(ir.serde.serialize_model(model).SerializeToString())
-            for name, content in files.items():
-                with staged.file(name) as append:
-                    append(content)
-        _check(place / MODEL_FILE)
-    return _report(graph, emitter, target, Path(directory), missing)
+    files = companion_files(graph, companions)
+    settings, missing = folder.generation_config(graph, files)
+    if settings is not None:
+        files["genai_config.json"] = json.dumps(settings, indent=2).encode() + b"\n"
+    emitted = emit(graph, portable(target))
+    store(emitted, directory, files)
+    return _report(graph, emitted.emitter, target, Path(directory), missing)
 
 
 def check(graph: Graph, target: OnnxTarget) -> None:
     """See `OnnxTarget.check_graph`: everything that `write` does ahead of the weights."""
-    emitter, outputs, _, _ = _prepare(graph, target, None)
-    _model(graph, emitter, outputs, target)
+    folder.generation_config(graph, companion_files(graph))
+    emit(graph, portable(target))
 
 
-def _prepare(
-    graph: Graph, target: OnnxTarget, companions: str | Path | None
-) -> tuple[Emitter, list[ir.Value], dict[str, bytes], list[str]]:
-    """The graph as ONNX values, the files beside it, and what is not known of ``genai_config.json``."""
+def companion_files(graph: Graph, companions: str | Path | None = None) -> dict[str, bytes]:
+    """The files that go beside the model, by name: of a directory, by default that which the model came from.
+
+    Raises:
+        InputError: if one cannot be read.
+    """
     source = companions or graph.provenance.get("companions") or graph.provenance.get("source")
-    files = folder.companions(Path(source) if source else None, graph.provenance.get("config"))
-    settings, missing = folder.generation_config(graph, files)
-    if settings is not None:
-        files["genai_config.json"] = json.dumps(settings, indent=2).encode() + b"\n"
-    emitter, outputs = _emit(graph, target)
-    return emitter, outputs, files, missing
+    return folder.companions(Path(source) if source else None, graph.provenance.get("config"))
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A graph as ONNX, its weights not read yet.
+
+    Attributes:
+        model: with external weights.
+        emitter: what grew it: it produces the weights, and knows which nodes came of what.
+    """
+
+    model: ir.Model
+    emitter: Emitter
+
+
+def emit(graph: Graph, dialect: Dialect) -> Emitted:
+    """All of a model but the bytes of its weights.
+
+    Raises:
+        TargetError: for an operator, dtype or size that has no form in the dialect.
+    """
+    emitter, outputs = _emit(graph, dialect)
+    return Emitted(_model(graph, emitter, outputs, dialect), emitter)
+
+
+def store(emitted: Emitted, directory: str | Path, files: Mapping[str, bytes]) -> None:
+    """Writes ``model.onnx``, ``model.onnx.data`` and what goes beside them, one weight in memory at a time.
+
+    Raises:
+        InputError: if the directory is not empty or cannot be written.
+        ResourceError: if the disk is full.
+        VerificationError: if the checker refuses the result.
+    """
+    with filled_directory(directory, last=MODEL_FILE) as place:
+        with StagedFiles(place) as staged:
+            with staged.file(DATA_FILE) as append:
+                emitted.emitter.data.write(append)
+            with staged.file(MODEL_FILE) as append:
+                append(ir.serde.serialize_model(emitted.model).SerializeToString())
+            for name, content in files.items():
+                with staged.file(name) as append:
+                    append(content)
+        _check(place / MODEL_FILE)
 
 
 def _check(path: Path) -> None:
@@ -104,9 +118,15 @@ def _check(path: Path) -> None:
 # --- the graph -------------------------------------------------------------------------------------------------------
 
 
-def _emit(graph: Graph, target: OnnxTarget) -> tuple[Emitter, list[ir.Value]]:
-    unsigned = target.int8_weights == "uint8"
-    emitter = Emitter(graph, opset=target.opset, working=_WORKING[target.float_dtype], unsigned_products=unsigned)
+def _emit(graph: Graph, dialect: Dialect) -> tuple[Emitter, list[ir.Value]]:
+    emitter = Emitter(
+        graph,
+        opset=dialect.opset,
+        working=dialect.working,
+        unsigned_products=dialect.unsigned_products,
+        ports=dialect.ports,
+    )
+    builders = {**BUILDERS, **dialect.builders}
     live = ancestors(graph.outputs)
     for node, port in zip(graph.inputs, graph.signature.inputs, strict=True):
         emitter.input(node, port)
@@ -115,11 +135,11 @@ def _emit(graph: Graph, target: OnnxTarget) -> tuple[Emitter, list[ir.Value]]:
         for node in graph.fx.nodes
         if node.op == "call_function" and node in live and not (is_linear_weight(node) and node.users)
     ]
-    _check_operators(calls)
+    _check_operators(calls, builders)
     for node in calls:
         emitter.scope = node.name
         try:
-            emitter.values[node] = BUILDERS[node.target](emitter, node)
+            emitter.values[node] = builders[node.target](emitter, node)
         except TargetError as error:
             if error.where in (None, node.name):
                 error.where = _place(node)
@@ -138,7 +158,7 @@ def _emit(graph: Graph, target: OnnxTarget) -> tuple[Emitter, list[ir.Value]]:
             )
             value = result
         value.name = port.name
-        value.shape = ir.Shape(port.shape)
+        value.shape = ir.Shape(dialect.ports.get(port.name, (None, port.shape))[1])
         outputs.append(value)
     _prune(emitter, outputs)
     return emitter, outputs
@@ -156,10 +176,10 @@ def _prune(emitter: Emitter, outputs: list[ir.Value]) -> None:
     emitter.initializers = {name: value for name, value in emitter.initializers.items() if value in needed}
 
 
-def _check_operators(calls: Iterable[fx.Node]) -> None:
+def _check_operators(calls: Iterable[fx.Node], builders: Builders) -> None:
     unknown: dict[object, fx.Node] = {}
     for node in calls:
-        if node.target not in BUILDERS:
+        if node.target not in builders:
             unknown.setdefault(node.target, node)
     if unknown:
         raise TargetError(
@@ -184,13 +204,14 @@ def _place(node: fx.Node) -> str:
     return node.name
 
 
-def _model(graph: Graph, emitter: Emitter, outputs: list[ir.Value], target: OnnxTarget) -> ir.Model:
+def _model(graph: Graph, emitter: Emitter, outputs: list[ir.Value], dialect: Dialect) -> ir.Model:
+    domains = sorted({node.domain for node in emitter.nodes} - {""})
     body = ir.Graph(
         emitter.inputs,
         outputs,
         nodes=emitter.nodes,
         initializers=list(emitter.initializers.values()),
-        opset_imports={"": target.opset},
+        opset_imports={"": dialect.opset, **{name: dialect.domains[name] for name in domains}},
         name="model",
     )
     facts = {
@@ -203,7 +224,7 @@ def _model(graph: Graph, emitter: Emitter, outputs: list[ir.Value], target: Onnx
         "schemes": {site: scheme.to_dict() for site, scheme in graph.schemes.items()},
     }
     metadata = {METADATA_PREFIX + key: json.dumps(value) for key, value in facts.items() if value is not None}
-    return ir.Model(body, ir_version=target.ir_version, producer_name="qcompiler", metadata_props=metadata)
+    return ir.Model(body, ir_version=dialect.ir_version, producer_name="qcompiler", metadata_props=metadata)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

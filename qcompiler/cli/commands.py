@@ -16,6 +16,7 @@ from qcompiler.cli.options import (
     Json,
     Overwrite,
     Place,
+    Stream,
     Threads,
     To,
     Trust,
@@ -96,7 +97,7 @@ def compile(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
-    """Quantize MODEL and write it to OUTPUT/native, and to OUTPUT/<target> for every --to."""
+    """Quantize MODEL and write it to OUTPUT/native, and to OUTPUT/<target> for every --to (kernels are only tried)."""
     started = time.perf_counter()
     use_threads(threads)
     targets = parse_targets(to or [])
@@ -140,11 +141,12 @@ def compile(
         result.report.peak_rss_bytes = peak_rss_bytes()
     fields = result.report.to_dict()
     sizes = {name: directory_bytes(Path(path)) for name, path in kept.artifacts.items()}
-    notes = [f"{name}: {note}" for name in kept.artifacts for note in fields["targets"].get(name, {}).get("notes", ())]
+    notes = [f"{name}: {note}" for name, entry in fields["targets"].items() for note in entry.get("notes", ())]
     fields["notes"] = [*fields["notes"], *notes]
     summary = {
         "artifacts": kept.artifacts,
         "artifact_bytes": sizes,
+        "compared": {name: entry.get("parity") for name, entry in fields["targets"].items() if name not in sizes},
         "seconds": time.perf_counter() - started,
         **{key: fields[key] for key in ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight")},
         **{key: fields[key] for key in ("cache_bytes_per_token", "held_out")},
@@ -166,7 +168,7 @@ def convert(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
-    """Write a compiled model to OUTPUT/<target> for every --to."""
+    """Write a compiled model to OUTPUT/<target> for every --to (kernels are only tried)."""
     started = time.perf_counter()
     targets = parse_targets(to or [])
     result = api.load(artifact)
@@ -179,7 +181,7 @@ def convert(
     model = artifact if result.saved_in is None else None  # a checkpoint of another program
     with opened_output(
         output,
-        list(kept.wanted),
+        [target.name for target in made if target.main_file is not None],
         kept,
         overwrite=overwrite,
         targets=made,
@@ -203,13 +205,17 @@ def convert(
 def _names(targets: Mapping[str, Target]) -> list[str]:
     """What may lie in an output directory."""
     written = [target["name"] for target in api.describe_targets() if target["writes"] is not None]
-    return list(dict.fromkeys(["native", *written, *(target.name for target in targets.values())]))
+    return list(dict.fromkeys(["native", *written, *(t.name for t in targets.values() if t.main_file is not None)]))
 
 
 def _add_target(result: api.CompileResult, target: Target, out: Output) -> dict[str, Any]:
-    """Writes a target into the output; it is in the report as soon as it stands."""
-    with out.part(target.name) as place:
-        written = {**api.write_target(result, target, place), "path": str(out.given / target.name)}
+    """Writes a target into the output, or tries one without files; it is in the report as soon as that is done."""
+    if target.main_file is None:
+        written = api.try_target(result, target)
+        out.kept.wanted.pop(target.name)
+    else:
+        with out.part(target.name) as place:
+            written = {**api.write_target(result, target, place), "path": str(out.given / target.name)}
     api.record_target(result, target.name, written)
     return written
 
@@ -227,6 +233,7 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.")] = None,
     engine: Engine = None,
     device: Place = None,
+    stream: Stream = None,
     threads: Threads = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
@@ -234,7 +241,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure perplexity, and the distance to the original model."""
     use_threads(threads)
-    opened = api.open_artifact(artifact, engine=engine, device=device, trust_remote_code=trust_remote_code)
+    opened = api.open_artifact(
+        artifact, engine=engine, device=device, streamed=stream, trust_remote_code=trust_remote_code
+    )
     reference = None if against is None else api.open_artifact(against, trust_remote_code=trust_remote_code)
     with show_progress(as_json and not verbose) as progress:
         found: dict[str, Any] = api.evaluate(

@@ -17,6 +17,7 @@ __all__ = [
     "Json",
     "Overwrite",
     "Place",
+    "Stream",
     "Threads",
     "To",
     "Trust",
@@ -33,6 +34,14 @@ Engine = Annotated[
 ]
 Place = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or auto; by default auto with kernels, and cpu without.")
+]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Keep one segment of a native artifact's weights in memory at a time, or all; by default, all if they "
+        "take no more than half of the free memory.",
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="To compute with; by default one for each core that is allowed and free.")
@@ -75,9 +84,9 @@ def parse_targets(texts: Sequence[str]) -> dict[str, Target]:
     """The targets of texts such as ``onnx:opset=23``, by text.
 
     Raises:
-        TargetError: for one that is unknown, not written, or named twice.
+        TargetError: for one that is unknown, or named twice.
     """
-    found = [api.written_target(text) for text in texts]
+    found = [api.make_target(text) for text in texts]
     names = [target.name for target in found]
     if len(set(names)) < len(names):
         raise TargetError("a target is named twice", got=", ".join(names), expected="each at most once")

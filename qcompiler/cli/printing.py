@@ -35,6 +35,7 @@ def print_compiled(summary: dict[str, Any]) -> None:
                 f"written: {name}": f"{path}, {summary['artifact_bytes'][name] / 2**20:.1f} MiB"
                 for name, path in summary["artifacts"].items()
             },
+            **_compared_rows(summary["compared"]),
         }
     )
     skipped = summary["skipped"]
@@ -53,7 +54,8 @@ def print_converted(found: dict[str, Any]) -> None:
     rows: dict[str, Any] = {"seconds": f"{found['seconds']:.1f}"}
     for name, path in found["artifacts"].items():
         rows[f"written: {name}"] = f"{path}, {found['targets'][name]['bytes'] / 2**20:.1f} MiB"
-    print_table(rows)
+    tried = {name: entry["parity"] for name, entry in found["targets"].items() if name not in found["artifacts"]}
+    print_table({**rows, **_compared_rows(tried)})
     for name, entry in found["targets"].items():
         for note in entry["notes"]:
             print(f"note: {name}: {note}")
@@ -97,6 +99,15 @@ def print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
             print(f"  {option['name']}={option['default']}  ({option['values']}) {option['help']}")
         missing = ", ".join(target["missing"])
         print(f"  missing here: pip install {' '.join(target['missing'])}" if missing else "  nothing is missing here")
+
+
+def _compared_rows(compared: Mapping[str, Mapping[str, Any] | None]) -> dict[str, str]:
+    """Of targets that nothing is written of: how far they are from the native artifact."""
+    return {
+        f"compared: {name}": f"largest difference {parity['max_difference']:.1e}, at most {parity['tolerance']:.1e}"
+        for name, parity in compared.items()
+        if parity is not None
+    }
 
 
 def _held_out_row(found: dict[str, Any] | None) -> dict[str, str]:

@@ -38,9 +38,18 @@ from qcompiler.ir.signature import (
 from qcompiler.ir.static_cache import (
     QuantizedCache,
     cache_formats,
+    formats_by_cache,
     quantized_caches,
     static_caches,
     static_qparams,
+)
+from qcompiler.ir.tables import (
+    Table,
+    float_tables,
+    has_codes_of_table,
+    quantize_table,
+    quantized_tables,
+    with_float_tables,
 )
 from qcompiler.ir.walks import ancestors, descendants, nearest_sites
 
@@ -67,6 +76,7 @@ __all__ = [
     "Signature",
     "Site",
     "Stretch",
+    "Table",
     "Trimmer",
     "activation_rounding",
     "ancestors",
@@ -78,7 +88,10 @@ __all__ = [
     "feed_run",
     "feed_tensors",
     "float_caches",
+    "float_tables",
+    "formats_by_cache",
     "free_memory",
+    "has_codes_of_table",
     "is_expert",
     "is_op",
     "is_quantized_weight",
@@ -86,7 +99,9 @@ __all__ = [
     "makes_a_tensor",
     "nearest_sites",
     "quantize_cache",
+    "quantize_table",
     "quantized_caches",
+    "quantized_tables",
     "quantized_value",
     "results_of",
     "routed_from",
@@ -98,4 +113,5 @@ __all__ = [
     "static_qparams",
     "stored_names",
     "symbolic_size",
+    "with_float_tables",
 ]

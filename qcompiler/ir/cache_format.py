@@ -23,9 +23,10 @@ class CacheFormat:
         dtype: of the codes: ``int8``, ``int4`` or ``float8_e4m3fn``.
         scales: ``per_token``: one scale, float16, for every token and head, or for every group of channels of those,
             computed when the token comes; ``static``: calibrated, one per channel of every head for integers, one per
-            tensor for floats.
+            tensor or head for floats.
         group_size: channels that share a scale per token; None: all of a head.
         symmetric: without a zero point.
+        per_head: of static floats: a scale for every head, instead of one for the tensor.
 
     Raises:
         RecipeError: for a combination that means nothing.
@@ -35,6 +36,7 @@ class CacheFormat:
     scales: Literal["per_token", "static"] = "per_token"
     group_size: int | None = None
     symmetric: bool = True
+    per_head: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _BITS:
@@ -49,6 +51,13 @@ class CacheFormat:
             )
         if self.is_float and not self.symmetric:
             raise RecipeError("float codes have no zero point", got=f"{self.dtype}, asymmetric", expected="symmetric")
+
+        if self.per_head and not (self.is_float and self.scales == "static"):
+            raise RecipeError(
+                "scales per head are for static ranges of floats: other formats have finer ones",
+                got=f"per_head=True, {self.dtype}, scales={self.scales!r}",
+                expected="float8_e4m3fn with scales='static'",
+            )
 
     @property
     def is_float(self) -> bool:
@@ -85,6 +94,8 @@ class CacheFormat:
         """Axis and block, as ``quantize`` takes them."""
         if self.scales == "per_token":
             return -1, self.block(width)
+        if self.per_head:
+            return -1, width
         return (0, 0) if self.is_float else (-1, 1)
 
     def check_width(self, width: int, where: str) -> None:
@@ -114,5 +125,6 @@ class CacheFormat:
     def __str__(self) -> str:
         sign = "" if self.is_float else " symmetric" if self.symmetric else " asymmetric"
         if self.scales == "static":
-            return f"{self.dtype} static {'per tensor' if self.is_float else 'per channel'}{sign}"
+            share = "per head" if self.per_head else "per tensor" if self.is_float else "per channel"
+            return f"{self.dtype} static {share}{sign}"
         return f"{self.dtype} per token{f' g{self.group_size}' if self.group_size else ''}{sign}"

@@ -119,8 +119,8 @@ def quantize_cache(
         graph: rewritten in place: nodes, ports and signature.
         cache: in float.
         spec: its new format.
-        scale, zero_point: stored tensors, where ranges are static: 0-D, or ``[1, H, 1, D]``; no zero point where the
-            format is symmetric.
+        scale, zero_point: stored tensors, where ranges are static: 0-D, ``[1, H, 1, 1]`` or ``[1, H, 1, D]``; no zero
+            point where the format is symmetric.
         rotated: turn every head of what is cached by a Hadamard matrix, and queries with it; for keys that attention
             alone reads.
 

@@ -34,13 +34,20 @@ class Trimmer:
     """
 
     def __init__(self, slack: int = 32 << 20) -> None:
-        self._slack = slack
+        self._slack, self._reused = slack, 0
         self._least: int | None = None
 
-    def trim(self) -> None:
-        """Gives back what is free, if that may be worth it."""
+    def trim(self, reused: int = 0) -> None:
+        """Gives back what is free, if that may be worth it.
+
+        Args:
+            reused: bytes that were freed and are taken again at once, as by the weights of the next segment; the most
+                that was ever said counts. What is given back is filled with zeros when it comes again, page by page:
+                that took a third of the time of running a model by segments (eight layers, hidden 1024).
+        """
+        self._reused = max(self._reused, reused)
         resident = _resident()
-        if resident is None or (self._least is not None and resident <= self._least + self._slack):
+        if resident is None or (self._least is not None and resident <= self._least + self._slack + self._reused):
             return
         try:
             ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -23,6 +23,8 @@ __all__ = ["Around", "results_of", "run_by_segments"]
 Batch = Mapping[fx.Node, Any]
 Around = Callable[[int], AbstractContextManager[object]]
 """Entered whenever something of a batch is computed, with the number of the batch."""
+_MOST_TO_LOAD = 4
+"""Times the memory of weights that dequantizing them takes, with what it makes on the way."""
 
 
 def results_of(graph: Graph) -> list[fx.Node]:
@@ -81,8 +83,9 @@ def run_by_segments(
                 carried[number] = {node: value for node, value in ahead.items() if node in span.alive}
                 if span is plan.spans[-1]:
                     yield [ahead[node] if node in ahead else given[number][node] for node in wanted]
+        size = sum(value.nbytes for value in loaded.values() if isinstance(value, torch.Tensor))
         del loaded, ahead
-        memory.trim()
+        memory.trim(reused=_MOST_TO_LOAD * size)
 
 
 @dataclass(frozen=True)

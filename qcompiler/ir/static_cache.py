@@ -11,7 +11,7 @@ from qcompiler.ir.graph import Graph, is_op
 from qcompiler.ir.kv_cache import kept_range
 from qcompiler.ir.signature import Port
 
-__all__ = ["QuantizedCache", "cache_formats", "quantized_caches", "static_caches", "static_qparams"]
+__all__ = ["QuantizedCache", "cache_formats", "formats_by_cache", "quantized_caches", "static_caches", "static_qparams"]
 
 _canonical = torch.ops.qcompiler
 _CODES = ("key", "value")
@@ -28,12 +28,13 @@ def static_qparams(spec: CacheFormat, low: Tensor, high: Tensor) -> tuple[Tensor
         low, high: float32 ``[H, D]``.
 
     Returns:
-        float32 and uint8: 0-D for floats, which have twice the room of what was seen, else ``[1, H, 1, D]``. No zero
-        point where the format is symmetric.
+        float32 and uint8: for floats, which have twice the room of what was seen, 0-D, or ``[1, H, 1, 1]`` where each
+        head has its own; else ``[1, H, 1, D]``. No zero point where the format is symmetric.
     """
     largest = torch.maximum(-low, high)
     if spec.is_float:
-        return (_HEADROOM * largest.amax() / _LARGEST_FLOAT).clamp(min=_SMALLEST_SCALE), None
+        largest = largest.amax(-1)[None, :, None, None] if spec.per_head else largest.amax()
+        return (_HEADROOM * largest / _LARGEST_FLOAT).clamp(min=_SMALLEST_SCALE), None
     if spec.symmetric:
         scale = largest / ((1 << (spec.bits - 1)) - 1)
         return scale.clamp(min=_SMALLEST_SCALE)[None, :, None], None
@@ -102,12 +103,23 @@ def quantized_caches(graph: Graph) -> list[QuantizedCache]:
             width = 2 * int(port.shape[3]) if kind == "int4" else port.shape[3]
             group = None if is_static or block == width else block
             scales = "static" if is_static else "per_token"
-            spec = CacheFormat(kind, scales, group, symmetric=zero is None)  # type: ignore[arg-type]
+            is_per_head = is_static and kind == "float8_e4m3fn" and block != 0
+            spec = CacheFormat(kind, scales, group, zero is None, is_per_head)  # type: ignore[arg-type]
             names = [str(item.target) if is_static and isinstance(item, Node) else None for item in (scale, zero)]
             assert isinstance(value, Node)
             assert port.layer is not None
             found.append(QuantizedCache(port.layer, str(port.part), spec, value, *names))
     return found
+
+
+def formats_by_cache(graph: Graph) -> dict[str, CacheFormat | None]:
+    """Of every cache of keys or values, by the name that reports have for it, its format; None for one in float."""
+    found: dict[str, CacheFormat | None] = {
+        f"cache.{port.layer}.{port.part}": None
+        for port in graph.signature.outputs
+        if port.role == "present" and port.part in _CODES
+    }
+    return found | {f"cache.{cache.layer}.{cache.part}": cache.format for cache in quantized_caches(graph)}
 
 
 def cache_formats(graph: Graph) -> list[CacheFormat]:

@@ -64,6 +64,7 @@ from qcompiler.protocol.target import (
     check_caches,
     check_schemes,
     tied_layers,
+    with_taken_tables,
 )
 from qcompiler.protocol.verify import verify_graph
 from qcompiler.protocol.weight_quantizer import WeightQuantizer, refuse_codebooks
@@ -135,4 +136,5 @@ __all__ = [
     "tied_layers",
     "unknown_option",
     "verify_graph",
+    "with_taken_tables",
 ]

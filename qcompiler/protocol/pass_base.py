@@ -272,6 +272,10 @@ class Pass:
         """The formats it gives key-value caches, for targets to be asked about."""
         return ()
 
+    def planned_caches(self, graph: Graph) -> dict[str, CacheFormat]:
+        """The caches that it will quantize in a graph, by name, for targets to be asked about."""
+        return {}
+
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         """Rewrites the whole graph, before the sweep of its stage."""
         raise PipelineError("this pass implements neither run nor rewrite", where=type(self).__name__)

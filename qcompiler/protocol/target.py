@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from qcompiler.errors import TargetError
-from qcompiler.ir import CacheFormat, Graph
-from qcompiler.numerics import Scheme
+from qcompiler.ir import CacheFormat, Graph, quantized_tables, with_float_tables
+from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol.artifact import Artifact
 from qcompiler.protocol.options import check_options
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_caches",
     "check_schemes",
     "tied_layers",
+    "with_taken_tables",
 ]
 
 SupportStatus = Literal["fused", "runs", "writes-only", "refused"]
@@ -161,6 +162,13 @@ class Target(ABC):
         """What becomes of a key-value cache of this format; by default it is refused."""
         return Support("refused", "float caches alone", "leave the cache in float")
 
+    def supports_table(self, spec: QuantSpec, width: int) -> Support:
+        """What becomes of an embedding table of this format and so many channels.
+
+        Where it is refused, as by default, the target gets a graph with a float table of the same numbers.
+        """
+        return Support("refused", "float embedding tables alone")
+
     def check_graph(self, graph: Graph) -> None:  # noqa: B027 - not every target has something to refuse
         """Refuses, ahead of everything long, what it will not take of a graph that no pass has rewritten yet.
 
@@ -179,6 +187,17 @@ class Target(ABC):
             TargetError: that names the layers.
         """
 
+    def check_cached(self, formats: Mapping[str, CacheFormat | None]) -> None:  # noqa: B027 - as above
+        """Refuses, ahead of calibration, caches that it does not take beside each other.
+
+        Args:
+            formats: of all keys and values, by the names that reports have for them; None for those in float.
+                `supports_cache` has been asked about each.
+
+        Raises:
+            TargetError: that names the cache.
+        """
+
     @abstractmethod
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
         """Makes files, or a model, of a quantized graph, which is not changed.
@@ -190,6 +209,13 @@ class Target(ABC):
         Raises:
             TargetError: for what it does not take.
         """
+
+    def lower_streamed(self, graph: Graph) -> Lowered:
+        """As `lower` to a model in memory, for who compares it and keeps it not.
+
+        By default the same; a target may give a model that has some of its weights in memory at a time.
+        """
+        return self.lower(graph, None)
 
     @classmethod
     def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
@@ -285,3 +311,9 @@ def check_caches(formats: Sequence[CacheFormat], targets: Sequence[Target]) -> d
                     remedy=f"{support.remedy}, or leave this target out" if support.remedy else "leave this target out",
                 )
     return found
+
+
+def with_taken_tables(graph: Graph, target: Target) -> Graph:
+    """The graph itself, or a copy with embedding tables in float, where a target does not take theirs."""
+    found = [target.supports_table(table.spec, table.columns) for table in quantized_tables(graph) if table.spec]
+    return with_float_tables(graph) if any(support.status == "refused" for support in found) else graph

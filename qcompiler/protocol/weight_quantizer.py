@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from qcompiler import numerics
 from qcompiler.errors import PipelineError, RecipeError, VerificationError, ZeroCoverageError
-from qcompiler.ir import Graph, QuantizedTensor, Segment, Site, is_expert, quantized_value
+from qcompiler.ir import Graph, QuantizedTensor, Segment, Site, has_codes_of_table, is_expert, quantized_value
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol.pass_base import (
     CANONICAL,
@@ -112,12 +112,12 @@ class WeightQuantizer(Pass):
     def waves(self, segment: Segment, graph: Graph) -> list[Wave]:
         """Layers with a scheme; in true sequence where they are calibrated."""
         waves = segment.waves() if self.is_calibrated else [segment.sites]
-        waves = [tuple(site for site in wave if graph.schemes[site.name].weight is not None) for wave in waves]
+        waves = [tuple(site for site in wave if _format_of(graph, site) is not None) for wave in waves]
         return [wave for wave in waves if wave]
 
     def statistics(self, wave: Wave, graph: Graph) -> list[Tap]:
         """What `kinds` asks for, at every input of every layer that is not refused."""
-        formats = [(site, graph.schemes[site.name].weight) for site in wave]
+        formats = [(site, _format_of(graph, site)) for site in wave]
         wanted = [(site, spec) for site, spec in formats if spec is not None and self.refuses(spec) is None]
         return [Tap(value, kind) for site, spec in wanted for value in site.inputs for kind in self.kinds(spec)]
 
@@ -138,7 +138,7 @@ class WeightQuantizer(Pass):
         """Layers to be solved together: one by one, unless they are tied or `quantize_together` is overridden."""
         together: dict[object, tuple[QuantSpec, list[Site]]] = {}
         for site in wave:
-            spec = context.graph.schemes[site.name].weight
+            spec = _format_of(context.graph, site)
             if spec is not None:
                 tie = _tie_of(site, spec, context)
                 key: object = site.name
@@ -252,6 +252,12 @@ def _unreached(sites: Sequence[Site]) -> dict[str, Any]:
             remedy="use more or other calibration text, or leave the layer out with an override",
         )
     return {"calibration_rows": 0, "fallback": "rounded to nearest: no calibration row was sent to this expert"}
+
+
+def _format_of(graph: Graph, site: Site) -> QuantSpec | None:
+    """What the weight of a layer is to become; None for float, and for codes that it has of an embedding table."""
+    spec = graph.schemes[site.name].weight
+    return None if spec is None or has_codes_of_table(graph, site) else spec
 
 
 def refuse_codebooks(graph: Graph, quantizer: Pass) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor
 import qcompiler
 from qcompiler.artifacts import Calibration, CompileResult, companion_losses
 from qcompiler.errors import CalibrationError, InputError, RecipeError
-from qcompiler.ir import Graph, feed, results_of, run_by_segments
+from qcompiler.ir import Graph, feed, formats_by_cache, results_of, run_by_segments
 from qcompiler.protocol import (
     CalibrationRun,
     Effect,
+    Pass,
     PassContext,
     Pipeline,
     Target,
@@ -28,6 +29,7 @@ from qcompiler.protocol import (
     state_of,
     tied_layers,
     verify_graph,
+    with_taken_tables,
 )
 from qcompiler.reporting import CompileReport, peak_rss_bytes, quantized_bits_per_weight
 from qcompiler.storage import WeightStore, remove_tree, undisturbed
@@ -141,6 +143,7 @@ def compile_graph(
             for item in stage.swept:
                 item.check(graph)
                 check_caches(item.cache_formats(), targets)
+                _check_cached(graph, item, targets)
             is_checked = any(item.effect is Effect.EXACT for item in stage.swept)
             takes_tokens = graph.signature.input("ids") is not None
             wants_inputs = stage.is_calibrated or (is_checked and not takes_tokens and calibration is not None)
@@ -211,7 +214,13 @@ def _terms(graph: Graph) -> int:
 def _check_schemes(graph: Graph, targets: Sequence[Target]) -> None:
     check_schemes(graph.schemes, {site.name: site.in_features for site in graph.sites()}, targets)
     for target in targets:
-        target.check_assigned(graph)
+        target.check_assigned(with_taken_tables(graph, target))
+
+
+def _check_cached(graph: Graph, item: Pass, targets: Sequence[Target]) -> None:
+    planned = item.planned_caches(graph)
+    for target in targets if planned else ():
+        target.check_cached({**formats_by_cache(graph), **planned})
 
 
 def _workspace(work_dir: str | Path | None, graph: Graph) -> Path:

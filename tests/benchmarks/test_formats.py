@@ -10,6 +10,7 @@ import qcompiler as qc
 from benchmarks import formats
 from benchmarks.formats import Row, measure, refusal, render
 from qcompiler.errors import VerificationError
+from qcompiler.lowering.checkpoint.readers import ENGINES
 from qcompiler.passes import RTN
 from tests.tiny_checkpoint import save_checkpoint
 
@@ -54,7 +55,7 @@ def test_what_stands_is_not_measured_again() -> None:
     rows = [Row("w4a16-rtn", layout, "qcompiler", "yes") for layout in formats.READERS]
     assert list(formats.rows_of("w4a16-rtn", options, rows)) == []
     said = Row("w4a16-rtn", "awq", "vllm", "no: it has no kernel")
-    vllm, *_ = (engine for engine in formats.ENGINES if engine.name == "vllm")
+    vllm, *_ = (engine for engine in ENGINES if engine.name == "vllm")
     assert formats.lacking([said], "w4a16-gptq", "awq", vllm) == said.loads
     assert not formats.lacking([said], "w4a16-gptq", "gptq", vllm)
     assert not formats.lacking([said], "w8a16", "awq", vllm)

@@ -2,6 +2,7 @@ import pytest
 
 from qcompiler.cli.options import _override, parse_bytes, parse_overrides, parse_targets
 from qcompiler.errors import InputError, RecipeError, TargetError
+from qcompiler.lowering.kernels import KernelsTarget
 from qcompiler.lowering.onnx import OnnxTarget
 
 
@@ -39,9 +40,7 @@ def test_several_overrides() -> None:
 def test_targets() -> None:
     assert parse_targets(["onnx:opset=23,float=float16"]) == {"onnx:opset=23,float=float16": OnnxTarget(23, "float16")}
     assert parse_targets([]) == {}
-    with pytest.raises(TargetError, match="not written") as caught:
-        parse_targets(["kernels"])
-    assert "--engine kernels" in str(caught.value)
+    assert parse_targets(["kernels:device=cpu"]) == {"kernels:device=cpu": KernelsTarget("cpu")}
     with pytest.raises(TargetError, match="named twice") as caught:
         parse_targets(["onnx", "onnx:opset=23"])
     assert caught.value.got == "onnx, onnx"

@@ -4,7 +4,7 @@ from qcompiler.cli.printing import Streamed, print_compiled
 def test_many_layers_left_alone_are_a_number_on_the_terminal(capsys):
     def printed(count):
         summary = dict.fromkeys(("bytes_before", "bytes_after", "bits_per_weight", "seconds", "peak_rss_bytes"), 1)
-        summary |= {"sites": [], "notes": [], "artifacts": {"native": "out/native"}, "held_out": None}
+        summary |= {"sites": [], "notes": [], "artifacts": {"native": "out/native"}, "held_out": None, "compared": {}}
         summary["artifact_bytes"] = {"native": 3 << 20}
         summary["skipped"] = [{"site": f"layer.{i}", "reason": "no"} for i in range(count)]
         print_compiled(summary)
@@ -19,11 +19,13 @@ def test_many_layers_left_alone_are_a_number_on_the_terminal(capsys):
 def test_what_each_artifact_takes_is_shown(capsys):
     summary = dict.fromkeys(("bytes_before", "bytes_after", "bits_per_weight", "seconds", "peak_rss_bytes"), 1)
     summary |= {"sites": [], "skipped": [], "held_out": None, "artifacts": {"native": "o/native", "onnx": "o/onnx"}}
+    summary["compared"] = {"kernels": {"max_difference": 0.01, "tolerance": 0.05}}
     print_compiled({**summary, "artifact_bytes": {"native": 5 << 20, "onnx": 7 << 20}, "notes": ["onnx: told here"]})
     shown = capsys.readouterr().out
     assert "o/native, 5.0 MiB" in shown
     assert "o/onnx, 7.0 MiB" in shown
     assert "note: onnx: told here" in shown
+    assert "1.0e-02, at most 5.0e-02" in shown
 
 
 def test_a_text_is_printed_as_it_comes(capsys):

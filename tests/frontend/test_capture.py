@@ -26,6 +26,8 @@ from tests.models import (
     tolerance,
 )
 
+pytestmark = pytest.mark.usefixtures("each_traced")
+
 
 def reference(model, ids, mask):
     with torch.no_grad():

@@ -17,6 +17,8 @@ from tests.models import (
     run,
 )
 
+pytestmark = pytest.mark.usefixtures("each_traced")
+
 SIZES = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 
 

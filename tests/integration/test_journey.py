@@ -1,5 +1,6 @@
 """The main job from end to end, through the command line: compile, measure, generate, inspect, load, lower again."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,17 @@ import pytest
 import torch
 
 import qcompiler as qc
+from qcompiler import api
 from qcompiler.artifacts.hf import load_tokenizer
+from qcompiler.artifacts.native import NativeArtifact
+from qcompiler.artifacts.streamed import StreamedArtifact
 from qcompiler.artifacts.tokenizing import encode
 from tests.tiny_checkpoint import POSITIONS, command, file_bytes, save_checkpoint, write_text
 
 COMPILE_KEYS = {
     "artifacts",
     "artifact_bytes",
+    "compared",
     "seconds",
     "peak_rss_bytes",
     "bytes_before",
@@ -146,6 +151,24 @@ def test_without_text_the_held_out_tokens_are_used(journey: Journey) -> None:
     assert beside["perplexity"] == pytest.approx(result["perplexity"], rel=1e-4)
 
 
+def test_weights_are_in_memory_segment_by_segment_or_at_once(journey: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[type] = []
+    evaluate = api.evaluate
+
+    def recorded(artifact: Any, **options: Any) -> Any:
+        used.append(type(artifact))
+        return evaluate(artifact, **options)
+
+    monkeypatch.setattr(api, "evaluate", recorded)
+    arguments = ("evaluate", journey.out, "--max-tokens", 256, "--json")
+    streamed, whole = (command(*arguments, option).result for option in ("--stream", "--no-stream"))
+    assert used == [StreamedArtifact, NativeArtifact]
+    assert {**streamed, "seconds": 0} == {**whole, "seconds": 0}
+    for place, options in ((journey.out / "onnx", ()), (journey.model, ()), (journey.out, ("--engine", "kernels"))):
+        refused = command("evaluate", place, "--stream", *options, "--json").error
+        assert (refused["type"], refused["what"]) == ("InputError", "this is not run segment by segment")
+
+
 def test_a_model_that_keeps_no_tokens_asks_for_text(journey: Journey) -> None:
     outcome = command("evaluate", journey.model, "--json")
     assert outcome.status == 2
@@ -239,6 +262,27 @@ def test_kernels_run_the_native_artifact(journey: Journey) -> None:
     assert generated["engine"]["sites"] == engine["sites"]
     refused = command("evaluate", journey.out / "onnx", "--engine", "kernels", "--json")
     assert (refused.status, refused.error["type"]) == (2, "TargetError")
+
+
+def test_kernels_are_tried_and_nothing_is_written(journey: Journey, tmp_path: Path) -> None:
+    """Piece by piece; `qcompiler.lower` gives the whole module."""
+    arguments = ("compile", journey.model, "-r", "w8a16", "-o", tmp_path / "out")
+    found = command(*arguments, "--to", "kernels:device=cpu", "--json").result
+    assert list(found["artifacts"]) == ["native"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["native"]
+    parity = found["compared"]["kernels"]
+    assert 0 < parity["max_difference"] <= parity["tolerance"] < 0.2
+    saved = json.loads((tmp_path / "out" / "native" / "report.json").read_text())["targets"]["kernels"]
+    assert saved["parity"] == parity
+    assert any(note.startswith("kernels: ") for note in found["notes"])
+    module = qc.lower(tmp_path / "out", "kernels", device="cpu")
+    whole = dict(module.report)
+    assert whole.pop("parity")["max_difference"] == pytest.approx(parity["max_difference"], rel=1e-3)
+    assert whole == {key: value for key, value in saved.items() if key != "parity"}
+    again = command("convert", tmp_path / "out", "--to", "kernels:device=cpu", "-o", tmp_path / "out")
+    assert again.status == 0, again.errors
+    assert "compared: kernels" in again.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["native"]
 
 
 def test_inspect_shows_schemes(journey: Journey) -> None:

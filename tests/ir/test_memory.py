@@ -32,13 +32,19 @@ keep += make_holes(3 << 20)
 before = resident()
 trimmer.trim()
 print(before - resident())
+keep += make_holes(7 << 19)
+for reused in (256 << 20, 0):
+    before = resident()
+    trimmer.trim(reused)
+    print(before - resident())
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
 def test_the_holes_between_live_blocks_are_given_back() -> None:
     output = subprocess.run([sys.executable, "-c", _SCRIPT], stdout=subprocess.PIPE, check=True, text=True).stdout
-    first, idle, second = map(int, output.split())
+    first, idle, second, *reused = map(int, output.split())
     assert first > 32 << 20  # of 64 MiB in holes
     assert second > 48 << 20  # of 96 MiB
     assert idle < 1 << 20
+    assert max(reused) < 1 << 20  # what is taken again at once is left, then and later

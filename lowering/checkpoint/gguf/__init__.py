@@ -13,7 +13,15 @@
 from qcompiler.lowering.checkpoint.gguf.file import FILE, check_model, save
 from qcompiler.lowering.checkpoint.gguf.layout import add_layer, supports
 from qcompiler.lowering.checkpoint.layout import Layout
+from qcompiler.numerics import Scheme
 
 __all__ = ["FILE", "LAYOUT", "check_model", "supports"]
 
-LAYOUT = Layout(supports, add_layer, check_model=check_model, save=save)
+LAYOUT = Layout(
+    supports,
+    add_layer,
+    supports_table=lambda spec, width: supports(Scheme(spec), width),
+    ties_codes=True,
+    check_model=check_model,
+    save=save,
+)

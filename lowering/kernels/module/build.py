@@ -95,24 +95,25 @@ class BuiltModule:
     rounded: frozenset[str]
 
 
-def build_module(graph: Graph, device: torch.device, dtype: torch.dtype) -> BuiltModule:
+def build_module(graph: Graph, device: torch.device, dtype: torch.dtype, *, is_deferred: bool = False) -> BuiltModule:
     """A module on a device that computes the logits of a graph, which is not changed.
 
     Args:
         graph: with ``ids`` and ``logits``.
         device: where it will run; weights are moved there one at a time.
         dtype: of activations.
+        is_deferred: each weight is made once, to see what it comes to, and a `Deferred` is left in its place.
     """
-    return _Builder(graph, device, dtype).run()
+    return _Builder(graph, device, dtype, is_deferred).run()
 
 
 class _Builder:
     """Builds one module."""
 
-    def __init__(self, graph: Graph, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, graph: Graph, device: torch.device, dtype: torch.dtype, is_deferred: bool) -> None:
         self._graph, self._device, self._dtype = graph, device, dtype
-        self._plan = Plan(graph)
-        self._values = ModuleValues(graph, self._plan, device, dtype)
+        self._plan = Plan(graph, is_deferred=is_deferred)
+        self._values = ModuleValues(graph, self._plan, device, dtype, is_deferred=is_deferred)
         self._fx = self._values.fx
         self._neighbours = Neighbours(self._values, self._plan, device, dtype)
         self._sizes: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """Step 4 of 4, `KernelModel`: the module that was built, with caches that grow, as an artifact; `lower` does it all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qcompiler.errors import InputError, TargetError
 from qcompiler.frontend import declared_positions
 from qcompiler.ir import SEQUENCE, Graph
-from qcompiler.lowering.kernels.module.build import Slot, build_module
+from qcompiler.lowering.kernels.module.build import BuiltModule, Slot, build_module
 from qcompiler.lowering.kernels.module.captured_step import CapturedStep, CapturingModel
 from qcompiler.lowering.kernels.module.cpu_calls import call_directly
 from qcompiler.lowering.kernels.target import ON_A_CPU
@@ -71,7 +71,7 @@ class KernelModel(nn.Module):
                 got=f"outputs {', '.join(port.name for port in graph.signature.outputs)}",
                 expected="token ids and logits",
             )
-        built = build_module(graph, device, dtype)
+        built = self._build(graph, device, dtype)
         self.module = built.module
         self.slots: tuple[Slot, ...] = built.slots
         self.device, self.dtype = device, dtype
@@ -96,6 +96,9 @@ class KernelModel(nn.Module):
         self.rounded: frozenset[str] = built.rounded
         self._limit: int | None = graph.provenance.get("limits", {}).get(SEQUENCE)
         self._stored_bytes = graph.weights.stored_bytes(graph.weight_names())
+
+    def _build(self, graph: Graph, device: torch.device, dtype: torch.dtype) -> BuiltModule:
+        return build_module(graph, device, dtype)
 
     def new_cache(self, batch: int, capacity: int = 0) -> KernelCache:
         """An empty cache with room for ``capacity`` tokens of ``batch`` sequences."""
@@ -171,23 +174,29 @@ class KernelModel(nn.Module):
         assert isinstance(parameters, int)
         return 8 * self._stored_bytes / parameters
 
-    def _extend(self, ids: Tensor, cache: KernelCache) -> Tensor:
+    def _check(self, ids: Tensor) -> None:
         if self._limit is not None and ids.shape[1] > self._limit:
             raise InputError(
                 "the text is longer than the model allows",
                 got=f"{ids.shape[1]} tokens",
                 expected=f"at most {self._limit}",
             )
+
+    def _run(self, ids: Tensor, start: Tensor, past: int, *caches: Tensor) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = self.module(ids, start, past, *caches)
+        return found
+
+    def _extend(self, ids: Tensor, cache: KernelCache) -> Tensor:
+        self._check(ids)
         with torch.no_grad():
-            logits, *longer = self.module(ids.to(self.device), cache.start, cache.length, *cache.tensors)
+            logits, *longer = self._run(ids.to(self.device), cache.start, cache.length, *cache.tensors)
             cache.start += ids.shape[1]
         rest = iter(longer)
         cache.tensors = [
             tensor if slot.is_buffer else next(rest) for slot, tensor in zip(self.slots, cache.tensors, strict=True)
         ]
         cache.length += ids.shape[1]
-        found: Tensor = logits
-        return found
+        return logits
 
     def _grow(self, cache: KernelCache, needed: int) -> None:
         capacity = max(_SMALLEST_CAPACITY, cache.capacity)

@@ -6,9 +6,11 @@ more is not computed at all. `build` asks it, node by node.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 from qcompiler.ir import (
@@ -23,6 +25,7 @@ from qcompiler.ir import (
     site_name,
 )
 from qcompiler.lowering.kernels.launch.device import Choice
+from qcompiler.lowering.kernels.module.deferred import Deferred, bytes_of
 from qcompiler.lowering.kernels.module.forms import (
     AppendedCache,
     Rounding,
@@ -52,6 +55,7 @@ class Plan:
 
     Args:
         graph: not changed.
+        is_deferred: layers are made, and left as `Deferred`.
 
     Attributes:
         ports: by placeholder, the port it is.
@@ -66,8 +70,8 @@ class Plan:
         site_reports: for the report, how each linear layer is computed.
     """
 
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: Graph, *, is_deferred: bool = False) -> None:
+        self._graph, self._is_deferred = graph, is_deferred
         self.ports = dict(zip(graph.inputs, graph.signature.inputs, strict=True))
         self.constants: set[Node] = set()
         for node in graph.fx.nodes:
@@ -111,10 +115,17 @@ class Plan:
         """Makes the module of a linear layer, if its weight is not in float, and reports it."""
         weight, bias = cast(Node, linear.args[1]), linear.args[2] if len(linear.args) > 2 else None
         made, weight_format, implementation = _IN_FLOAT, None, "float"
-        if weight.op != "get_attr":
+
+        def from_store() -> tuple[Affine | Codebook | None, SiteModule]:
             form = stored_weight(self._graph, weight) if weight in self.constants else None
-            made = make(form, cast(Node | None, bias), rounding)
+            return form, make(form, cast(Node | None, bias), rounding)
+
+        if weight.op != "get_attr":
+            form, made = from_store()
             weight_format, implementation = _weight_format(form, weight), made.choice.implementation
+            if self._is_deferred and made.module is not None:
+                size = bytes_of(made.module)
+                made = replace(made, module=Deferred(lambda: cast(nn.Module, from_store()[1].module), size))
         self.site_reports.append(
             {
                 "site": site,

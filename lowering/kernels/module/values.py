@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from qcompiler.ir import Graph, Stretch, ancestors
+from qcompiler.lowering.kernels.module.deferred import Deferred, bytes_of
 from qcompiler.lowering.kernels.module.plan import Plan
 
 __all__ = ["WIDE", "ModuleValues", "dtype_name"]
@@ -28,6 +29,7 @@ class ModuleValues:
         plan: which of its nodes are stored, or computed from stored ones alone.
         device: buffers lie there.
         dtype: of activations.
+        is_deferred: a `Deferred` stands for each stored tensor.
 
     Attributes:
         fx: the new graph.
@@ -35,7 +37,10 @@ class ModuleValues:
         rounded: nodes of the old graph whose values are rounded to ``dtype``.
     """
 
-    def __init__(self, graph: Graph, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, graph: Graph, plan: Plan, device: torch.device, dtype: torch.dtype, *, is_deferred: bool = False
+    ) -> None:
+        self._is_deferred = is_deferred
         self._graph, self._constant, self._device, self._dtype = graph, plan.constants, device, dtype
         self.fx = fx.Graph()
         self.members: dict[str, nn.Module | Tensor] = {}
@@ -99,14 +104,19 @@ class ModuleValues:
     def stored(self, node: Node, dtype: torch.dtype) -> Node:
         """A stored tensor, or what is computed from some, as a buffer; floating point in the given dtype."""
         if (node, dtype) not in self._stored:
-            value = self.evaluated(node)
-            is_float = value.is_floating_point() and value.dtype.itemsize > 1
-            if is_float and dtype != value.dtype:
-                value = value.to(dtype)
-            name = self.member(f"{node.name}_{dtype_name(dtype)}" if is_float else node.name, value.contiguous())
+            value = self._evaluated_in(node, dtype)
+            is_float = _is_wide(value)
+            member: nn.Module | Tensor = value
+            if self._is_deferred:
+                member = Deferred(lambda: self._evaluated_in(node, dtype), bytes_of(value))
+            name = self.member(f"{node.name}_{dtype_name(dtype)}" if is_float else node.name, member)
             made = self.made(self.fx.create_node("get_attr", name), value.dtype if is_float else None)
             self._stored[node, dtype] = self._stored[node, value.dtype] = made
         return self._stored[node, dtype]
+
+    def _evaluated_in(self, node: Node, dtype: torch.dtype) -> Tensor:
+        value = self.evaluated(node)
+        return (value.to(dtype) if _is_wide(value) else value).contiguous()
 
     def evaluated(self, node: Node) -> Tensor:
         """A stored tensor, or what is computed from some in float32, on the device."""
@@ -121,3 +131,8 @@ class ModuleValues:
             name = f"{name}_{len(self.members)}"
             self.members[name] = member
         return name
+
+
+def _is_wide(value: Tensor) -> bool:
+    """Whether it is floating point, and no code."""
+    return value.is_floating_point() and value.dtype.itemsize > 1

@@ -8,7 +8,7 @@ from qcompiler.errors import TargetError
 from qcompiler.lowering.onnx.dtypes import dtype_of
 from qcompiler.lowering.onnx.emitter import Emitter
 
-__all__ = ["attend"]
+__all__ = ["attend", "attention_bias"]
 
 _FLOAT = ir.DataType.FLOAT
 _LOWEST = float(np.finfo(np.float32).min)
@@ -54,7 +54,7 @@ def attend(
     if softcap is not None:
         cap = e.const(softcap, _FLOAT)
         logits = e.op("Mul", e.op("Tanh", e.op("Div", logits, cap)), cap)
-    bias = _attention_bias(e, q, k, mask, causal=causal, window=window, aligned_to_end=aligned_to_end)
+    bias = attention_bias(e, q, k, mask, causal=causal, window=window, aligned_to_end=aligned_to_end)
     alive = None
     if bias is not None:
         if mask is not None:
@@ -73,7 +73,7 @@ def attend(
     return result if alive is None else e.op("Mul", result, alive)
 
 
-def _attention_bias(
+def attention_bias(
     e: Emitter, q: fx.Node, k: fx.Node, mask: object, *, causal: bool, window: int | None, aligned_to_end: bool
 ) -> ir.Value | None:
     """What is added to the logits: 0 where a query may attend, else ``-inf`` (without a mask, the lowest float)."""

@@ -7,12 +7,12 @@ import torch
 from torch import fx
 
 from qcompiler.ir import is_op
+from qcompiler.lowering.onnx.builders.ranges import block_range, blocks_of
 from qcompiler.lowering.onnx.dtypes import dtype_of
-from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument
+from qcompiler.lowering.onnx.emitter import Builders, Emitter
 
 __all__ = [
     "CACHE_BUILDERS",
-    "blocks_of",
     "dequantize_shared",
     "is_of_blocks",
     "is_shared",
@@ -23,8 +23,6 @@ __all__ = [
 _canonical = torch.ops.qcompiler
 _FLOAT = ir.DataType.FLOAT
 _FLOAT8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
-_LARGEST_CODE = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-23, 65504.0
 
 
 def _kv_append(e: Emitter, node: fx.Node) -> ir.Value:
@@ -44,35 +42,10 @@ def _kv_append(e: Emitter, node: fx.Node) -> ir.Value:
 
 
 def _choose_block_qparams(e: Emitter, node: fx.Node) -> tuple[ir.Value, ...]:
-    """Computed in float32, rounded to float16."""
-    x_node, dtype, block = node.args[:3]
-    bits = argument(node, 3, "bits", 8)
-    assert isinstance(x_node, fx.Node)
-    assert isinstance(dtype, torch.dtype)
-    assert isinstance(block, int)
-    blocks, last = blocks_of(e, x_node, block), e.const([-1])
-
-    def scale_of(reach: ir.Value, largest: float) -> ir.Value:
-        found = e.op("Max", e.op("Div", reach, e.const(largest, _FLOAT)), e.const(_SMALLEST_SCALE, _FLOAT))
-        return e.cast(e.op("Min", found, e.const(_LARGEST_SCALE, _FLOAT)), ir.DataType.FLOAT16)
-
-    if dtype != torch.uint8:
-        amax = e.op("ReduceMax", e.op("Abs", blocks), last, keepdims=0)
-        scale = scale_of(amax, _LARGEST_CODE.get(dtype, (1 << (bits - 1)) - 1.0))
+    scale, zero = block_range(e, node)
+    if zero is None:
         return scale, e.const(0, ir.DataType.INT8)  # read by nobody: these codes have no zero point
-    none, most = e.const(0.0, _FLOAT), float((1 << bits) - 1)
-    low = e.op("Min", e.op("ReduceMin", blocks, last, keepdims=0), none)
-    high = e.op("Max", e.op("ReduceMax", blocks, last, keepdims=0), none)
-    scale = scale_of(e.op("Sub", high, low), most)
-    zero = e.op("Round", e.op("Div", e.op("Neg", low), e.cast(scale, _FLOAT)))
-    return scale, e.cast(e.op("Clip", zero, none, e.const(most, _FLOAT)), ir.DataType.UINT8)
-
-
-def blocks_of(e: Emitter, x_node: fx.Node, block: int) -> ir.Value:
-    """A float tensor in float32, its last axis cut into blocks."""
-    *front, width = x_node.meta["shape"]
-    wide = e.cast(e.value(x_node, e.float_like(x_node)), _FLOAT)
-    return e.op("Reshape", wide, e.const([*[0] * len(front), width // block, block]))
+    return scale, e.cast(zero, ir.DataType.UINT8)
 
 
 def is_of_blocks(scale: object) -> bool:
@@ -148,7 +121,10 @@ def is_shared(scale: object) -> bool:
 def quantize_shared(
     e: Emitter, x: ir.Value, scale: object, zero_point: object, code: ir.DataType, bits: int
 ) -> ir.Value:
-    """QuantizeLinear to integers, written out."""
+    """QuantizeLinear, written out as far as the division; of integers, as a whole."""
+    if code == ir.DataType.FLOAT8E4M3FN:
+        units = e.op("Div", x, e.value(scale, dtype_of(x)))
+        return e.op("QuantizeLinear", units, e.const(1.0, dtype_of(x)), dtype=code, output_dtype=int(code))
     is_signed = code in (ir.DataType.INT8, ir.DataType.INT4)
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if is_signed else (0, (1 << bits) - 1)
     codes = e.op("Round", e.op("Div", x, e.value(scale, dtype_of(x))))
@@ -160,7 +136,9 @@ def quantize_shared(
 
 def dequantize_shared(e: Emitter, codes: ir.Value, scale: object, zero_point: object) -> ir.Value:
     """DequantizeLinear, written out."""
-    values = e.cast(codes, e.working)
+    is_float = dtype_of(codes) == ir.DataType.FLOAT8E4M3FN
+    one = e.const(1.0, e.working)
+    values = e.op("DequantizeLinear", codes, one, dtype=e.working) if is_float else e.cast(codes, e.working)
     if zero_point is not None:
         values = e.op("Sub", values, e.value(zero_point, e.working))
     return e.op("Mul", values, e.value(scale, e.working))

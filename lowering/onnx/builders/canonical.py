@@ -19,18 +19,27 @@ from qcompiler.ir import (
 )
 from qcompiler.lowering.onnx.builders.attention import attend
 from qcompiler.lowering.onnx.builders.caches import (
-    blocks_of,
     dequantize_shared,
     is_of_blocks,
     is_shared,
     quantize_blocks,
     quantize_shared,
 )
+from qcompiler.lowering.onnx.builders.ranges import dynamic_range
 from qcompiler.lowering.onnx.dtypes import dtype_of, onnx_dtype
 from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument, tensor_arguments
 from qcompiler.numerics import factors_of, hadamard_matrix
 
-__all__ = ["CANONICAL_BUILDERS", "code_dtype", "is_linear_weight", "layer_norm", "matmul_weight", "weight_code_dtype"]
+__all__ = [
+    "CANONICAL_BUILDERS",
+    "code_dtype",
+    "is_linear_weight",
+    "layer_norm",
+    "matmul_weight",
+    "rotary",
+    "site_of",
+    "weight_code_dtype",
+]
 
 _canonical = torch.ops.qcompiler
 _FLOAT = ir.DataType.FLOAT
@@ -49,8 +58,6 @@ _CODES = {
     ("float8_e5m2", 21): ir.DataType.FLOAT8E5M2,
 }
 _NARROW = {(torch.int8, 4): ir.DataType.INT4, (torch.uint8, 4): ir.DataType.UINT4}
-_LARGEST_CODE = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-_SMALLEST_SCALE = 2.0**-23
 
 
 # --- linear and its weights ------------------------------------------------------------------------------------------
@@ -182,7 +189,7 @@ def _linear(e: Emitter, node: fx.Node) -> ir.Value:
     assert isinstance(weight_node, fx.Node)
     x = e.value(x_node, e.float_like(x_node))
     weight = matmul_weight(e, weight_node, dtype_of(x))
-    result = e.op("MatMul", x, weight, name=f"{_site(weight_node, node)}/MatMul")
+    result = e.op("MatMul", x, weight, name=f"{site_of(weight_node, node)}/MatMul")
     bias = argument(node, 2, "bias")
     if bias is None:
         return result
@@ -192,10 +199,11 @@ def _linear(e: Emitter, node: fx.Node) -> ir.Value:
         # A bias of one dimension lets ONNX Runtime make a float Gemm of product and sum where the sizes are fixed, and
         # with int8 codes it then builds a graph that it refuses itself (1.32).
         shift = e.op("Unsqueeze", shift, e.const(list(range(rank - 1))))
-    return e.op("Add", result, shift, name=f"{_site(weight_node, node)}/Add")
+    return e.op("Add", result, shift, name=f"{site_of(weight_node, node)}/Add")
 
 
-def _site(weight: fx.Node, node: fx.Node) -> str:
+def site_of(weight: fx.Node, node: fx.Node) -> str:
+    """The name of the layer that a ``linear`` node is, by the weight it reads."""
     if weight.op == "get_attr" or is_quantized_weight(weight):
         return site_name(stored_names(weight)[0].removesuffix("_codes"))
     return node.name
@@ -271,32 +279,15 @@ def _is_dynamic_uint8(x: object, scale: object, zero_point: object) -> bool:
 
 
 def _choose_qparams(e: Emitter, node: fx.Node) -> tuple[ir.Value, ...]:
-    """Computed in float32 whatever the working dtype; the smallest scale is positive in float16 too."""
     x_node, dtype, axis = node.args[0], node.args[1], argument(node, 2, "axis")
-    bits, clip, block = argument(node, 3, "bits") or 8, argument(node, 4, "clip") or 1.0, argument(node, 5, "block")
-    assert isinstance(bits, int) and isinstance(x_node, fx.Node)  # noqa: PT018
-    x = e.value(x_node, e.float_like(x_node))
-    if dtype == torch.uint8 and axis is None and (bits, clip) == (8, 1.0):
-        return _dynamic_quantize(e, x)[1:]
-    wide = blocks_of(e, x_node, block) if block else e.cast(x, _FLOAT)
-    axes = None if axis is None else e.const([axis])
-
-    def reduce(kind: str, value: ir.Value) -> ir.Value:
-        found = e.op(kind, value, axes, keepdims=int(axis is not None and not block))
-        return found if clip == 1 else e.op("Mul", found, e.const(clip, _FLOAT))
-
-    smallest = e.const(_SMALLEST_SCALE, _FLOAT)
-    if dtype != torch.uint8:
-        assert isinstance(dtype, torch.dtype)
-        amax = reduce("ReduceMax", e.op("Abs", wide))
-        largest = _LARGEST_CODE.get(dtype, (1 << (bits - 1)) - 0.5)
-        scale = e.op("Max", e.op("Div", amax, e.const(largest, _FLOAT)), smallest)
+    is_plain = (argument(node, 3, "bits") or 8, argument(node, 4, "clip") or 1.0) == (8, 1.0)
+    if dtype == torch.uint8 and axis is None and is_plain:
+        assert isinstance(x_node, fx.Node)
+        return _dynamic_quantize(e, e.value(x_node, e.float_like(x_node)))[1:]
+    scale, zero = dynamic_range(e, node)
+    if zero is None:
         return scale, e.const(0, ir.DataType.INT8)  # read by nobody: these codes have no zero point
-    none, most = e.const(0.0, _FLOAT), e.const(float((1 << bits) - 1), _FLOAT)
-    low, high = e.op("Min", reduce("ReduceMin", wide), none), e.op("Max", reduce("ReduceMax", wide), none)
-    scale = e.op("Max", e.op("Div", e.op("Sub", high, low), most), smallest)
-    zero = e.op("Round", e.op("Div", e.op("Neg", low), scale))
-    return scale, e.cast(e.op("Clip", zero, none, most), ir.DataType.UINT8)
+    return scale, e.cast(zero, ir.DataType.UINT8)
 
 
 # --- rotations -------------------------------------------------------------------------------------------------------
@@ -355,7 +346,7 @@ def _layer_norm(e: Emitter, node: fx.Node) -> ir.Value:
     return layer_norm(e, e.value(x_node), weight, bias, eps, e.dim(x_node, -1))
 
 
-def _rotary(e: Emitter, node: fx.Node) -> ir.Value:
+def rotary(e: Emitter, node: fx.Node) -> ir.Value:
     """``x * cos + swap(x) * sin'``: the minus sign of one half is put into the sine, once for all layers."""
     x_node, cos_node, sin_node, interleaved = node.args
     assert isinstance(x_node, fx.Node)
@@ -391,7 +382,7 @@ CANONICAL_BUILDERS: Builders = {
     _canonical.linear.default: _linear,
     _canonical.rms_norm.default: _rms_norm,
     _canonical.layer_norm.default: _layer_norm,
-    _canonical.rotary.default: _rotary,
+    _canonical.rotary.default: rotary,
     _canonical.attention.default: _attention,
     _canonical.hadamard.default: _hadamard,
     _canonical.quantize.default: _quantize,

@@ -1,12 +1,14 @@
 """Scales of keys and values: what a checkpoint says of the cache becomes the graph's cache.
 
 ``k_scale`` and ``v_scale`` lie beside the layers of an attention (compressed-tensors) or beside the very layer that
-makes keys or values (ModelOpt), one number each: what is cached is ``float8_e4m3fn(key / k_scale)``.
+makes keys or values (ModelOpt), one number each or (``attn_head`` of compressed-tensors) one for each head: what is
+cached is ``float8_e4m3fn(key / k_scale)``.
 
 Source: the layouts of both, and the loader of scales in vLLM.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from qcompiler.errors import WeightError
 from qcompiler.frontend.checkpoints.contents import FLOATS, Checkpoint
@@ -15,6 +17,7 @@ from qcompiler.ir import Cache, CacheFormat, Graph, float_caches, quantize_cache
 __all__ = ["place_caches", "take_cache_scales"]
 
 _PARTS = {"k_scale": "key", "v_scale": "value"}
+_SCALES = {part: name for name, part in _PARTS.items()}
 _FORMAT = CacheFormat("float8_e4m3fn", "static")
 
 
@@ -27,7 +30,7 @@ def take_cache_scales(checkpoint: Checkpoint, *, is_fp8: bool, said: object) -> 
         said: what they say; None where they say nothing of the cache.
 
     Raises:
-        WeightError: for a scale that is not positive, or no number.
+        WeightError: for a scale that is not positive.
     """
     found: list[str] = []
     for module in checkpoint.modules(*_PARTS):
@@ -55,6 +58,9 @@ def place_caches(graph: Graph, checkpoint: Checkpoint, stored: Mapping[str, str]
         graph: canonical, with float caches.
         checkpoint: as read.
         stored: for the name of each site, the path of its layer in the checkpoint.
+
+    Raises:
+        WeightError: for scales that are neither one nor one for each head.
     """
     placed = set[tuple[str, str]]()
     for cache in float_caches(graph) if checkpoint.cache_scales else ():
@@ -66,12 +72,17 @@ def place_caches(graph: Graph, checkpoint: Checkpoint, stored: Mapping[str, str]
             continue
         placed.add(key)
         scale = checkpoint.cache_scales[key]
-        if scale.numel() != 1:
-            lost = "caches stay in float that have a scale for each head, which no operator takes"
-            checkpoint.lost.setdefault(lost, []).append(f"{key[0]} ({cache.part}s)")
-            continue
-        graph.weights.set(f"{cache.name}_scale", scale.reshape(()))
-        quantize_cache(graph, cache, _FORMAT, f"{cache.name}_scale")
+        if scale.numel() not in (1, cache.heads):
+            raise WeightError(
+                "the scales of a cache are neither one nor one for each head",
+                where=f"{key[0]}.{_SCALES[key[1]]}",
+                got=tuple(scale.shape),
+                expected=f"1 or {cache.heads} numbers",
+                remedy="check that the quantization settings belong to these weights",
+            )
+        is_one = scale.numel() == 1
+        graph.weights.set(f"{cache.name}_scale", scale.reshape(() if is_one else (1, cache.heads, 1, 1)))
+        quantize_cache(graph, cache, replace(_FORMAT, per_head=not is_one), f"{cache.name}_scale")
     rest = [f"{module} ({part}s)" for module, part in checkpoint.cache_scales if (module, part) not in placed]
     if rest:
         checkpoint.lost["scales of caches that the graph does not have are left out"] = rest

@@ -146,11 +146,15 @@ def read_groups(settings: Mapping[str, Any], where: str) -> list[Group]:
 
 
 def group_of(module: str, groups: Sequence[Group], where: str) -> Group | None:
-    """The group of a layer: one that names it, else one whose pattern fits, else that of the class of linear layers."""
+    """The group of a layer: one that names it, else one whose pattern fits, else that of its class.
+
+    What is of the class of embeddings is known by names alone, and where no group is of linear layers.
+    """
     tests = (
         lambda target: target == module,
         lambda target: target.startswith("re:") and _fits(target, module, where),
         lambda target: target == "Linear",
+        lambda target: target == "Embedding",
     )
     return next((group for test in tests for group in groups if any(test(target) for target in group.targets)), None)
 

@@ -80,11 +80,22 @@ def _common_spec(layers: Sequence[Layer], checkpoint: Checkpoint) -> QuantSpec |
         return spec
     if spec.granularity == "per_block" and any(layer.rows % (spec.group_size or 1) for layer in layers[:-1]):
         return None
-    if spec.has_factor:
-        factors = [checkpoint.parts.read(f"{layer.weight}_factor") for layer in layers]
-        if not all(torch.equal(factor, factors[0]) for factor in factors):
-            return None
-    return replace(spec, granularity="per_channel") if spec.granularity == "per_tensor" else spec
+    if spec.has_factor and not _is_shared("factor", layers, checkpoint):
+        return None
+    if spec.granularity != "per_tensor" or all(
+        _is_shared(part, layers, checkpoint) for part in ("scale", "zero_point")
+    ):
+        return spec
+    return replace(spec, granularity="per_channel")
+
+
+def _is_shared(part: str, layers: Sequence[Layer], checkpoint: Checkpoint) -> bool:
+    """Whether layers of one format have the same part, or all of them none."""
+    names = [f"{layer.weight}_{part}" for layer in layers]
+    if names[0] not in checkpoint.parts:
+        return True
+    first, *others = (checkpoint.parts.read(name) for name in names)
+    return all(torch.equal(first, other) for other in others)
 
 
 def _is_equal(one: Tensor | None, two: Tensor | None) -> bool:
@@ -96,7 +107,7 @@ def _merging(
 ) -> tuple[Callable[..., Tensor], tuple[int, ...]]:
     """What makes one part of all of those of the layers, and its shape; ``shape`` is that of the first."""
     rows = [layer.rows for layer in layers]
-    if len(layers) == 1 or part == "factor":
+    if len(layers) == 1 or part == "factor" or (not shape and spec.granularity == "per_tensor"):
         return lambda first, *_: first, shape
     if not shape:  # one number for a tensor: one for each of its rows
         return lambda *parts: torch.cat([t.expand(n) for t, n in zip(parts, rows, strict=True)]), (sum(rows),)

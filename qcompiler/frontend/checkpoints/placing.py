@@ -1,6 +1,6 @@
 """Layers of a quantized checkpoint become quantized sites of a graph: the nodes that a compilation would leave."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -9,7 +9,7 @@ from qcompiler.errors import UnsupportedModelError
 from qcompiler.frontend.checkpoints.caches import place_caches
 from qcompiler.frontend.checkpoints.contents import PARTS, Checkpoint, Layer
 from qcompiler.frontend.checkpoints.merging import merge_layers
-from qcompiler.ir import Graph, Site
+from qcompiler.ir import Graph, Site, float_tables, quantize_table
 from qcompiler.numerics import QuantSpec
 from qcompiler.storage import WeightStore
 
@@ -22,7 +22,7 @@ _Readers = dict[tuple[object, ...], list[tuple[Site, fx.Node]]]
 
 
 def check_linear(checkpoint: Checkpoint, weights: WeightStore, model: nn.Module) -> None:
-    """Refuses codes in the place of anything but the weight of a linear layer.
+    """Refuses codes in the place of anything but the weight of a linear layer, or an embedding.
 
     Args:
         checkpoint: as read.
@@ -37,12 +37,12 @@ def check_linear(checkpoint: Checkpoint, weights: WeightStore, model: nn.Module)
         if layer is None:
             continue
         module = model.get_submodule(path)
-        if not isinstance(module, nn.Linear) or attribute != "weight":
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or attribute != "weight":
             raise UnsupportedModelError(
-                "a quantized module is no linear layer",
+                "a quantized module is no linear layer, and no embedding",
                 where=layer.name,
                 got=type(module).__name__,
-                expected="Linear",
+                expected="Linear or Embedding",
                 remedy="use the original model",
             )
 
@@ -88,6 +88,7 @@ def place_layers(graph: Graph, checkpoint: Checkpoint, unused: Iterable[str]) ->
     _multiply_inputs(graph, found)
     _round_inputs(graph, found)
     place_caches(graph, checkpoint, stored)
+    placed.update(_place_tables(graph, checkpoint))
     rest = [name.removesuffix(".weight") for name in checkpoint.layers if name not in placed.union(unused)]
     if rest:
         note = "layers that are no linear layer of the graph by themselves are taken as float weights"
@@ -97,6 +98,29 @@ def place_layers(graph: Graph, checkpoint: Checkpoint, unused: Iterable[str]) ->
         graph.lost.append(_sentence("inputs stay in float of layers that are taken as float weights", unrounded))
     graph.notes += [_sentence(text, modules) for text, modules in checkpoint.notes.items()]
     graph.lost += [_sentence(text, modules) for text, modules in checkpoint.lost.items()]
+
+
+def _place_tables(graph: Graph, checkpoint: Checkpoint) -> Iterator[str]:
+    """Gives embedding tables the codes that the checkpoint has of them; their names in it."""
+    for table in float_tables(graph):
+        layer = checkpoint.versions.get(graph.weights.version(table.weight))
+        spec = None if layer is None or layer.order is not None else layer.scheme.weight
+        if layer is None or spec is None or spec.is_fp4 or spec.granularity not in ("per_channel", "per_group"):
+            continue
+        graph.weights.alias(f"{table.weight}_codes", f"{layer.weight}_codes", checkpoint.parts)
+        shape = (table.rows, -(-table.columns // spec.group_of(table.columns)))
+        for part in PARTS[1 : 2 if spec.symmetric else 3]:
+            name = f"{layer.weight}_{part}"
+            graph.weights.derive(
+                f"{table.weight}_{part}",
+                (name,),
+                lambda tensor, shape=shape: tensor.reshape(shape),
+                dtype=checkpoint.parts.info(name).dtype,
+                shape=shape,
+                store=checkpoint.parts,
+            )
+        quantize_table(graph, table, spec)
+        yield layer.weight
 
 
 def _sentence(text: str, modules: list[str]) -> str:

@@ -111,15 +111,42 @@ def test_formats_that_no_operator_keeps(directory, fields):
     assert lost.startswith(f"{LOST}: no operator keeps it as ")
 
 
-def test_a_scale_for_each_head(directory):
+def per_head(directory, count=2):
+    """Gives every head a scale of its own, and says so."""
     edit_settings(directory, kv_cache_scheme={**FP8, "strategy": "attn_head"})
-    edit_tensors(
-        directory, lambda tensors: tensors.update({n: torch.ones(2, 1, 1) for n in scales("compressed-tensors")})
-    )
+
+    def change(tensors):
+        for number, name in enumerate(scales("compressed-tensors")):
+            tensors[name] = 0.001 * torch.arange(3.0 + number, 3.0 + number + count).reshape(count, 1, 1)
+
+    edit_tensors(directory, change)
+
+
+def test_a_scale_for_each_head(pairs, directory):
+    per_head(directory)
+
+    class Rounded(DynamicCache):
+        def update(self, key_states, value_states, layer_idx, *args, **options):
+            rounded = []
+            for part, states in enumerate((key_states, value_states)):
+                first = 3.0 + 2 * layer_idx + part
+                scale = 0.001 * torch.tensor([first, first + 1])[:, None, None]
+                rounded.append((states / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale)
+            return super().update(*rounded, layer_idx, *args, **options)
+
+    model = HFArtifact(pairs["compressed-tensors"].floats)._model
+    with torch.inference_mode():
+        expected = model(input_ids=IDS, past_key_values=Rounded(), use_cache=True).logits
     graph = qc.capture(directory)
-    assert not cache_formats(graph)
-    (lost,) = graph.lost
-    assert lost.startswith("caches stay in float that have a scale for each head")
+    assert cache_formats(graph) == [CacheFormat("float8_e4m3fn", "static", per_head=True)]
+    assert graph.lost == []
+    assert (logits(graph) - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+def test_more_scales_than_heads(directory):
+    per_head(directory, count=3)
+    error = refused(directory, WeightError, "neither one nor one for each head")
+    assert (error.where, error.expected) == ("model.layers.0.self_attn.k_scale", "1 or 2 numbers")
 
 
 def test_scales_that_nothing_speaks_of(directory):

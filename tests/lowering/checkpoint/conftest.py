@@ -16,12 +16,6 @@ from qcompiler.numerics import Scheme
 from qcompiler.passes import RTN, Assign, InsertQDQ
 from qcompiler.protocol import Pass
 from tests.models import VOCABULARY, build
-from tests.traced_once import trace_once
-
-
-@pytest.fixture(autouse=True)
-def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    trace_once(monkeypatch)
 
 
 def save_source(directory: Path, family: str = "llama", *, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:

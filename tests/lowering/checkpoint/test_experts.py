@@ -16,6 +16,7 @@ from qcompiler.artifacts import CompileResult, HFArtifact
 from qcompiler.errors import TargetError
 from qcompiler.ir.graph import Graph
 from qcompiler.storage import read_companions
+from tests.frontend.checkpoints.comparing import assert_same_parts
 from tests.lowering.checkpoint import unpacking
 from tests.lowering.checkpoint.conftest import Write, compiled, native_weight, passes_of, save_source
 
@@ -126,8 +127,7 @@ def test_static_inputs_of_experts_are_said(mixture: Graph, write: Write) -> None
             "experts of one mixture have different formats",
         ),
         ("fp8-block", {}, "checkpoint", "a block of weights reaches"),
-        ("w4a16-g16", {}, "checkpoint:format=gptq", "mixtures of experts are not written"),
-        ("w4a16-g16", {}, "checkpoint:format=modelopt", "mixtures of experts are not written"),
+        ("w4a16-g32", {}, "checkpoint:format=gguf", "mixtures of experts are not written"),
     ],
 )
 def test_what_is_refused_ahead_of_calibration(
@@ -141,6 +141,122 @@ def test_experts_that_checkpoints_have_in_one_tensor(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="mixtures of experts are not written") as caught:
         qc.compile(save_source(tmp_path / "source", "gpt_oss"), passes_of("w8a16"), targets=["checkpoint"])
     assert caught.value.got == "experts that checkpoints have in one tensor"
+
+
+# --- the layouts of other libraries -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def square_mixture(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """Four experts, 32 to 32 to 32, called gate, up and down."""
+    options: dict[str, Any] = {"hidden_size": 32, "moe_intermediate_size": 32}
+    return qc.capture(save_source(tmp_path_factory.mktemp("qwen"), "qwen3_moe", **options))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """The same with an expert for all rows, whose output is weighted by a gate."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    return qc.capture(save_source(tmp_path_factory.mktemp("shared"), "qwen2_moe", **sizes))
+
+
+def integers_in_bytes(packed: Tensor) -> list[list[int]]:
+    """ModelOpt's: two output channels to a byte, the even one low, in two's complement."""
+    rows = [[(byte >> 4 * (row % 2)) & 15 for byte in packed[row // 2].tolist()] for row in range(2 * len(packed))]
+    return [[value - 16 if value > 7 else value for value in row] for row in rows]
+
+
+def foreign(tensors: dict[str, Tensor], name: str, layout: str, scheme: str) -> np.ndarray:
+    """A matrix in the layout of another library, number by number."""
+    if layout == "gptq":
+        return unpacking.gptq(tensors, name, int(scheme[1]))
+    if layout == "awq":
+        return unpacking.awq(tensors, name)
+    weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+    if scheme.startswith("w4"):
+        return unpacking.scaled(integers_in_bytes(weight), scale.numpy())
+    if scheme.startswith("nvfp4"):
+        factor = tensors[f"{name}.weight_scale_2"].numpy()
+        return unpacking.scaled(unpacking.fp4_matrix(weight), unpacking.e4m3_matrix(scale) * factor)
+    return unpacking.scaled(unpacking.e4m3_matrix(weight), scale.reshape(-1, 1).numpy())
+
+
+@pytest.mark.parametrize(
+    ("layout", "scheme"),
+    [
+        ("gptq", "w4a16-g16"),
+        ("gptq", "w8a16-channel"),
+        ("awq", "w4a16-g16"),
+        ("awq", "w4a16-g16-asym"),
+        ("modelopt", "w4a16-g16"),
+        ("modelopt", "fp8-tensor"),
+        ("modelopt", "fp8-dynamic"),
+        ("modelopt", "nvfp4a16"),
+    ],
+)
+def test_other_layouts(layout: str, scheme: str, square_mixture: Graph, write: Write) -> None:
+    directory, report, result = write(square_mixture, scheme, f"checkpoint:format={layout}")
+    tensors, parts = unpacking.read_tensors(directory), {"gate_proj": 0, "up_proj": 32, "down_proj": 0}
+    for number in range(4):
+        for part, first in parts.items():
+            stack = "down_proj" if part == "down_proj" else "gate_up_proj"
+            expected = native_weight(result.graph, f"{STACKS}.{stack}.{number}")[first : first + 32]
+            found = foreign(tensors, f"{STACKS}.{number}.{part}", layout, scheme)
+            np.testing.assert_allclose(found, expected, rtol=2**-22)
+    assert not any("experts.gate_up_proj" in name for name in tensors)
+    assert report["ignored"] == ["lm_head", "model.layers.0.mlp.gate"]
+    assert any(note.startswith("compared as qcompiler reads it back") for note in report["notes"])
+    assert report["parity"]["max_difference"] < 1e-4
+    is_unknown = any(note.startswith("vLLM has no kernel for experts") for note in report["notes"])
+    assert is_unknown is (layout == "modelopt" and scheme in ("w4a16-g16", "fp8-dynamic"))
+    assert_same_parts(result.graph, qc.capture(directory))
+
+
+def test_experts_in_blocks_are_mixed_precision(tmp_path: Path, write: Write) -> None:
+    """vLLM has no other way to blocks in experts."""
+    sizes: dict[str, Any] = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 2}
+    graph = qc.capture(save_source(tmp_path / "source", "qwen3_moe", num_experts_per_tok=1, **sizes))
+    overrides: dict[str, str | None] = {"*.o_proj": None}
+    directory, _, result = write(graph, "fp8-block-dyngroup", "checkpoint:format=modelopt", overrides=overrides)
+    settings = unpacking.read_config(directory)["quantization_config"]
+    layer = settings["quantized_layers"][f"{STACKS}.1.up_proj"]
+    assert (settings["quant_algo"], layer) == ("MIXED_PRECISION", {"quant_algo": "FP8_PB_WO", "group_size": 128})
+    assert_same_parts(result.graph, qc.capture(directory))
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_engines_find_the_experts_that_stay_float(layout: str, square_mixture: Graph, write: Write) -> None:
+    """They ask for the module that all experts of a mixture are in."""
+    target = f"checkpoint:format={layout}"
+    directory, *_ = write(square_mixture, "w4a16-g16", target, overrides={"*.experts.*": None})
+    settings = unpacking.read_config(directory)["quantization_config"]
+    if layout == "awq":
+        assert settings["modules_to_not_convert"] == ["lm_head", "model.layers.0.mlp.gate", STACKS]
+        return
+    assert [pattern for pattern in settings["dynamic"] if re.match(pattern.removeprefix("-:"), STACKS)]
+    assert len(settings["dynamic"]) == 2
+    assert not qc.capture(directory).schemes.keys() & {f"{STACKS}.gate_up_proj.0"}
+
+
+def test_experts_of_a_format_of_their_own(square_mixture: Graph, write: Write) -> None:
+    overrides: dict[str, str | None] = {"*.experts.*": "w8a16-g32"}
+    directory, _, result = write(square_mixture, "w4a16-g16", "checkpoint:format=gptq", overrides=overrides)
+    dynamic = unpacking.read_config(directory)["quantization_config"]["dynamic"]
+    (fields,) = [dynamic[pattern] for pattern in dynamic if re.match(pattern.removeprefix("+:"), STACKS)]
+    assert fields == {"bits": 8, "group_size": -1}
+    assert_same_parts(result.graph, qc.capture(directory))
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "awq"])
+def test_the_gate_of_a_shared_expert_stays_float(layout: str, shared: Graph, write: Write) -> None:
+    """One output channel, which no word holds, beside layers that engines make one of."""
+    gate = "model.layers.0.mlp.shared_expert_gate"
+    directory, report, result = write(shared, "w4a16-g16", f"checkpoint:format={layout}")
+    assert gate in report["ignored"]
+    assert f"{gate}.weight" in unpacking.read_tensors(directory)
+    (skip,) = [skip for skip in result.report.skipped if skip.site == gate]
+    assert skip.reason.startswith("one output channel, left in float")
+    assert_same_parts(result.graph, qc.capture(directory))
 
 
 def test_a_native_artifact_that_is_read_back(mixture: Graph, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@
 | ``MXFP4`` | a 4-bit float times a power of two | the same |
 | others | see ``gguf.quants`` | floats, as that computes them |
 
-Only layers have codes: the table of an embedding becomes floats. Rows of q and k are put back in transformers' order.
+Layers and embedding tables have codes. Rows of q and k are put back in transformers' order.
 """
 
 import importlib.util
@@ -137,7 +137,6 @@ class _Reading:
 
     def checkpoint(self) -> Checkpoint:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        tied = {id(p) for p in (module.weight for module in self._model.modules() if isinstance(module, nn.Embedding))}
         placed = set()
         for name, place in gguf_places(parameters, self._model.config).items():
             if place is None or place.name not in self._file.tensors:
@@ -145,8 +144,8 @@ class _Reading:
             placed.add(place.name)
             tensor = self._file.tensors[place.name]
             path, _, attribute = name.rpartition(".")
-            is_layer = isinstance(self._model.get_submodule(path), nn.Linear) and attribute == "weight"
-            if is_layer and id(parameters[name]) not in tied and tensor.kind in _HEADS:
+            module = self._model.get_submodule(path)
+            if isinstance(module, (nn.Linear, nn.Embedding)) and attribute == "weight" and tensor.kind in _HEADS:
                 self._add_layer(path, tensor, place)
             else:
                 self._add_float(name, tensor, place)
@@ -174,8 +173,6 @@ class _Reading:
 
         self._checkpoint.stored.derive(name, (), weight, dtype="float32", shape=tensor.shape)
         note = f"{tensor.kind} is read as float weights, which no format here has the codes of"
-        if tensor.kind in _HEADS:
-            note = "tables and heads in blocks are read as float weights: they are no layers by themselves"
         self._checkpoint.notes.setdefault(note, []).append(name.removesuffix(".weight"))
 
     def _add_layer(self, path: str, tensor: GGUFTensor, place: GGUFPlace) -> None:

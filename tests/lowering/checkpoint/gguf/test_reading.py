@@ -15,6 +15,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import qcompiler as qc
 from qcompiler.errors import InputError, MissingDependencyError, QCompilerError, UnsupportedModelError, WeightError
+from qcompiler.ir import quantized_tables
 from qcompiler.ir.graph import Graph
 from qcompiler.lowering.checkpoint import CheckpointTarget
 from tests.lowering.checkpoint.conftest import Write
@@ -57,7 +58,9 @@ def test_a_file_of_another_writer(blocks: dict[str, Kind], make_file: MakeFile) 
     }
     notes = " ".join(graph.notes)
     assert f"Q5_0 is read as float weights, which no format here has the codes of: {DOWN[:-9]}up_proj" in notes
-    assert f"float weights: they are no layers by themselves: model.embed_tokens, {DOWN}" in notes
+    assert f"Q4_1 is read as float weights, which no format here has the codes of: {DOWN}" in notes
+    (table,) = quantized_tables(graph)
+    assert (table.name, str(table.spec)) == ("model.embed_tokens", "int8 g32 symmetric")
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"])

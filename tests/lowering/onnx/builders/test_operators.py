@@ -11,7 +11,7 @@ from torch import Tensor
 from qcompiler.errors import TargetError
 from qcompiler.ir.graph import Graph
 from qcompiler.lowering.onnx import lower
-from qcompiler.lowering.onnx.writer import BUILDERS
+from qcompiler.lowering.onnx.dialect import BUILDERS
 from tests.lowering.onnx.harness import GraphMaker, open_session
 from tests.lowering.onnx.operator_cases import CASES
 

@@ -1,0 +1,156 @@
+"""What TensorRT makes of a quantized linear layer or cache, said before anything is calibrated."""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from typing_extensions import Doc
+
+from qcompiler.errors import MissingDependencyError, TargetError
+from qcompiler.ir import CacheFormat, Graph
+from qcompiler.lowering.onnx import OnnxTarget, by_onnxruntime
+from qcompiler.lowering.tensorrt.support import support_of, support_of_cache
+from qcompiler.numerics import Scheme
+from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target
+
+__all__ = ["TensorRTTarget", "import_writer"]
+
+_FLOAT16_TOKENS = 16  # evaluated operator by operator, which is slow
+
+
+@dataclass(frozen=True)
+class TensorRTTarget(Target):
+    """Engines by TensorRT's own builder, and the ONNX in forms that it fuses.
+
+    Written with TensorRT for RTX 1.7, which builds for GPUs that need not be there. ``fused``: a kernel that multiplies
+    codes, or dequantizes them as it multiplies; ``runs``: dequantized to ``float_dtype`` by a kernel of its own.
+
+    Raises:
+        TargetError: for compute capabilities that are no numbers.
+    """
+
+    sm: Annotated[str, Doc("Compute capabilities to build for, such as 89, or several: 80+89.")] = "89"
+    float_dtype: Annotated[
+        Literal["float16", "float32"], Doc("Of weights and activations; attention is fused in float16 alone.")
+    ] = "float16"
+    length: Annotated[int | None, Doc("Tokens of a sequence; by default the model's, and at most 4096.")] = None
+    batch: Annotated[int, Doc("Sequences at once.")] = 1
+    profiles: Annotated[str | None, Doc("Sizes of inputs in words of their own, instead of those two.")] = None
+    weight_streaming: Annotated[bool, Doc("Keep weights in host memory, for GPUs that they do not fit.")] = False
+    strict: Annotated[bool, Doc("Fail if the builder fuses a quantized layer or an attention nowhere.")] = False
+
+    name: ClassVar[str] = "tensorrt"
+    main_file: ClassVar[str | None] = "layers.json"
+    packages: ClassVar[Mapping[str, str]] = {
+        "ml_dtypes": "ml_dtypes",
+        "onnx": "onnx",
+        "onnx_ir": "onnx-ir",
+        "onnxruntime": "onnxruntime",
+        "tensorrt_rtx": "tensorrt-rtx",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = self.sm.split("+")
+        if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+            raise TargetError(
+                "compute capabilities are numbers, each at most once",
+                where="TensorRTTarget.sm",
+                got=repr(self.sm),
+                expected="such as 89, or 80+89",
+            )
+
+    @property
+    def capabilities(self) -> tuple[int, ...]:
+        """Compute capabilities to build for."""
+        return tuple(int(part) for part in self.sm.split("+"))
+
+    def supports(self, scheme: Scheme, width: int) -> Support:
+        """What becomes of a linear layer of ``width`` input channels under ``scheme``, on the least of the GPUs."""
+        return support_of(scheme, width, min(self.capabilities))
+
+    def supports_cache(self, spec: CacheFormat) -> Support:
+        """What becomes of a key-value cache: an input and an output of codes, dequantized ahead of attention."""
+        return support_of_cache(spec, min(self.capabilities))
+
+    def check_graph(self, graph: Graph) -> None:
+        """Refuses operators without an ONNX form, GPUs that the builder does not know, and profiles that do not hold.
+
+        Raises:
+            TargetError: that names them.
+            MissingDependencyError: without the packages that write ONNX and run it to compare. TensorRT itself may be
+                missing: the ONNX is written all the same.
+        """
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise MissingDependencyError(
+                "what is written is run to compare it, and ONNX Runtime is not installed",
+                remedy="pip install onnxruntime",
+            )
+        import_writer().check(graph, self)
+
+    def lower(self, graph: Graph, directory: Path | None) -> Lowered:
+        """Writes the ONNX, builds an engine for each compute capability, and says which layer everything went to."""
+        assert directory is not None
+        report = import_writer().write(graph, directory, self)
+        is_half = self.float_dtype == "float16"
+        tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
+        readers = []
+        if not report["has_float4"]:  # ONNX Runtime has no kernels for 4-bit floats on a CPU
+            readers.append(Reader(lambda: by_onnxruntime(directory), tolerance=tolerance, dtype=dtype))
+        if is_half or report["has_float4"]:
+            readers.append(
+                Reader(
+                    lambda: _in_float16(directory),
+                    "float16_parity" if readers else "parity",
+                    tolerance=tolerance,
+                    dtype=dtype,
+                    tokens=(1, _FLOAT16_TOKENS),
+                    held_out_tokens=_FLOAT16_TOKENS,
+                )
+            )
+        return Lowered(report, readers=readers)
+
+    @classmethod
+    def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
+        """The ONNX that engines are built of, by ONNX Runtime on a CPU."""
+        return OnnxTarget.open(directory, exact=exact, device=device)
+
+    @classmethod
+    def wrote(cls, directory: Path) -> bool:
+        """By the producer of the ONNX, beside a list of layers."""
+        return (directory / "layers.json").is_file() and OnnxTarget.wrote(directory)
+
+    @classmethod
+    def variants(cls) -> Mapping[str, Target]:
+        """For the GPUs of two generations: of Ada, and of Blackwell for workstations."""
+        return {"tensorrt (SM 89)": cls("89"), "tensorrt (SM 120)": cls("120")}
+
+
+def _in_float16(directory: Path) -> Artifact:
+    from qcompiler.lowering.onnx.reference import Float16Artifact
+    from qcompiler.lowering.tensorrt.reference import OPERATORS
+
+    return Float16Artifact(directory, operators=OPERATORS)
+
+
+def import_writer() -> ModuleType:
+    """The module that writes, imported when it is wanted.
+
+    Raises:
+        MissingDependencyError: without the packages it needs.
+    """
+    try:
+        return importlib.import_module("qcompiler.lowering.tensorrt.writer")
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnx_ir", "ml_dtypes"):
+            raise
+        raise MissingDependencyError(
+            "writing ONNX needs packages that are not installed",
+            got=f"no module {error.name}",
+            remedy="pip install onnx onnx-ir",
+        ) from error

@@ -1,0 +1,257 @@
+"""Writes a graph as a TensorRT folder: the ONNX, an engine for each GPU asked for, and what the builder made of it."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qcompiler.errors import MissingDependencyError, TargetError, VerificationError
+from qcompiler.frontend import declared_positions
+from qcompiler.ir import Graph
+from qcompiler.lowering.onnx.writer import MODEL_FILE, Emitted, companion_files, emit, store
+from qcompiler.lowering.tensorrt.dialect import tensorrt_dialect
+from qcompiler.lowering.tensorrt.dialect.activations import packed_ports
+from qcompiler.lowering.tensorrt.dialect.floats4 import DOMAIN
+from qcompiler.lowering.tensorrt.engine import (
+    Api,
+    Built,
+    Placement,
+    Profile,
+    build_engine,
+    check_capability,
+    command_lines,
+    default_profiles,
+    find_api,
+    fused_attentions,
+    fused_linears,
+    parse_profiles,
+    run_script,
+)
+from qcompiler.lowering.tensorrt.legality import CAPABILITIES
+from qcompiler.lowering.tensorrt.legality import check as check_rules
+from qcompiler.lowering.tensorrt.target import TensorRTTarget
+from qcompiler.protocol import Support
+from qcompiler.storage import StagedFiles
+
+__all__ = ["LAYERS_FILE", "check", "write"]
+
+LAYERS_FILE = "layers.json"
+_LONGEST = 4096
+
+
+def check(graph: Graph, target: TensorRTTarget) -> None:
+    """Refuses what cannot be written or built, ahead of the weights.
+
+    Raises:
+        TargetError: for operators, compute capabilities or profiles.
+        InputError: if a file that goes beside the model cannot be read.
+    """
+    companion_files(graph)
+    _refuse(emit(graph, tensorrt_dialect(graph, target.float_dtype)), target)
+    profiles_of(graph, target)
+    api = _installed()
+    if api is not None:
+        for capability in target.capabilities:
+            check_capability(api, capability)
+
+
+def write(graph: Graph, directory: Path, target: TensorRTTarget) -> dict[str, Any]:
+    """Fills a directory, and reports as `qcompiler.lowering.tensorrt.TensorRTTarget` does.
+
+    Raises:
+        TargetError: if the builder fails; if ``strict``, for a layer that it fused nowhere.
+        ResourceError: if the disk or the memory is full.
+    """
+    files = companion_files(graph)
+    emitted = emit(graph, tensorrt_dialect(graph, target.float_dtype))
+    _refuse(emitted, target)
+    profiles = profiles_of(graph, target, step=2 if emitted.emitter.floats_times_bytes else 1)
+    api = _installed()
+    if api is not None:
+        files["run.py"] = run_script(api.package, api.version).encode()
+    store(emitted, directory, files)
+    engines: dict[str, Built] = {}
+    if api is not None:
+        for capability in target.capabilities:
+            engines[str(capability)] = build_engine(
+                directory / MODEL_FILE,
+                directory / f"engine-sm{capability}.plan",
+                capability=capability,
+                profiles=profiles,
+                weight_streaming=target.weight_streaming,
+            )
+    return _report(graph, emitted, target, directory, profiles, engines)
+
+
+def profiles_of(graph: Graph, target: TensorRTTarget, *, step: int = 1) -> tuple[Profile, ...]:
+    """The profiles asked for, or one to read prompts with and one to decode with.
+
+    Raises:
+        TargetError: for a text that does not say any, or sizes that do not hold.
+    """
+    positions, declared = declared_positions(graph.provenance.get("config")), packed_ports(graph)
+    ports = [
+        replace(port, shape=tuple(declared[port.name][1])) if port.name in declared else port
+        for port in graph.signature.inputs
+    ]
+    if target.profiles is not None:
+        return parse_profiles(target.profiles, ports, positions=positions)
+    if target.length is not None and positions is not None and target.length > positions:
+        raise TargetError(
+            "the profiles are longer than the model's positions",
+            where="length",
+            got=target.length,
+            expected=f"at most {positions}",
+        )
+    length = target.length or min(positions or _LONGEST, _LONGEST)
+    return default_profiles(ports, batch=target.batch, length=length, step=step)
+
+
+def _refuse(emitted: Emitted, target: TensorRTTarget) -> None:
+    """Refuses what the parser or the builder would, by the rules that both were seen to follow."""
+    known = [capability for capability in target.capabilities if capability in CAPABILITIES]
+    if not known:
+        return
+    refused = [found for found in check_rules(emitted.model, known).findings if found.verdict != "unfused"]
+    if refused:
+        first = refused[0]
+        raise TargetError(
+            "TensorRT does not take this model",
+            where=first.node,
+            got=first.found,
+            expected=first.reason,
+            remedy=first.remedy,
+        )
+
+
+def _installed() -> Api | None:
+    try:
+        return find_api()
+    except MissingDependencyError:
+        return None
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def _report(
+    graph: Graph,
+    emitted: Emitted,
+    target: TensorRTTarget,
+    directory: Path,
+    profiles: Sequence[Profile],
+    engines: Mapping[str, Built],
+) -> dict[str, Any]:
+    emitter = emitted.emitter
+    widths = {site.name: site.in_features for site in graph.sites()}
+    sites = {}
+    for site in emitter.products:
+        scheme = graph.schemes.get(site)
+        support = target.supports(scheme, widths[site]) if scheme is not None else Support("runs", "unknown scheme")
+        sites[site] = {"status": support.status, "reason": support.reason}
+    listed, findings = {}, []
+    for capability, built in engines.items():
+        linears = fused_linears(built.layers, emitter.products)
+        attentions = fused_attentions(built.layers, {name: [name] for name in emitter.attentions})
+        found = _findings(linears, sites, profiles, capability) + _findings(attentions, {}, profiles, capability)
+        findings += found
+        listed[capability] = {
+            **built.to_dict(),
+            "linears": {site: [place.to_dict() for place in places] for site, places in linears.items()},
+            "attentions": {name: [place.to_dict() for place in places] for name, places in attentions.items()},
+            "layers": [layer.to_dict() for layer in built.layers],
+            "commands": command_lines(
+                MODEL_FILE,
+                built.plan.name,
+                profiles,
+                capability=built.capability,
+                weight_streaming=target.weight_streaming,
+            ),
+        }
+    if target.strict and findings:
+        raise VerificationError(
+            "the builder fused a quantized layer or an attention nowhere",
+            where=findings[0]["where"],
+            got=findings[0]["reason"],
+            expected="a layer that multiplies codes, for each of them",
+            remedy="leave strict out, and read the findings in the report",
+        )
+    document = {"profiles": [profile.to_dict() for profile in profiles], "findings": findings, "engines": listed}
+    with StagedFiles(directory) as staged, staged.file(LAYERS_FILE) as append:
+        append(json.dumps(document, indent=1).encode() + b"\n")
+    files = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+    summaries = {capability: _summary(entry) for capability, entry in listed.items()}
+    return {
+        "target": target.name,
+        "path": str(directory),
+        "opset": emitter.opset,
+        "float_dtype": target.float_dtype,
+        "has_float4": any(node.domain == DOMAIN for node in emitter.nodes)
+        or any(value.dtype is not None and "FLOAT4" in value.dtype.name for value in emitter.initializers.values()),
+        "nodes": len(emitter.nodes),
+        "bytes": sum((directory / name).stat().st_size for name in files),
+        "weight_bytes": emitter.weight_bytes,
+        "files": files,
+        "sites": sites,
+        "engines": summaries,
+        "findings": findings,
+        "notes": _notes(sites, findings, target, summaries),
+    }
+
+
+def _findings(
+    places: Mapping[str, Sequence[Placement]],
+    sites: Mapping[str, Mapping[str, str]],
+    profiles: Sequence[Profile],
+    capability: str,
+) -> list[dict[str, str]]:
+    """What was to be fused and is not, under one of the profiles."""
+    return [
+        {
+            "where": name,
+            "engine": f"sm{capability}",
+            "profile": profiles[place.profile].name if place.profile < len(profiles) else str(place.profile),
+            "reason": place.reason,
+        }
+        for name, found in places.items()
+        for place in found
+        if not place.fused and sites.get(name, {}).get("status", "fused") == "fused"
+    ]
+
+
+def _summary(listed: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts instead of layers."""
+
+    def share(places: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+        whole = sum(all(place["fused"] for place in found) for found in places.values())
+        return f"{whole} of {len(places)}"
+
+    kept = ("plan", "commands", "package", "version", "seconds", "peak_rss_bytes", "plan_bytes", "warnings")
+    return {
+        **{key: listed[key] for key in kept},
+        "layers": len(listed["layers"]),
+        "fused_linears": share(listed["linears"]),
+        "fused_attentions": share(listed["attentions"]),
+    }
+
+
+def _notes(
+    sites: Mapping[str, Mapping[str, str]],
+    findings: Sequence[Mapping[str, str]],
+    target: TensorRTTarget,
+    engines: Mapping[str, Mapping[str, Any]],
+) -> list[str]:
+    """Findings first, then what was built, then what was known ahead."""
+    counts = Counter((found["engine"], found["profile"], found["reason"]) for found in findings)
+    notes = [f"{count} not fused for {where}, {profile}: {why}" for (where, profile, why), count in counts.items()]
+    for engine in engines.values():
+        notes.append(
+            f"{engine['plan']}: {engine['fused_linears']} quantized layers and {engine['fused_attentions']} attentions "
+            f"fused, {engine['plan_bytes'] / 2**20:.1f} MiB, built in {engine['seconds']:.1f} s"
+        )
+    if not engines:
+        asked = ", ".join(f"SM {capability}" for capability in target.capabilities)
+        notes.append(f"no engine for {asked}: TensorRT is not installed; pip install tensorrt-rtx, then convert again")
+    return notes + sorted({site["reason"] for site in sites.values() if site["reason"]})
