@@ -18,6 +18,7 @@ import dataclasses
 import json
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -195,7 +196,8 @@ def render(rows: list[Row], options: argparse.Namespace) -> str:
     rows = sorted(rows, key=lambda row: order.get(row.recipe, len(order)))
     held = [row.cells() for row in rows if row.reader]
     refused = [[row.recipe, row.layout, row.loads.removeprefix("refused: ")] for row in rows if not row.reader]
-    lines = [f"`{options.model.name}`, calibrated on 16×128 tokens. {where}.", "", *table(HEADINGS, held)]
+    about = textwrap.fill(f"`{options.model.name}`, calibrated on 16×128 tokens. {where}.", 118)
+    lines = ["# Checkpoints and their readers", "", about, "", *table(HEADINGS, held)]
     if refused:
         lines += ["", "Refused, ahead of any work:", "", *table(("recipe", "layout", "what it holds"), refused)]
     return "\n".join(lines) + "\n"

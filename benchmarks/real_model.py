@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -134,7 +135,7 @@ class Table:
         )
         order = [ORIGINAL, *RECIPES, *options.recipes]
         rows = sorted(self.rows, key=lambda row: order.index(row.recipe) if row.recipe in order else len(order))
-        lines = [f"# A real model: {options.source.stem}", "", about, said + ".", ""]
+        lines = [f"# A real model: {options.source.stem}", "", textwrap.fill(f"{about} {said}.", 118), ""]
         lines += [f"| {' | '.join(cells)} |" for cells in (HEADINGS, ["---"] * 7, *(row.cells() for row in rows))]
         return "\n".join(lines) + "\n"
 

@@ -64,7 +64,7 @@ def test_what_stands_is_not_measured_again() -> None:
 def test_table() -> None:
     rows = [Row("w8a16", "gptq", "vllm", "yes", megabytes="7.9", version="0.32"), Row("fp8", "awq", "", "refused: no")]
     lines = render(rows, Namespace(model=Path("some/model"))).splitlines()
-    assert "vllm 0.32" in lines[0]
+    assert "vllm 0.32" in " ".join(lines[2:6])
     assert "| w8a16 | gptq | vllm | yes |  |  |  |  |  |  | 7.9 |" in lines
     assert "| fp8 | awq | no |" in lines
     assert len({line.count("|") for line in lines if line.startswith("| ")}) == 2
