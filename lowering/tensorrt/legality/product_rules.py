@@ -16,12 +16,12 @@ _TURING = 75
 
 def _weight_only(node: ir.Node) -> Product | None:
     found = product_of(node)
-    return None if found is None or found.activation is not None else found
+    return None if found is None or found.rounds else found
 
 
 def _rounded(node: ir.Node) -> Product | None:
     found = product_of(node)
-    return None if found is None or found.activation is None else found
+    return None if found is None or not found.rounds else found
 
 
 def _name(product: Product) -> str:
@@ -31,7 +31,7 @@ def _name(product: Product) -> str:
 
 def _int4_one_block(node: ir.Node, _: int) -> str | None:
     found = _weight_only(node)
-    if found is None or found.weight.codes != _T.INT4:
+    if found is None or found.activation is not None or found.weight.codes != _T.INT4:
         return None
     scales = found.weight.granularity
     return None if scales.kind == "unknown" or scales.is_blocked else f"INT4 weights, scales per {_kind(scales.kind)}"
@@ -49,7 +49,7 @@ def _blocks_of_bytes(node: ir.Node, _: int) -> str | None:
 
 
 def _int4_times_rounded(node: ir.Node, _: int) -> str | None:
-    found = _rounded(node)
+    found = product_of(node)
     if found is None or found.activation is None or found.weight.codes != _T.INT4:
         return None
     return f"INT4 weights by {_named(found.activation.codes)} activations"
@@ -68,16 +68,17 @@ def _named(dtype: ir.DataType | None) -> str:
 
 def _types_differ(node: ir.Node, _: int) -> str | None:
     found = _rounded(node)
-    if found is None or found.activation is None or found.weight.codes not in _BYTES:
+    weight = None if found is None else found.weight.codes
+    if found is None or found.activation is None or weight not in (*_BYTES, _T.FLOAT4E2M1):
         return None
-    weight, other = found.weight.codes, found.activation.codes
+    other = found.activation.codes
     other = _T.INT8 if other == _T.UINT8 else other  # which the parser makes of it, a rule of its own
     return None if other is None or weight == other else f"{weight.name} weights by {other.name} activations"
 
 
 def _scales_differ(node: ir.Node, _: int) -> str | None:
     found = _rounded(node)
-    if found is None or found.activation is None or found.rank == 2:
+    if found is None or found.activation is None:
         return None
     weight, other = dtype_of(found.weight.scale), dtype_of(found.activation.scale)
     is_tensor = found.weight.granularity.kind == "tensor"

@@ -78,6 +78,7 @@ def _placements() -> Iterator[Linear]:
             yield Linear(weight, block, x=x, scale=scale, between="cast")
     for (weight, block), zero in product(COMMON, ("zero", "other")):
         yield Linear(weight, block, zero=zero)
+    yield from (Linear(block="256", n=63, zero="zero"), Linear(block="tensor", k=255, zero="zero"))
     for (weight, block), sign in product(COMMON, ("-", "0")):
         yield Linear(weight, block, sign=sign)
     for (weight, block), scale, out in product((*COMMON, ("fp4", "16")), ("f16", "f32"), ("f16", "f32", "bf16")):
@@ -103,6 +104,11 @@ def _activations() -> Iterator[Linear]:
     for weight, block, act in ((*INT8, "fp8"), (*FP8, "int8"), ("int4", "channel", "int8"), ("int4", "tensor", "fp8")):
         yield Linear(weight, block, act=f"static:{act}")
         yield Linear(weight, block, act=f"token:{act}")
+    for act, rank in (("static:int8", 1), ("static:int8", 3), ("channel:int8", 1), ("channel:fp8", 3)):
+        yield Linear("int8", "rows", act=act, rank=rank)
+    yield from (Linear(*INT8, act="channel:fp8"), Linear(*INT8, act="channel:int8", k=255))
+    yield from (Linear(*INT8, act=f"static_f32:{act}", layout="gemm_t", rank=2, n=63) for act in ("int8", "fp8"))
+    yield from (Linear("fp4", block, act="token:int8", sm=120) for block in ("channel", "n32"))
     for scale, out in product(("f16", "f32"), ("f16", "f32", "bf16")):
         yield Linear(*INT8, act="static:int8", scale=scale, out=out)
 

@@ -175,7 +175,9 @@ class _Writer:
         elif form.between == "identity":
             w = self.node("Identity", [w], "wi")
         elif form.between == "reshape":
-            w = self.node("Reshape", [w, self.const("wshape", [k, n][:: -1 if turned else 1], "i64")], "wr")
+            w = self.node(
+                "Reshape", [w, self.const("wshape", [*experts, *(n, k)] if turned else [*experts, k, n], "i64")], "wr"
+            )
         elif form.between == "sub":
             w = self.node("Sub", [w, self.const("wo", np.full((1, n), 0.25), self.product)], "wo_")
         if form.layout == "nk":

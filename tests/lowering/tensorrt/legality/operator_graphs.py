@@ -163,6 +163,7 @@ OPERATORS = (
         "else_branch = e () => (float16[b,4] n) { n = Neg(x) }> }",
     ),
     Operator("axes given", "(float16[b,4] x, int64[1] i) => (float16[b,1] y) { y = ReduceMax<keepdims=1>(x, i) }"),
+    Operator("too small", "(float16[2,4] x) => (float16[3,3] y) <int64[2] i = {3,3}> { y = Reshape(x, i) }"),
     half("three results", "y, m, d = LayerNormalization(x, w)", "float16[4] w = {1,1,1,1}"),
     half("ScatterND add", 'y = ScatterND<reduction="add">(x, i, x)', "int64[1,1] i = {0}"),
     half(
