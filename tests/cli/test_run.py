@@ -81,7 +81,8 @@ def test_recipes() -> None:
     matrix = outcome.result["recipes"]
     assert matrix.keys() == RECIPES.keys()
     for cells in matrix.values():
-        assert cells.keys() == {"native", "onnx", "checkpoint", "kernels (CUDA)", "kernels (CPU)"}
+        engines = {"tensorrt (SM 89)", "tensorrt (SM 120)"}
+        assert cells.keys() == {"native", "onnx", *engines, "checkpoint", "kernels (CUDA)", "kernels (CPU)"}
         assert set(cells.values()) <= {"fused", "runs", "writes-only", "refused"}
     table = command("recipes").output
     for name in RECIPES:
