@@ -12,4 +12,4 @@ def targets() -> tuple[type[Target], ...]:
     from qcompiler.lowering.onnx import OnnxTarget
     from qcompiler.lowering.tensorrt import TensorRTTarget
 
-    return TensorRTTarget, OnnxTarget, CheckpointTarget, KernelsTarget
+    return OnnxTarget, TensorRTTarget, CheckpointTarget, KernelsTarget

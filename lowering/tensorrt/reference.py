@@ -8,23 +8,28 @@ from onnx.reference.op_run import OpRun
 
 from qcompiler.lowering.tensorrt.dialect.floats4 import DOMAIN
 
-__all__ = ["OPERATORS"]
+__all__ = ["OPERATORS", "dynamic_quantize"]
 
 _LARGEST_CODE, _LARGEST_SCALE, _SMALLEST_SCALE = 6.0, 448.0, 2.0**-9
 
 
-class TRT_FP4DynamicQuantize(OpRun):  # noqa: N801 - it goes by the operator's name
+def dynamic_quantize(x: Any, factor: Any, block: int) -> tuple[Any, Any]:
     """E2M1 codes of blocks of the last axis, and their E4M3 scales relative to a scale of the tensor."""
+    blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, block)
+    wanted = np.abs(blocks).max(-1) / np.float32(_LARGEST_CODE) / factor
+    scales = np.clip(wanted, _SMALLEST_SCALE, _LARGEST_SCALE).astype(ml_dtypes.float8_e4m3fn)
+    whole = (scales.astype(np.float32) * factor)[..., None]
+    codes = np.clip(blocks / whole, -_LARGEST_CODE, _LARGEST_CODE).astype(ml_dtypes.float4_e2m1fn)
+    return codes.reshape(x.shape), scales
+
+
+class TRT_FP4DynamicQuantize(OpRun):  # noqa: N801 - it goes by the operator's name
+    """`dynamic_quantize`."""
 
     op_domain = DOMAIN
 
     def _run(self, x: Any, factor: Any, axis: int, block_size: int, scale_type: int) -> tuple[Any, Any]:
-        blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, block_size)
-        wanted = np.abs(blocks).max(-1) / np.float32(_LARGEST_CODE) / factor
-        scales = np.clip(wanted, _SMALLEST_SCALE, _LARGEST_SCALE).astype(ml_dtypes.float8_e4m3fn)
-        whole = (scales.astype(np.float32) * factor)[..., None]
-        codes = np.clip(blocks / whole, -_LARGEST_CODE, _LARGEST_CODE).astype(ml_dtypes.float4_e2m1fn)
-        return codes.reshape(x.shape), scales
+        return dynamic_quantize(x, factor, block_size)
 
 
 OPERATORS = (TRT_FP4DynamicQuantize,)

@@ -1,6 +1,7 @@
 """Writes a graph as a TensorRT folder: the ONNX, an engine for each GPU asked for, and what the builder made of it."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 
 from qcompiler.errors import MissingDependencyError, TargetError, VerificationError
 from qcompiler.frontend import declared_positions
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, Port
 from qcompiler.lowering.onnx.writer import MODEL_FILE, Emitted, companion_files, emit, store
 from qcompiler.lowering.tensorrt.dialect import tensorrt_dialect
 from qcompiler.lowering.tensorrt.dialect.activations import packed_ports
@@ -35,10 +36,11 @@ from qcompiler.lowering.tensorrt.target import TensorRTTarget
 from qcompiler.protocol import Support
 from qcompiler.storage import StagedFiles
 
-__all__ = ["LAYERS_FILE", "check", "write"]
+__all__ = ["LAYERS_FILE", "check", "profiles_of", "summary", "write"]
 
 LAYERS_FILE = "layers.json"
 _LONGEST = 4096
+_KERNEL_SUFFIX = re.compile(r"_myl\d+_\d+$")
 
 
 def check(graph: Graph, target: TensorRTTarget) -> None:
@@ -85,17 +87,18 @@ def write(graph: Graph, directory: Path, target: TensorRTTarget) -> dict[str, An
     return _report(graph, emitted, target, directory, profiles, engines)
 
 
-def profiles_of(graph: Graph, target: TensorRTTarget, *, step: int = 1) -> tuple[Profile, ...]:
-    """The profiles asked for, or one to read prompts with and one to decode with.
+def profiles_of(
+    graph: Graph, target: TensorRTTarget, *, step: int = 1, ports: Sequence[Port] | None = None
+) -> tuple[Profile, ...]:
+    """The profiles asked for, or one to read prompts with and one to decode with (``step`` tokens at once).
+
+    ``ports`` are those that caches of codes have in our dialect, unless given.
 
     Raises:
         TargetError: for a text that does not say any, or sizes that do not hold.
     """
-    positions, declared = declared_positions(graph.provenance.get("config")), packed_ports(graph)
-    ports = [
-        replace(port, shape=tuple(declared[port.name][1])) if port.name in declared else port
-        for port in graph.signature.inputs
-    ]
+    positions = declared_positions(graph.provenance.get("config"))
+    ports = _ports(graph) if ports is None else ports
     if target.profiles is not None:
         return parse_profiles(target.profiles, ports, positions=positions)
     if target.length is not None and positions is not None and target.length > positions:
@@ -107,6 +110,15 @@ def profiles_of(graph: Graph, target: TensorRTTarget, *, step: int = 1) -> tuple
         )
     length = target.length or min(positions or _LONGEST, _LONGEST)
     return default_profiles(ports, batch=target.batch, length=length, step=step)
+
+
+def _ports(graph: Graph) -> list[Port]:
+    """The inputs, as they are declared."""
+    declared = packed_ports(graph)
+    return [
+        replace(port, shape=tuple(declared[port.name][1])) if port.name in declared else port
+        for port in graph.signature.inputs
+    ]
 
 
 def _refuse(emitted: Emitted, target: TensorRTTarget) -> None:
@@ -151,24 +163,24 @@ def _report(
         scheme = graph.schemes.get(site)
         support = target.supports(scheme, widths[site]) if scheme is not None else Support("runs", "unknown scheme")
         sites[site] = {"status": support.status, "reason": support.reason}
-    listed, findings = {}, []
+    listed, summaries, findings = {}, {}, []
     for capability, built in engines.items():
         linears = fused_linears(built.layers, emitter.products)
         attentions = fused_attentions(built.layers, {name: [name] for name in emitter.attentions})
         found = _findings(linears, sites, profiles, capability) + _findings(attentions, {}, profiles, capability)
         findings += found
+        summaries[capability] = {
+            **built.to_dict(),
+            **summary(linears, attentions),
+            "layers": len(built.layers),
+            "commands": _commands(built, profiles, target),
+        }
         listed[capability] = {
             **built.to_dict(),
             "linears": {site: [place.to_dict() for place in places] for site, places in linears.items()},
             "attentions": {name: [place.to_dict() for place in places] for name, places in attentions.items()},
             "layers": [layer.to_dict() for layer in built.layers],
-            "commands": command_lines(
-                MODEL_FILE,
-                built.plan.name,
-                profiles,
-                capability=built.capability,
-                weight_streaming=target.weight_streaming,
-            ),
+            "commands": _commands(built, profiles, target),
         }
     if target.strict and findings:
         raise VerificationError(
@@ -182,7 +194,6 @@ def _report(
     with StagedFiles(directory) as staged, staged.file(LAYERS_FILE) as append:
         append(json.dumps(document, indent=1).encode() + b"\n")
     files = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
-    summaries = {capability: _summary(entry) for capability, entry in listed.items()}
     return {
         "target": target.name,
         "path": str(directory),
@@ -199,6 +210,12 @@ def _report(
         "findings": findings,
         "notes": _notes(sites, findings, target, summaries),
     }
+
+
+def _commands(built: Built, profiles: Sequence[Profile], target: TensorRTTarget) -> dict[str, str]:
+    """The lines that build the same engine elsewhere."""
+    streams = target.weight_streaming
+    return command_lines(MODEL_FILE, built.plan.name, profiles, capability=built.capability, weight_streaming=streams)
 
 
 def _findings(
@@ -221,19 +238,25 @@ def _findings(
     ]
 
 
-def _summary(listed: Mapping[str, Any]) -> dict[str, Any]:
-    """Counts instead of layers."""
+def summary(
+    linears: Mapping[str, Sequence[Placement]], attentions: Mapping[str, Sequence[Placement]]
+) -> dict[str, Any]:
+    """Counts of what an engine has: what is fused under every profile; for each profile, layers and kernels."""
+    profiles = sorted({place.profile for found in (*linears.values(), *attentions.values()) for place in found})
 
-    def share(places: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-        whole = sum(all(place["fused"] for place in found) for found in places.values())
-        return f"{whole} of {len(places)}"
+    def share(places: Mapping[str, Sequence[Placement]]) -> str:
+        return f"{sum(all(place.fused for place in found) for found in places.values())} of {len(places)}"
 
-    kept = ("plan", "commands", "package", "version", "seconds", "peak_rss_bytes", "plan_bytes", "warnings")
+    def layers(places: Mapping[str, Sequence[Placement]], profile: int) -> set[str]:
+        every = [place for found in places.values() for place in found if place.profile == profile]
+        return {place.layer for place in every if place.fused and place.layer is not None}
+
+    kernels = [{_KERNEL_SUFFIX.sub("", name).strip("_") for name in layers(attentions, p)} for p in profiles]
     return {
-        **{key: listed[key] for key in kept},
-        "layers": len(listed["layers"]),
-        "fused_linears": share(listed["linears"]),
-        "fused_attentions": share(listed["attentions"]),
+        "fused_linears": share(linears),
+        "fused_attentions": share(attentions),
+        "products": [str(len(layers(linears, profile))) for profile in profiles],
+        "attention_kernels": ["+".join(sorted(names)) for names in kernels],
     }
 
 

@@ -40,12 +40,14 @@ class Kept:
         wanted: targets by name, as on the command line.
         source: the artifact they are made of; by default the native one of ``artifacts``.
         output: the directory for all.
+        status: with which a command that did its work ends.
     """
 
     artifacts: dict[str, str] = field(default_factory=dict)
     wanted: dict[str, str] = field(default_factory=dict)
     source: str | None = None
     output: str = ""
+    status: int = 0
 
     def next_command(self) -> str | None:
         """What makes the rest of what was wanted, where something stands to make it of."""

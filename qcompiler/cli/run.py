@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from qcompiler.cli.checking import check
 from qcompiler.cli.commands import app
 from qcompiler.cli.output import Kept
 from qcompiler.cli.signals import Interruptions
@@ -21,13 +22,15 @@ _EXIT_BUG, _EXIT_ERROR, _EXIT_VERIFICATION, _EXIT_INTERRUPTED = 1, 2, 3, 130
 # Typer raises click's usage errors or, in later versions, those of a copy of click it brings along: in either, the base
 # of the one it exports.
 _UsageError: Any = typer.BadParameter.__bases__[0]
+app.command()(check)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status.
 
-    0: done. 1: a fault of ours. 2: an error of the `QCompilerError` family, or of usage. 3: a verification failed. 130:
-    interrupted. With ``--json``, exactly one object goes to stdout in each case.
+    0: done. 1: a fault of ours. 2: an error of the `QCompilerError` family, or of usage. 3: a verification failed, or
+    ``check`` found what does not build. 130: interrupted. With ``--json``, exactly one object goes to stdout in each
+    case.
     """
     with Interruptions(for_good=arguments is None) as interruptions:
         return _run(sys.argv[1:] if arguments is None else arguments, interruptions)
@@ -65,7 +68,7 @@ def _run(arguments: list[str], interruptions: Interruptions) -> int:
         interruptions.finish()
         if as_json and isinstance(result, dict):
             _emit({"schema": SCHEMA, "command": command, "ok": True, "result": result})
-        return result if isinstance(result, int) else 0
+        return result if isinstance(result, int) else kept.status
     except (KeyboardInterrupt, typer.Abort):
         return fail({"type": "Interrupted", "what": "interrupted"}, "interrupted", _EXIT_INTERRUPTED)
     except QCompilerError as error:

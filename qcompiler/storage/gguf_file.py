@@ -81,6 +81,7 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._parts: dict[str, GGUFFile] = {}
         try:
             self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
@@ -109,8 +110,22 @@ class GGUFFile:
         begin = -(-self._offset // alignment) * alignment
         self.tensors = {tensor.name: tensor for tensor in (self._placed(begin, *entry) for entry in described)}
 
+    def add(self, part: "GGUFFile") -> None:
+        """Takes over the tensors of a further part of a divided file.
+
+        Raises:
+            WeightError: if one is there already.
+        """
+        twice = next((name for name in part.tensors if name in self.tensors), None)
+        if twice is not None:
+            raise WeightError("two parts of a GGUF file have one tensor", where=part.path, got=twice)
+        self.tensors |= part.tensors
+        self._parts |= dict.fromkeys(part.tensors, part)
+
     def read(self, name: str) -> Tensor:
         """A tensor: of floats in its shape, of other types as uint8 ``[..., bytes of a row]``."""
+        if name in self._parts:
+            return self._parts[name].read(name)
         tensor = self.tensors[name]
         data = torch.from_numpy(np.array(self._bytes[tensor.start : tensor.start + tensor.nbytes]))
         if tensor.kind in _FLOATS:

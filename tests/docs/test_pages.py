@@ -8,6 +8,7 @@ import pytest
 
 from qcompiler import extend
 from qcompiler.ir.graph import Graph
+from qcompiler.lowering.tensorrt.legality import RULES
 from qcompiler.numerics import spec
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes.recipe_file import load_recipe, read_recipe
@@ -83,6 +84,12 @@ def test_the_rewrites_on_the_page_work(tmp_path: Path, capsys: pytest.CaptureFix
     (imported,) = load_recipe(f"{program}:FuseSwish")
     assert imported.name == "fuse-swish"
     assert "refused: a pass that is declared exact changed" in capsys.readouterr().out
+
+
+def test_every_rule_of_tensorrt_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| (refused|wrong|unfused) \| (.+) \|$", page, re.MULTILINE)
+    assert rows == [(rule.name, rule.verdict, rule.reason) for rule in RULES]
 
 
 def test_every_fact_and_method_on_the_page_is_there() -> None:

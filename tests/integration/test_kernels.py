@@ -21,7 +21,7 @@ from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ, QuantizeKVCache, Sque
 from qcompiler.protocol.pass_base import Pass
 
 ROOT = Path(__file__).resolve().parents[2]
-LENGTH, STEPS = 256, 12
+LENGTH, STEPS = 128, 12
 STATIC = InsertQDQ(observer="minmax")
 DYNAMIC = InsertQDQ(observer=None)
 

@@ -1,5 +1,6 @@
 """The settings of a model, as key-value pairs of GGUF. Source: ``gguf.constants`` 0.19, and the GGUF specification."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_settings", "context_length", "rope_factors"]
 
-_ROPES = ("default", "linear", "llama3")
+_ROPES = ("default", "linear", "llama3", "yarn")
 
 
 def add_settings(writer: "gguf.GGUFWriter", config: Any) -> None:
@@ -44,6 +45,26 @@ def add_settings(writer: "gguf.GGUFWriter", config: Any) -> None:
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
+    if rope["rope_type"] == "yarn":
+        _add_yarn(writer, config)
+
+
+def _add_yarn(writer: "gguf.GGUFWriter", config: Any) -> None:
+    """YaRN (arXiv 2309.00071), as llama.cpp computes it: its own factor of attention, ``1 + 0.1 ln factor``, times one
+    that stands in the file.
+    """
+    import gguf
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    factor = float(rope["factor"])
+    _, attention = ROPE_INIT_FUNCTIONS["yarn"](config, device="cpu")
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(factor)
+    writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+    writer.add_rope_scaling_attn_factors(float(attention) / (1 + 0.1 * math.log(factor)))
+    writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
+    writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
 
 
 def check_settings(config: Any) -> None:
@@ -52,13 +73,15 @@ def check_settings(config: Any) -> None:
     Raises:
         TargetError: naming them.
     """
-    kind = config.rope_parameters.get("rope_type")
-    if kind not in _ROPES:
+    rope = config.rope_parameters
+    kind = rope.get("rope_type")
+    is_whole = rope.get("truncate", True) and (rope.get("factor") or 0) > 1 if kind == "yarn" else True
+    if kind not in _ROPES or not is_whole:
         raise TargetError(
             "rotary embeddings of this kind are not written as GGUF",
             where="checkpoint: config.json: rope_parameters",
-            got=kind,
-            expected=", ".join(_ROPES),
+            got=kind if is_whole else f"{kind}, factor {rope.get('factor')}, truncate {rope.get('truncate', True)}",
+            expected=f"{', '.join(_ROPES)}, which llama.cpp computes with a factor above 1 and truncate",
             remedy="write format=compressed-tensors",
         )
 

@@ -153,21 +153,27 @@ def _cut(
     """Cuts the graph of a module; a cache that is no buffer is made longer in the piece that reads it first."""
     nodes = [node for node in module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     place = {node: at for at, node in enumerate(nodes)}
-    ends = {min(past.users, key=place.__getitem__): place.get(made, 0) for past, made in longer.items() if past.users}
+    ends: dict[Node, int] = {}  # by the node that reads such a cache first, how far the piece goes at least
+    for past, made in longer.items():
+        if past.users:
+            first = min(past.users, key=place.__getitem__)
+            ends[first] = max(ends.get(first, -1), place.get(made, -1))
     groups: list[list[Node]] = [[]]
-    read: set[object] = set()
+    read: set[str] = set()
     size, end = 0, -1
+
+    def bytes_in(targets: set[str]) -> int:
+        members = (getattr(module, target) for target in targets)
+        return sum(member.size for member in members if isinstance(member, Deferred))
+
     for at, node in enumerate(nodes):
-        members = {source.target for source in (*_stored(node), node) if source.op in ("get_attr", "call_module")}
-        own = {target: getattr(module, str(target)) for target in members - read}
-        fresh = sum(member.size for member in own.values() if isinstance(member, Deferred))
-        if groups[-1] and at > end and size + fresh > piece_bytes:
+        members = {str(item.target) for item in (*_stored(node), node) if item.op in ("get_attr", "call_module")}
+        if groups[-1] and at > end and size + bytes_in(members - read) > piece_bytes:
             groups.append([])
             read, size = set(), 0
-            fresh = sum(m.size for t in members if isinstance(m := getattr(module, str(t)), Deferred))
         groups[-1].append(node)
+        size += bytes_in(members - read)
         read |= members
-        size += fresh
         end = max(end, ends.get(node, -1))
     home = {node: number for number, group in enumerate(groups) for node in group}
     last = dict.fromkeys(results, len(groups))

@@ -14,7 +14,7 @@ __all__ = ["BLOCK_BUILDERS"]
 
 _aten, _canonical = torch.ops.aten, torch.ops.qcompiler
 _FLOAT = ir.DataType.FLOAT
-_LARGEST_HEAD = 256
+_SMALLEST_HEAD, _LARGEST_HEAD = 9, 256
 _MASKED = -30000.0
 """Added to logits that do not count: fits float16 with room for the logits, and its exponential is 0."""
 
@@ -42,11 +42,11 @@ def _aten_attention(e: Emitter, node: fx.Node) -> ir.Value:
 
 
 def _is_fused(q: fx.Node, k: fx.Node, v: fx.Node) -> bool:
-    """Whether there is a kernel: heads of one size of at most 256 channels, the queries' a multiple of the keys'."""
+    """Whether there is a kernel: heads of one size, 9 to 256 channels, the queries' a multiple of the keys'."""
     shapes = [node.meta["shape"] for node in (q, k, v)]
     heads, kv_heads = shapes[0][1], shapes[1][1]
     whole = isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0
-    return whole and len({shape[-1] for shape in shapes}) == 1 and shapes[0][-1] <= _LARGEST_HEAD
+    return whole and len({shape[-1] for shape in shapes}) == 1 and _SMALLEST_HEAD <= shapes[0][-1] <= _LARGEST_HEAD
 
 
 def _fused(

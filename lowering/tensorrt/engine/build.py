@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ Progress = Callable[[int, int, str], None]
 _WORKER = Path(__file__).with_name("worker.py")
 _SHOWN = 4  # messages of the builder in an error
 _ROUTINE = ("Make sure input",)  # of the types of inputs, which the plan tells
+_PLACE = re.compile(r"^\w+\.cpp:\d+: ")
+_NAME = re.compile(r"\S*[\d./]\S*")
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate memory")
 
 
@@ -41,7 +45,7 @@ class Built:
         peak_rss_bytes: the largest resident memory of the child.
         plan_bytes: of the file.
         layers: of the engine, as the builder says.
-        warnings: of the builder, each once.
+        warnings: of the builder, those of a kind once.
     """
 
     plan: Path
@@ -140,7 +144,7 @@ def build_engine(
         told.built["peak_rss_bytes"],
         told.built["plan_bytes"],
         layers,
-        tuple(dict.fromkeys(text for text in told.warnings if not any(word in text for word in _ROUTINE))),
+        _each_once(told.warnings),
     )
 
 
@@ -206,6 +210,17 @@ def _hear(line: str, told: _Told, progress: Progress | None) -> None:
         (told.warnings if severity == "WARNING" else told.errors).append(text)
     elif progress is not None:
         progress(*said["progress"])
+
+
+def _each_once(warnings: Sequence[str]) -> tuple[str, ...]:
+    """Warnings without the place in the builder's source; those that differ in a name or number alone are counted."""
+    texts = [_PLACE.sub("", text) for text in warnings if not any(words in text for words in _ROUTINE)]
+    kinds = {text: _NAME.sub("*", text) for text in texts}
+    counts = Counter(kinds[text] for text in texts)
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(kinds[text], text)
+    return tuple(f"{text} ({counts[kind]} such)" if counts[kind] > 1 else text for kind, text in first.items())
 
 
 def _failure(told: _Told, status: int, folder: Path, model: Path, plan: Path, api: Api) -> QCompilerError:

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qcompiler.lowering.tensorrt.engine.layers import Layer
+from qcompiler.lowering.tensorrt.engine.layers import Layer, Tensor
 
 __all__ = ["Placement", "fused_attentions", "fused_linears"]
 
+_PRODUCTS = ("gemm", "runtime_fusion")
 _DISTANCE = 4
 
 
@@ -46,7 +47,7 @@ class Placement:
 def fused_linears(
     layers: Sequence[Layer], nodes: Mapping[str, str], *, weights: Mapping[str, int] | None = None
 ) -> dict[str, tuple[Placement, ...]]:
-    """What became of linear layers: fused where a layer made of their MatMul has quantized constants.
+    """What became of linear layers: fused where a layer made of their MatMul multiplies quantized constants.
 
     A layer of the engine may be made of several, such as q, k and v.
 
@@ -113,8 +114,25 @@ def _by_profile(layers: Iterable[Layer]) -> list[tuple[int, list[Layer]]]:
 
 
 def _rank(layer: Layer, sites: int) -> tuple[bool, bool, int]:
-    """Least for the layer that holds the weights: its epilogue, or a neighbour's, may name the node as well."""
-    return not layer.quantized, layer.kind not in ("gemm", "runtime_fusion"), sites
+    """Least for the layer that multiplies: what dequantizes, an epilogue or a neighbour may name the node as well."""
+    return not _multiplies(layer), layer.kind not in _PRODUCTS, sites
+
+
+def _multiplies(layer: Layer) -> bool:
+    """Whether a layer multiplies quantized weights, and does not make float ones of them for another.
+
+    What does has no inputs. (Seen where the weights of several products are put together: it names those products.) Or
+    it is generated with something else, and one of its outputs is as large as its codes.
+    """
+    if not layer.quantized or not layer.inputs:
+        return False
+    least = min(math.prod(constant.shape) for constant in layer.quantized)
+    return layer.kind in _PRODUCTS or all(_size(tensor) < least for tensor in layer.outputs)
+
+
+def _size(tensor: Tensor) -> int:
+    """Elements; 0 where a size varies."""
+    return 0 if -1 in tensor.shape else math.prod(tensor.shape)
 
 
 def _placed(name: str, profile: int, home: Layer | None, reason: str, others: tuple[str, ...]) -> Placement:
@@ -131,8 +149,8 @@ def _unfused(
     """Why a linear layer is not fused; empty where it is."""
     if home is None:
         return "no layer of the engine names it"
-    if not home.quantized:
-        source = _dequantizer(home, layers)
+    if not _multiplies(home):
+        source = home if home.quantized else _dequantizer(home, layers)
         if source is None:
             return f"multiplied with {_types(home.constants) or _types(home.inputs)}"
         return f"dequantized from {_types(source.quantized)} to {_types(source.outputs)} by a kernel of its own"
@@ -143,7 +161,7 @@ def _unfused(
     return ""
 
 
-def _types(tensors: Iterable[Any]) -> str:
+def _types(tensors: Iterable[Tensor]) -> str:
     return " and ".join(dict.fromkeys(tensor.dtype for tensor in tensors if math.prod(tensor.shape) != 1))
 
 

@@ -17,6 +17,7 @@ with whoever started it: its standard input is then closed.
 import importlib
 import json
 import os
+import re
 import resource
 import sys
 import threading
@@ -25,7 +26,8 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-_EVERY = 0.1
+_EVERY = 0.1  # seconds
+_PROFILE = re.compile(r"Constructing optimization profile number (\d+)")
 
 
 class Failure(Exception):
@@ -49,6 +51,39 @@ class Teller:
             view = memoryview(line)
             while len(view):
                 view = view[os.write(self._pipe, view) :]
+
+
+class Progress:
+    """Tells how many of the profiles are done, and which phase began last; the builder's own steps take no time."""
+
+    def __init__(self, teller: Teller, profiles: list[str]) -> None:
+        self._teller, self._profiles, self._lock = teller, profiles, threading.Lock()
+        self._current: int | None = None
+        self._told = 0.0
+
+    def profile(self, index: int) -> None:
+        """The builder begins with a profile."""
+        with self._lock:
+            self._current, self._told = index, 0.0
+        self.phase("compiling")
+
+    def phase(self, name: str) -> bool:
+        """The builder is in a phase; whether anybody listens to that."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._told < _EVERY:
+                return True
+            self._told = now
+            if self._current is None or self._current >= len(self._profiles):
+                name = name[:1].lower() + name[1:]
+            else:
+                name = f"profile {self._profiles[self._current]}: {name[:1].lower() + name[1:]}"
+            state = [self._current or 0, max(1, len(self._profiles)), name]
+        try:
+            self._teller.tell("progress", state)
+        except OSError:
+            return False
+        return True
 
 
 def main(request_path: Path, pipe: int) -> None:
@@ -82,13 +117,14 @@ def _build(request: dict[str, Any], folder: Path, teller: Teller) -> dict[str, o
     teller.tell("progress", [0, 0, "starting the builder"])
     warnings.simplefilter("ignore")
     trt: Any = importlib.import_module(request["package"])
-    logger = _logger(trt, teller, folder / "layers.txt")
+    progress = Progress(teller, [profile["name"] for profile in request["profiles"]])
+    logger = _logger(trt, teller, progress, folder / "layers.txt")
     try:
         builder = trt.Builder(logger)
     except (TypeError, RuntimeError) as error:  # what pybind11 makes of a null pointer: no driver, no GPU
         raise Failure("builder", str(error)) from error
     network = _parsed(trt, builder, logger, request["model"], teller)
-    config = _configured(trt, builder, network, request, teller)
+    config = _configured(trt, builder, network, request, progress)
     cache = _timing_cache(trt, config, request["timing_cache"], teller)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -107,7 +143,7 @@ def _build(request: dict[str, Any], folder: Path, teller: Teller) -> dict[str, o
     }
 
 
-def _logger(trt: Any, teller: Teller, layers: Path) -> Any:
+def _logger(trt: Any, teller: Teller, progress: Progress, layers: Path) -> Any:
     severity = trt.ILogger.Severity
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -122,6 +158,8 @@ def _logger(trt: Any, teller: Teller, layers: Path) -> Any:
                 self.has_layers = True
                 with open(layers, "a") as file:
                     file.write(text + "\n")
+            elif found := _PROFILE.match(text):
+                progress.profile(int(found[1]))
 
     return Logger()
 
@@ -143,7 +181,7 @@ def _parsed(trt: Any, builder: Any, logger: Any, model: str, teller: Teller) -> 
     raise Failure("parse", "the parser refuses the file", errors=found)
 
 
-def _configured(trt: Any, builder: Any, network: Any, request: dict[str, Any], teller: Teller) -> Any:
+def _configured(trt: Any, builder: Any, network: Any, request: dict[str, Any], progress: Progress) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if request["capability"] is not None:
@@ -156,7 +194,7 @@ def _configured(trt: Any, builder: Any, network: Any, request: dict[str, Any], t
         if flag is None:
             raise Failure("flag", "this TensorRT does not stream weights")
         config.set_flag(flag)
-    config.progress_monitor = _monitor(trt, teller)
+    config.progress_monitor = _monitor(trt, progress)
     inputs = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
     for profile in request["profiles"]:
         _add_profile(builder, config, profile, inputs)
@@ -192,45 +230,19 @@ def _add_profile(builder: Any, config: Any, profile: dict[str, Any], inputs: dic
         raise Failure("profile", "the builder refuses a profile", where=where, got=str(shapes))
 
 
-def _monitor(trt: Any, teller: Teller) -> Any:
+def _monitor(trt: Any, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Tells the steps of the outermost phase, and the name of the one that began last."""
-
         def __init__(self) -> None:
             super().__init__()
-            self._lock = threading.Lock()
-            self._outer, self._done, self._total = "", 0, 0
-            self._told = 0.0
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            with self._lock:
-                if not self._outer:
-                    self._outer, self._done, self._total = name, 0, steps
-            self._tell(name)
+            progress.phase(name)
 
         def step_complete(self, name: str, step: int) -> bool:
-            with self._lock:
-                if name == self._outer:
-                    self._done = step + 1
-            return self._tell(name)
+            return progress.phase(name)
 
         def phase_finish(self, name: str) -> None:
-            with self._lock:
-                if name == self._outer:
-                    self._outer = ""
-
-        def _tell(self, name: str) -> bool:
-            with self._lock:
-                now = time.monotonic()
-                if now - self._told < _EVERY and name != self._outer:
-                    return True
-                self._told = now
-                state = [self._done, self._total, name[:1].lower() + name[1:]]
-            try:
-                teller.tell("progress", state)
-            except OSError:  # nobody listens any more
-                return False
-            return True
+            pass
 
     return Monitor()
 

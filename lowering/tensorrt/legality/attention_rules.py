@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 
+from qcompiler.lowering.tensorrt.legality.model import is_constant
 from qcompiler.lowering.tensorrt.legality.operands import Shape, dtype_of, shape_of
 from qcompiler.lowering.tensorrt.legality.rule import Rule
 
@@ -117,6 +118,57 @@ def _decomposed(node: ir.Node, _: int) -> str | None:
     return _no_kernel(node) if node.attributes.get_int("TRT_decomposable", 0) else None
 
 
+_BETWEEN = ("Add", "Sub", "Mul", "Div", "Where", "Max", "Cast", "Identity")
+_MOVES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze")
+
+
+def _written_out(node: ir.Node, _: int) -> str | None:
+    """Softmax between two products of activations that no pattern of the builder takes for attention."""
+    if node.op_type != "Softmax":
+        return None
+    ahead, moved = _product_ahead(node)
+    behind, moved_behind = _product_behind(node)
+    if ahead is None or behind is None:
+        return None
+    if dtype_of(behind.outputs[0]) == _T.FLOAT:
+        return "attention in FLOAT, in plain operators"
+    ranks = {len(shape) for shape in (shape_of(ahead.outputs[0]), shape_of(behind.outputs[0])) if shape is not None}
+    if ranks and ranks != {4}:
+        return f"attention in products of {max(ranks)} dimensions"
+    return "attention with heads that move around its softmax" if moved or moved_behind else None
+
+
+def _product_ahead(node: ir.Node) -> tuple[ir.Node | None, bool]:
+    """The product that a softmax is of, and whether its axes move on the way."""
+    stack: list[tuple[ir.Value | None, bool]] = [(node.inputs[0], False)]
+    for _ in range(32):  # scaling, capping and masking take fewer
+        if not stack:
+            return None, False
+        value, moved = stack.pop()
+        maker = None if value is None or is_constant(value) else value.producer()
+        if maker is None:
+            continue
+        if maker.op_type == "MatMul":
+            if not any(is_constant(each) for each in maker.inputs):
+                return maker, moved
+        elif maker.op_type in (*_BETWEEN, *_MOVES):
+            stack += [(each, moved or maker.op_type in _MOVES) for each in reversed(maker.inputs)]
+    return None, False
+
+
+def _product_behind(node: ir.Node) -> tuple[ir.Node | None, bool]:
+    """The product that reads a softmax, and whether its axes move on the way."""
+    value, moved = node.outputs[0], False
+    while True:
+        readers = [reader for reader, _ in value.uses()]
+        if len(readers) != 1 or readers[0].op_type not in ("MatMul", *_BETWEEN, *_MOVES):
+            return None, False
+        if readers[0].op_type == "MatMul":
+            return (None, False) if any(is_constant(each) for each in readers[0].inputs) else (readers[0], moved)
+        moved = moved or readers[0].op_type in _MOVES
+        value = readers[0].outputs[0]
+
+
 ATTENTION_RULES: tuple[Rule[ir.Node], ...] = (
     Rule(
         "attention-cache",
@@ -188,6 +240,15 @@ ATTENTION_RULES: tuple[Rule[ir.Node], ...] = (
         _decomposed,
         _KERNELS,
         "float=float16",
+        _BUILDER,
+    ),
+    Rule(
+        "attention-written-out",
+        "unfused",
+        _written_out,
+        "the builder takes products and softmax for attention where they are of 4 dimensions and 16 bits, with nothing "
+        "but scaling, masking and casts in between",
+        "ONNX's Attention of opset 23; or FLOAT16, and keys and values expanded to the heads of the queries",
         _BUILDER,
     ),
 )

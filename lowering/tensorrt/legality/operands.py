@@ -123,6 +123,7 @@ class Product:
         node: MatMul or Gemm.
         weight: the side that is constant.
         activation: the other, where it is rounded and goes into the product as it is dequantized.
+        summed_axis: of the codes, counted from their end: -1 or -2; the other is that of the output channels.
         shape: of the weight, as it is multiplied; the last two are those of the matrix.
         rank: of the other side; None where it is not known.
     """
@@ -130,8 +131,17 @@ class Product:
     node: ir.Node
     weight: Operand
     activation: Operand | None
+    summed_axis: int
     shape: Shape | None
     rank: int | None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether codes of both sides could be multiplied: no scale differs along the axis that is summed over."""
+        if self.activation is None or self.activation.granularity.kind == "channel":
+            return False
+        codes, scales = shape_of(self.weight.dequantize.inputs[0]), self.weight.granularity
+        return scales.kind != "channel" or codes is None or scales.axis - len(codes) != self.summed_axis
 
 
 def product_of(node: ir.Node) -> Product | None:
@@ -144,8 +154,15 @@ def product_of(node: ir.Node) -> Product | None:
         if weight is not None and weight.is_weight:
             rest = shape_of(node.inputs[1 - place])
             activation = None if other is None or other.is_weight else other
-            return Product(node, weight, activation, shape_of(node.inputs[place]), None if rest is None else len(rest))
+            shape, rank = shape_of(node.inputs[place]), None if rest is None else len(rest)
+            return Product(node, weight, activation, _summed_axis(node, weight, place), shape, rank)
     return None
+
+
+def _summed_axis(node: ir.Node, weight: Operand, place: int) -> int:
+    turns = node.attributes.get_int("transB" if place else "transA", 0) if node.op_type == "Gemm" else 0
+    turns += sum(each.op_type == "Transpose" for each in weight.path)
+    return -1 if (turns + place) % 2 == 0 else -2
 
 
 def computed_weight(node: ir.Node) -> str | None:

@@ -2,8 +2,8 @@
 
 import onnx_ir as ir
 
-from qcompiler.lowering.tensorrt.legality.model import is_constant
-from qcompiler.lowering.tensorrt.legality.operands import dtype_of
+from qcompiler.lowering.tensorrt.legality.model import constant_of, is_constant
+from qcompiler.lowering.tensorrt.legality.operands import dtype_of, shape_of
 from qcompiler.lowering.tensorrt.legality.operators import CUSTOM, MICROSOFT, PLUGINS, STANDARD
 from qcompiler.lowering.tensorrt.legality.rule import Rule
 
@@ -40,6 +40,23 @@ def _axes(node: ir.Node, _: int) -> str | None:
     if node.op_type not in _AXES or node.domain not in _ONNX or len(node.inputs) < 2 or node.inputs[1] is None:
         return None
     return None if is_constant(node.inputs[1]) else f"axes of {node.op_type} computed at run time"
+
+
+def _reshape(node: ir.Node, _: int) -> str | None:
+    data = shape_of(node.inputs[0]) if node.op_type == "Reshape" and node.domain in _ONNX else None
+    wanted = None if data is None else constant_of(node.inputs[1])
+    if data is None or wanted is None or not all(isinstance(size, int) for size in data):
+        return None
+    sizes = [int(size) for size in wanted.reshape(-1)]
+    count, given = 1, 1
+    for size in data:
+        count *= size if isinstance(size, int) else 1
+    if any(size == 0 for size in sizes):
+        return None
+    for size in sizes:
+        given *= abs(size)
+    fits = count % given == 0 if -1 in sizes else count == given
+    return None if fits else f"Reshape of {list(data)} to {sizes}"
 
 
 def _results(node: ir.Node, _: int) -> str | None:
@@ -92,6 +109,14 @@ OPERATOR_RULES: tuple[Rule[ir.Node], ...] = (
         "axes are constants",
         "an initializer",
         f"{_BUILDER}: 'Axis input must resolve to a build-time constant'",
+    ),
+    Rule(
+        "reshape",
+        "refused",
+        _reshape,
+        "a Reshape moves elements; it makes and drops none",
+        "a shape of as many elements",
+        f"{_BUILDER}: 'reshape changes volume'",
     ),
     Rule(
         "outputs",

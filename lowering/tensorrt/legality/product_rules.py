@@ -16,12 +16,12 @@ _TURING = 75
 
 def _weight_only(node: ir.Node) -> Product | None:
     found = product_of(node)
-    return None if found is None or found.activation is not None else found
+    return None if found is None or found.rounds else found
 
 
 def _rounded(node: ir.Node) -> Product | None:
     found = product_of(node)
-    return None if found is None or found.activation is None else found
+    return None if found is None or not found.rounds else found
 
 
 def _name(product: Product) -> str:
@@ -31,7 +31,7 @@ def _name(product: Product) -> str:
 
 def _int4_one_block(node: ir.Node, _: int) -> str | None:
     found = _weight_only(node)
-    if found is None or found.weight.codes != _T.INT4:
+    if found is None or found.activation is not None or found.weight.codes != _T.INT4:
         return None
     scales = found.weight.granularity
     return None if scales.kind == "unknown" or scales.is_blocked else f"INT4 weights, scales per {_kind(scales.kind)}"
@@ -49,7 +49,7 @@ def _blocks_of_bytes(node: ir.Node, _: int) -> str | None:
 
 
 def _int4_times_rounded(node: ir.Node, _: int) -> str | None:
-    found = _rounded(node)
+    found = product_of(node)
     if found is None or found.activation is None or found.weight.codes != _T.INT4:
         return None
     return f"INT4 weights by {_named(found.activation.codes)} activations"
@@ -68,16 +68,17 @@ def _named(dtype: ir.DataType | None) -> str:
 
 def _types_differ(node: ir.Node, _: int) -> str | None:
     found = _rounded(node)
-    if found is None or found.activation is None or found.weight.codes not in _BYTES:
+    weight = None if found is None else found.weight.codes
+    if found is None or found.activation is None or weight not in (*_BYTES, _T.FLOAT4E2M1):
         return None
-    weight, other = found.weight.codes, found.activation.codes
+    other = found.activation.codes
     other = _T.INT8 if other == _T.UINT8 else other  # which the parser makes of it, a rule of its own
     return None if other is None or weight == other else f"{weight.name} weights by {other.name} activations"
 
 
 def _scales_differ(node: ir.Node, _: int) -> str | None:
     found = _rounded(node)
-    if found is None or found.activation is None or found.rank == 2:
+    if found is None or found.activation is None:
         return None
     weight, other = dtype_of(found.weight.scale), dtype_of(found.activation.scale)
     is_tensor = found.weight.granularity.kind == "tensor"
@@ -157,13 +158,6 @@ def _turing_float(node: ir.Node, sm: int) -> str | None:
     if sm != _TURING or node.op_type not in ("MatMul", "Gemm", "Conv") or dtype_of(node.inputs[0]) != _T.FLOAT:
         return None
     return f"{node.op_type} in FLOAT on SM {sm}"
-
-
-def _codes_times_codes(node: ir.Node, _: int) -> str | None:
-    dtype = dtype_of(node.inputs[0]) if node.op_type in ("MatMul", "Gemm") else None
-    return (
-        None if dtype is None or dtype not in (*_BYTES, _T.INT4, _T.FLOAT4E2M1) else f"{node.op_type} of {dtype.name}"
-    )
 
 
 def _gemm_rank(node: ir.Node, _: int) -> str | None:
@@ -285,14 +279,6 @@ PRODUCT_RULES: tuple[Rule[ir.Node], ...] = (
         "Turing has no product in FLOAT",
         "FLOAT16",
         f"{_BUILDER}: 'Cannot compile operation ... for Turing (SM75)'",
-    ),
-    Rule(
-        "product-of-codes",
-        "refused",
-        _codes_times_codes,
-        "products are of floats; the builder multiplies codes where both sides are dequantized ahead of it",
-        "DequantizeLinear on both sides",
-        f"{_BUILDER}: 'Could not infer output types for operation'",
     ),
     Rule(
         "gemm-rank",

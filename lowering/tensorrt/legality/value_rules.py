@@ -90,6 +90,8 @@ def _odd_count(value: ir.Value, _: int) -> str | None:
     shape, dtype = shape_of(value), dtype_of(value)
     if shape is None or dtype not in (_T.INT4, _T.FLOAT4E2M1) or value.const_value is None:
         return None
+    if all(node.op_type in _QUANTIZERS and place == 2 for node, place in value.uses()):
+        return None  # a zero point, of which only the values are read
     count = 1
     for size in shape:
         count *= size if isinstance(size, int) else 1

@@ -9,6 +9,7 @@ import torch
 
 import qcompiler as qc
 from qcompiler.errors import InputError, UnsupportedModelError, WeightError
+from qcompiler.ir import quantized_tables, with_float_tables
 from tests.frontend.checkpoints.comparing import assert_same_model, refused
 from tests.frontend.checkpoints.packers import (
     Pair,
@@ -218,17 +219,31 @@ def test_a_layer_of_another_size_than_the_model_has(directory):
     assert (error.where, error.got, error.expected) == (f"{UP}.weight", "(64, 64)", "(96, 64)")
 
 
-def test_codes_of_an_embedding(directory):
-    weight = gptq_weight(4096, 64, np.random.default_rng(0))
+def put_codes(directory, module, weight):
+    """In the place of a float weight."""
 
     def change(tensors):
-        del tensors["model.embed_tokens.weight"]
+        del tensors[f"{module}.weight"]
         parts = {part: tensor.contiguous() for part, tensor in weight.tensors.items()}
-        tensors.update({f"model.embed_tokens.{part}": tensor for part, tensor in parts.items()})
+        tensors.update({f"{module}.{part}": tensor for part, tensor in parts.items()})
 
     edit_tensors(directory, change)
-    error = refused(directory, UnsupportedModelError, "no linear layer")
-    assert (error.where, error.got) == ("model.embed_tokens", "Embedding")
+
+
+def test_codes_of_an_embedding(directory):
+    weight = gptq_weight(4096, 64, np.random.default_rng(0))
+    put_codes(directory, "model.embed_tokens", weight)
+    graph = qc.capture(directory)
+    (table,) = quantized_tables(graph)
+    assert str(table.spec) == "int4 g32 symmetric"
+    found = with_float_tables(graph).weights.read("model.embed_tokens.weight")
+    np.testing.assert_array_equal(found.numpy(), weight.values)
+
+
+def test_codes_of_a_norm(directory):
+    put_codes(directory, "model.norm", gptq_weight(32, 64, np.random.default_rng(0)))
+    error = refused(directory, UnsupportedModelError, "no linear layer, and no embedding")
+    assert (error.where, error.got) == ("model.norm", "LlamaRMSNorm")
 
 
 def test_settings_without_codes(directory, written):

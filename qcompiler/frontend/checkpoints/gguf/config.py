@@ -1,8 +1,10 @@
 """The ``config.json`` of a model in a GGUF file, from its settings. Source: ``gguf.constants`` 0.19."""
 
+import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qcompiler.errors import UnsupportedModelError, WeightError
 from qcompiler.frontend.checkpoints.gguf.models import GGUF_MODELS, LLAMA3_FACTORS
@@ -90,13 +92,76 @@ def _rope(file: GGUFFile) -> dict[str, Any]:
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     if kind == "linear":
         return {**found, "rope_type": "linear", "factor": _setting(file, "rope.scaling.factor", float)}
+    if kind == "yarn":
+        return {**found, **_yarn(file)}
     if kind != "none":
         raise _scaling(file, kind)
     if LLAMA3_FACTORS in file.tensors:
-        factors = file.read(LLAMA3_FACTORS).float()
+        factors = file.read(LLAMA3_FACTORS).double()
         if not bool((factors == torch.ones_like(factors)).all()):
-            raise _scaling(file, f"{LLAMA3_FACTORS} (width {width})")
+            told = _llama3(factors, base)
+            if told is None:
+                raise _scaling(file, f"{LLAMA3_FACTORS} (width {width})")
+            return {**found, **told}
     return found
+
+
+def _yarn(file: GGUFFile) -> dict[str, Any]:
+    """YaRN: llama.cpp multiplies attention by ``1 + 0.1 ln factor``, and by a factor of the file."""
+    factor = _setting(file, "rope.scaling.factor", float)
+    attention = _setting(file, "rope.scaling.attn_factor", float, 1.0)
+    attention *= _setting(file, "rope.scaling.yarn_attn_factor", float, 1.0)
+    extrapolated = _setting(file, "rope.scaling.yarn_ext_factor", float, 1.0)
+    if factor <= 1 or extrapolated != 1:
+        raise _scaling(file, f"yarn, factor {factor}, yarn_ext_factor {extrapolated}")
+    return {
+        "rope_type": "yarn",
+        "factor": _short(factor),
+        "original_max_position_embeddings": _setting(file, "rope.scaling.original_context_length", int),
+        "attention_factor": attention * (1 + 0.1 * math.log(factor)),
+        "beta_fast": _setting(file, "rope.scaling.yarn_beta_fast", float, 32.0),
+        "beta_slow": _setting(file, "rope.scaling.yarn_beta_slow", float, 1.0),
+    }
+
+
+def _llama3(divisors: Tensor, base: float) -> dict[str, Any] | None:
+    """The settings of Llama 3 under which frequencies are divided so.
+
+    Those of long waves are divided by a factor, those of short ones stay, and between them ``1 / divisor`` grows with
+    the frequency in a line: ``1 / factor + (1 - 1 / factor) (f length / 2 pi - low) / (high - low)``. Only two of the
+    three numbers are told by a line; ``low_freq_factor`` is 1 in all models that are known.
+
+    Args:
+        divisors: float64 ``[channels of a head / 2]``.
+        base: of the frequencies.
+
+    Returns:
+        The settings; None where none give these divisors.
+    """
+    width = 2 * len(divisors)
+    turns = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width) / (2 * math.pi)
+    factor = float(divisors.max())
+    between = (divisors > 1) & (divisors < factor * (1 - 1e-6))
+    if factor <= 1 or int(between.sum()) < 2:
+        return None
+    share = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
+    first, last = (turns[between][end] for end in (0, -1))
+    slope = float((share[0] - share[-1]) / (first - last))
+    offset = float(slope * first - share[0])
+    if slope <= 0 or offset <= 0:
+        return None
+    length, high = round(slope / offset), 1 + 1 / offset
+    found = ((turns * length - 1) / (high - 1)).clamp(0, 1)
+    expected = 1 / (found + (1 - found) / factor)
+    if not torch.allclose(expected, divisors, rtol=1e-5, atol=0):
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": _short(factor),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": float(f"{high:.4g}"),
+        "original_max_position_embeddings": length,
+    }
 
 
 def _scaling(file: GGUFFile, got: object) -> UnsupportedModelError:
@@ -104,6 +169,6 @@ def _scaling(file: GGUFFile, got: object) -> UnsupportedModelError:
         "rotary embeddings that are scaled in a way that is not read from GGUF",
         where=file.path,
         got=got,
-        expected="none, or linear",
+        expected="none, linear, yarn, or those of Llama 3",
         remedy="put the config.json of the original model beside the file, and name the directory",
     )

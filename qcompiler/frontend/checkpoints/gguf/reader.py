@@ -13,6 +13,7 @@ Layers and embedding tables have codes. Rows of q and k are put back in transfor
 
 import importlib.util
 import json
+import re
 import shutil
 import tempfile
 import weakref
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompiler.errors import InputError, MissingDependencyError
+from qcompiler.errors import InputError, MissingDependencyError, WeightError
 from qcompiler.frontend.checkpoints.contents import Checkpoint, Layer
 from qcompiler.frontend.checkpoints.gguf.config import config_of
 from qcompiler.frontend.checkpoints.gguf.models import LLAMA3_FACTORS, GGUFPlace, gguf_places, undo_interleave
@@ -36,6 +37,7 @@ from qcompiler.storage import GGUFFile, GGUFTensor, WeightStore
 
 __all__ = ["OpenedGGUF", "find_gguf", "open_gguf"]
 
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 _BLOCK = 32
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HEADS = {"Q8_0": 2, "Q4_0": 2, "Q4_1": 4, "MXFP4": 1}
@@ -73,13 +75,13 @@ def find_gguf(path: Path) -> Path | None:
     files = sorted(path.glob("*.gguf"))
     if not files or any(next(path.glob(pattern), None) for pattern in ("*.safetensors", "*.bin")):
         return None
-    if len(files) > 1:
+    if len(files) > 1 and files != _parts_of(files[0]):
         raise InputError(
             "a directory holds several GGUF files",
             where=path,
             got=", ".join(file.name for file in files[:4]),
-            expected="one, with all tensors of the model",
-            remedy="name one of them; merge the parts of a divided one first, by llama-gguf-split --merge",
+            expected="one, or all parts of one",
+            remedy="name one of them",
         )
     return files[0]
 
@@ -102,7 +104,7 @@ def open_gguf(path: Path) -> OpenedGGUF:
         )
     found = find_gguf(path)
     assert found is not None
-    file = GGUFFile(found)
+    file = _open_parts(found)
     notes: list[str] = []
     own: Path | None = None
     if path.is_dir() and (path / "config.json").is_file():
@@ -118,6 +120,48 @@ def open_gguf(path: Path) -> OpenedGGUF:
     checkpoint = _Reading(file, model, own).checkpoint()
     checkpoint.notes.update({note: [] for note in notes})
     return OpenedGGUF(checkpoint, config, companions, model, computed)
+
+
+def _parts_of(path: Path) -> list[Path]:
+    """Where the parts of a divided file lie, by the name of one of them; the file itself where it is whole."""
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, count = match[1], int(match[2])
+    return [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+
+
+def _open_parts(path: Path) -> GGUFFile:
+    """A file, with the tensors of its further parts.
+
+    Raises:
+        InputError: if a part is missing.
+        WeightError: if the parts do not belong together.
+    """
+    named = _parts_of(path)
+    missing = next((part for part in named if not part.is_file()), None)
+    if missing is not None:
+        raise InputError("a part of a divided GGUF file is missing", where=missing, expected=f"{len(named)} files")
+    parts = [GGUFFile(part) for part in named]
+    for number, part in enumerate(parts):
+        said = tuple(part.settings.get(key, default) for key, default in (("split.no", 0), ("split.count", 0)))
+        if said not in ((number, len(parts)), (0, 0) if len(parts) == 1 else ()):
+            raise WeightError(
+                "a part of a divided GGUF file says otherwise than its name",
+                where=part.path,
+                got=f"part {said[0]} of {said[1]}",
+                expected=f"part {number} of {len(parts)}",
+                remedy="give the parts the names that they were published under",
+            )
+    first, *others = parts
+    for part in others:
+        first.add(part)
+    total = first.settings.get("split.tensors.count", len(first.tensors))
+    if total != len(first.tensors):
+        raise WeightError(
+            "the parts of a GGUF file do not hold all tensors", where=path, got=len(first.tensors), expected=total
+        )
+    return first
 
 
 class _Reading:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import qcompiler as qc
+from qcompiler.artifacts import NativeArtifact
 from qcompiler.errors import MissingDependencyError, TargetError
 from qcompiler.frontend import interleave
 from qcompiler.ir.graph import Graph
@@ -28,6 +29,11 @@ LAYER = "model.layers.0"
 NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
 NAMES |= {"self_attn.o_proj": "attn_output", "mlp.down_proj": "ffn_down", "mlp.gate_proj": "ffn_gate"}
 HEADS = {"attn_q": 4, "attn_k": 2}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+SCALED = {**PLAIN, "factor": 4.0, "original_max_position_embeddings": 24}
+YARN = {**SCALED, "rope_type": "yarn"}
+LLAMA3 = {**SCALED, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+IDS = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(5))
 TYPES = {"w8a16": "Q8_0", "w4a16": "Q4_0", "mxfp4a16": "MXFP4"}
 
 
@@ -177,6 +183,30 @@ def test_frequencies_of_llama3() -> None:
     assert factors[-1] == pytest.approx(8)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [YARN, {**YARN, "attention_factor": 1.3, "beta_fast": 8.0, "beta_slow": 2.0}, LLAMA3],
+    ids=["yarn", "yarn with options", "llama3"],
+)
+def test_scaled_rotary_embeddings(rope: dict[str, Any], tmp_path: Path, write: Write) -> None:
+    """The file tells them all: read back, the model computes what it did."""
+    sizes: dict[str, Any] = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 96}
+    graph = qc.capture(save_source(tmp_path / "source", rope_parameters=rope, **sizes))
+    directory, _, result = write(graph, "w8a16-g32", TARGET)
+    wanted = result.artifact().forward(IDS)
+    plain = qc.capture(save_source(tmp_path / "plain", rope_parameters=PLAIN, **sizes))
+    assert (NativeArtifact(plain).forward(IDS) - wanted).abs().max() > 1e-2 * wanted.abs().max()
+    found = qc.open_artifact(directory / "model.gguf").forward(IDS)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    again = qc.capture(directory / "model.gguf").provenance["config"]["rope_parameters"]
+    assert again["rope_type"] == rope["rope_type"]
+    assert again["original_max_position_embeddings"] == rope["original_max_position_embeddings"]
+    if rope == YARN:
+        file, _ = read(directory)
+        assert setting(file, "llama.rope.scaling.type") == "yarn"
+        assert setting(file, "llama.rope.scaling.attn_factor") == pytest.approx(1)
+
+
 def test_a_window_limits_sequences() -> None:
     model: Any = build("mistral", layers=1)
     assert architecture_of(model.config).name == "llama"
@@ -190,7 +220,8 @@ def test_a_window_limits_sequences() -> None:
         ("gpt2", {}, "config.json"),
         ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act"),
         ("qwen3", {"attention_bias": True}, f"{LAYER}.self_attn.q_proj.bias"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters"),
+        ("llama", {"rope_parameters": {**YARN, "truncate": False}}, "rope_parameters"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters"),
     ],
 )
 def test_models_without_a_place(family: str, options: dict[str, Any], where: str, graph: Graph) -> None:

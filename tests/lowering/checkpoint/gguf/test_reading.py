@@ -143,7 +143,8 @@ def test_a_type_that_is_not_read(make_file: MakeFile) -> None:
     [
         ({"architecture": "mamba"}, UnsupportedModelError, "architecture that is not read"),
         ({"settings": {"block_count": None}}, WeightError, "lacks a setting"),
-        ({"settings": {"rope.scaling.type": "yarn"}}, UnsupportedModelError, "rotary embeddings"),
+        ({"settings": {"rope.scaling.type": "longrope"}}, UnsupportedModelError, "rotary embeddings"),
+        ({"settings": {"rope.scaling.type": "yarn"}}, WeightError, "lacks a setting"),
         ({"without": "token_embd"}, WeightError, "lacks a tensor"),
         ({"without": "blk.0.ffn_up"}, WeightError, "lacks parameters"),
         ({"settings": {"feed_forward_length": 128}}, WeightError, "shape"),
@@ -176,3 +177,57 @@ def test_blocks_are_those_of_gguf(blocks: dict[str, Kind], make_file: MakeFile) 
     data, kind = tensors(blocks)["blk.0.attn_k.weight"]
     wanted = gguf.dequantize(data, kind).reshape(2, 8, 2, 64)
     np.testing.assert_array_equal(graph.read_weight(site).numpy(), wanted.transpose(0, 2, 1, 3).reshape(32, 64))
+
+
+# --- divided files ----------------------------------------------------------------------------------------------------
+
+
+def divided(file: Path, count: int = 3) -> list[Path]:
+    """The same as several files, as llama-gguf-split makes them: settings in the first, tensors in all."""
+    whole = gguf.GGUFReader(file)
+    size = -(-len(whole.tensors) // count)
+    parts = []
+    for number in range(count):
+        parts.append(file.with_name(f"x-{number + 1:05}-of-{count:05}.gguf"))
+        writer = gguf.GGUFWriter(parts[-1], "llama")
+        for field in whole.fields.values() if number == 0 else ():
+            if not field.name.startswith(("GGUF.", "general.architecture")):
+                writer.add_key_value(field.name, field.contents(), field.types[0])
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(whole.tensors))
+        for tensor in whole.tensors[number * size : (number + 1) * size]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return parts
+
+
+def test_a_divided_file(blocks: dict[str, Kind], make_file: MakeFile) -> None:
+    """By its directory, and by any of its parts."""
+    file = make_file(kinds=blocks)
+    wanted = qc.open_artifact(file).forward(IDS)
+    parts = divided(file)
+    file.unlink()
+    for place in (file.parent, parts[0], parts[2]):
+        torch.testing.assert_close(qc.open_artifact(place).forward(IDS), wanted, rtol=0, atol=0)
+
+
+def test_parts_that_do_not_belong_together(make_file: MakeFile) -> None:
+    file = make_file()
+    parts = divided(file)
+    content = parts[1].read_bytes()
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(WeightError, match="says otherwise than its name") as caught:
+        qc.capture(parts[0])
+    assert (caught.value.got, caught.value.expected) == ("part 2 of 3", "part 1 of 3")
+    parts[1].unlink()
+    with pytest.raises(InputError, match="a part of a divided GGUF file is missing") as lost:
+        qc.capture(parts[0])
+    assert lost.value.where == str(parts[1])
+    parts[1].write_bytes(content)
+    _changed(parts[0], parts[0].read_bytes().index(b"split.tensors.count") + len("split.tensors.count") + 4, b"\x63")
+    with pytest.raises(WeightError, match="do not hold all tensors"):
+        qc.capture(parts[0])

@@ -23,13 +23,23 @@ def test_an_engine_is_built_in_a_child(built, decoder, progress):
     assert built.to_dict()["plan"] == "engine-sm89.plan"
 
 
+def test_warnings_of_a_kind_are_counted():
+    said = [f"Importer.cpp:416: UINT8 data layers.{i}.zero_point is being converted to INT32." for i in range(3)]
+    said += ["Importer.cpp:9: Make sure input ids has Int64 binding.", "Something else.", "Something else."]
+    assert build._each_once(said) == (
+        "UINT8 data layers.0.zero_point is being converted to INT32. (3 such)",
+        "Something else. (2 such)",
+    )
+
+
 def test_progress_is_told(built, progress):
     assert progress[0] == (0, 0, "starting the builder")
     assert (0, 0, "parsing the ONNX file") in progress
     assert progress[-1][2] == "writing the plan"
     steps = [(done, total) for done, total, _ in progress if total]
-    assert steps
-    assert all(0 <= done <= total for done, total in steps)
+    assert {total for _, total in steps} == {2}
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert {what.partition(":")[0] for _, total, what in progress if total} >= {"profile prefill", "profile decode"}
 
 
 def test_a_plan_replaces_an_older_one(decoder, ports, tmp_path):

@@ -115,6 +115,45 @@ def test_a_layer_with_too_few_weights_for_what_it_names_is_not_fused():
     assert "64 quantized weights, of 128" in found["a"][0].reason
 
 
+def test_a_kernel_that_dequantizes_for_several_products_is_not_what_multiplies():
+    """It names the product that its weights, put together, are for."""
+    text = "\n".join(
+        [
+            line(
+                "k_myl0_1", "kgen", [], [tensor("w", "8,16", "FP8")], [tensor("f", "8,16", "Half")], "[ONNX Layer: a]"
+            ),
+            line(
+                "g_myl0_2",
+                "gemm",
+                [tensor("x", "1,-1,8", "Half"), tensor("f", "8,16", "Half")],
+                [],
+                [tensor("y", "1,-1,16", "Half")],
+                "[ONNX Layer: a]",
+            ),
+            line(
+                "n_myl0_3",
+                "kgen",
+                [tensor("y", "1,1,8", "Half")],
+                [tensor("v", "8,8", "Int8")],
+                [tensor("n", "1,1,8", "Half"), tensor("e", "8,8", "Half")],
+                "[ONNX Layer: b]",
+            ),
+            line(
+                "m_myl0_4",
+                "kgen",
+                [tensor("n", "1,1,8", "Half")],
+                [tensor("u", "8,8", "Int8")],
+                [tensor("z", "1,1,8", "Half")],
+                "[ONNX Layer: c]",
+            ),
+        ]
+    )
+    (a,), (b,), (c,) = fused_linears(parse_layers(text), {"a": "a", "b": "b", "c": "c"}).values()
+    assert (a.fused, a.layer, a.reason) == (False, "g_myl0_2", "dequantized from FP8 to Half by a kernel of its own")
+    assert (b.fused, b.layer) == (False, "n_myl0_3")
+    assert (c.fused, c.layer) == (True, "m_myl0_4")
+
+
 def test_attention_is_one_kernel_in_each_profile(built):
     prefill, decode = fused_attentions(built.layers, {"layer 0": ["attention"]})["layer 0"]
     assert (prefill.fused, decode.fused) == (True, True)
