@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def test_progress_is_told(built, progress):
     steps = [(done, total) for done, total, _ in progress if total]
     assert {total for _, total in steps} == {2}
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert steps[-1][0] == 1
     assert {what.partition(":")[0] for _, total, what in progress if total} >= {"profile prefill", "profile decode"}
 
 
@@ -159,6 +161,15 @@ def test_a_builder_without_memory_is_a_resource_error(decoder, ports, tmp_path, 
     assert "out of memory" in said
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """SIGINT as at a keyboard, also where tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_ends_the_child_and_leaves_nothing(decoder, ports, tmp_path):
     children = []
 
