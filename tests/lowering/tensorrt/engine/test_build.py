@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from qcompiler.errors import InputError, ResourceError, TargetError
-from qcompiler.lowering.tensorrt.engine import Profile, build, build_engine, default_profiles
+from qcompiler.ir import Port
+from qcompiler.lowering.tensorrt.engine import Profile, build, build_engine, default_profiles, parse_profiles
 
 
 def test_an_engine_is_built_in_a_child(built, decoder, progress):
@@ -106,6 +107,26 @@ def test_a_builder_that_fails_says_why(decoder, ports, tmp_path):
     said = refused(tmp_path, decoder, default_profiles(ports, length=64)[:1], capability=80)
     assert "builder failed" in said
     assert "fp8" in said.lower()
+
+
+def test_an_attention_without_a_kernel_says_what_has_one(tmp_path):
+    """Two heads, and a profile fixed at one token; the same with two tokens at most is built."""
+    pytest.importorskip("tensorrt_rtx")
+    onnx = pytest.importorskip("onnx")
+    half, value = onnx.TensorProto.FLOAT16, onnx.helper.make_tensor_value_info
+    port = Port("q", "other", "float16", ("batch", 2, "sequence", 64))
+    cached = Port("k", "other", "float16", ("batch", 2, "past_sequence", 64))
+    node = onnx.helper.make_node("Attention", ["q", "k", "k"], ["y"])
+    inputs = [value(p.name, half, p.shape) for p in (port, cached)]
+    graph = onnx.helper.make_graph([node], "g", inputs, [value("y", half, None)])
+    sets = [onnx.helper.make_opsetid("", 23)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=sets, ir_version=11), tmp_path / "m.onnx")
+    texts = (f"d:sequence={tokens}:past_sequence=1..64" for tokens in ("1", "1..2"))
+    one, two = (parse_profiles(text, (port, cached)) for text in texts)
+    said = refused(tmp_path, tmp_path / "m.onnx", one)
+    assert "builder failed" in said
+    assert "sequence=1..2" in said
+    assert build_engine(tmp_path / "m.onnx", tmp_path / "a.plan", capability=89, profiles=two).plan_bytes > 0
 
 
 def test_profiles_that_do_not_fit_the_model_are_refused(decoder, ports, tmp_path):
