@@ -291,5 +291,8 @@ def _refused(errors: Sequence[Mapping[str, str]], said: str, model: Path, builde
 
 def _advice(said: str) -> str | None:
     if "decompos" in said.lower():
-        return "no kernel of attention fits these shapes and types: other profiles, float16, or heads of up to 256"
+        return (
+            "no kernel of attention fits these shapes and types: float16, heads of up to 256 channels, more than one; "
+            "with two heads, profiles of up to two tokens or more (sequence=1..2), not fixed at one"
+        )
     return None

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qcompiler.errors import InputError, ResourceError, TargetError
-from qcompiler.lowering.tensorrt.engine import Profile, build, build_engine, default_profiles
+from qcompiler.ir import Port
+from qcompiler.lowering.tensorrt.engine import Profile, build, build_engine, default_profiles, parse_profiles
 
 
 def test_an_engine_is_built_in_a_child(built, decoder, progress):
@@ -39,6 +41,7 @@ def test_progress_is_told(built, progress):
     steps = [(done, total) for done, total, _ in progress if total]
     assert {total for _, total in steps} == {2}
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert steps[-1][0] == 1
     assert {what.partition(":")[0] for _, total, what in progress if total} >= {"profile prefill", "profile decode"}
 
 
@@ -106,6 +109,26 @@ def test_a_builder_that_fails_says_why(decoder, ports, tmp_path):
     assert "fp8" in said.lower()
 
 
+def test_an_attention_without_a_kernel_says_what_has_one(tmp_path):
+    """Two heads, and a profile fixed at one token; the same with two tokens at most is built."""
+    pytest.importorskip("tensorrt_rtx")
+    onnx = pytest.importorskip("onnx")
+    half, value = onnx.TensorProto.FLOAT16, onnx.helper.make_tensor_value_info
+    port = Port("q", "other", "float16", ("batch", 2, "sequence", 64))
+    cached = Port("k", "other", "float16", ("batch", 2, "past_sequence", 64))
+    node = onnx.helper.make_node("Attention", ["q", "k", "k"], ["y"])
+    inputs = [value(p.name, half, p.shape) for p in (port, cached)]
+    graph = onnx.helper.make_graph([node], "g", inputs, [value("y", half, None)])
+    sets = [onnx.helper.make_opsetid("", 23)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=sets, ir_version=11), tmp_path / "m.onnx")
+    texts = (f"d:sequence={tokens}:past_sequence=1..64" for tokens in ("1", "1..2"))
+    one, two = (parse_profiles(text, (port, cached)) for text in texts)
+    said = refused(tmp_path, tmp_path / "m.onnx", one)
+    assert "builder failed" in said
+    assert "sequence=1..2" in said
+    assert build_engine(tmp_path / "m.onnx", tmp_path / "a.plan", capability=89, profiles=two).plan_bytes > 0
+
+
 def test_profiles_that_do_not_fit_the_model_are_refused(decoder, ports, tmp_path):
     assert "no profile" in refused(tmp_path, decoder, ())
     (prefill, _) = default_profiles(ports, length=64)
@@ -159,6 +182,15 @@ def test_a_builder_without_memory_is_a_resource_error(decoder, ports, tmp_path, 
     assert "out of memory" in said
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """SIGINT as at a keyboard, also where tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_ends_the_child_and_leaves_nothing(decoder, ports, tmp_path):
     children = []
 

@@ -120,12 +120,17 @@ def test_a_kernel_that_dequantizes_for_several_products_is_not_what_multiplies()
     text = "\n".join(
         [
             line(
-                "k_myl0_1", "kgen", [], [tensor("w", "8,16", "FP8")], [tensor("f", "8,16", "Half")], "[ONNX Layer: a]"
+                "k_myl0_1",
+                "kgen",
+                [],
+                [tensor("w", "8,16", "FP8")],
+                [tensor("f", "8,8", "Half"), tensor("h", "8,8", "Half")],
+                "[ONNX Layer: a]",
             ),
             line(
                 "g_myl0_2",
                 "gemm",
-                [tensor("x", "1,-1,8", "Half"), tensor("f", "8,16", "Half")],
+                [tensor("x", "1,-1,8", "Half"), tensor("f", "8,8", "Half")],
                 [],
                 [tensor("y", "1,-1,16", "Half")],
                 "[ONNX Layer: a]",
@@ -151,6 +156,7 @@ def test_a_kernel_that_dequantizes_for_several_products_is_not_what_multiplies()
     (a,), (b,), (c,) = fused_linears(parse_layers(text), {"a": "a", "b": "b", "c": "c"}).values()
     assert (a.fused, a.layer, a.reason) == (False, "g_myl0_2", "dequantized from FP8 to Half by a kernel of its own")
     assert (b.fused, b.layer) == (False, "n_myl0_3")
+    assert b.reason == "dequantized from Int8 to Half by a kernel of its own"
     assert (c.fused, c.layer) == (True, "m_myl0_4")
 
 

@@ -34,6 +34,15 @@ def test_several_sequences_decode_in_a_profile_of_their_own():
     assert batched.shapes["attention_mask"] == ((1, 1), (8, 32), (8, 64))
 
 
+def test_a_decode_profile_may_take_more_tokens():
+    _, decode, batched = default_profiles(PORTS, batch=2, length=64, piece=16, step=2)
+    assert decode.shapes["input_ids"] == ((1, 1), (1, 1), (1, 2))
+    assert decode.shapes["attention_mask"][2] == (1, 64)
+    assert batched.shapes["input_ids"][2] == (2, 2)
+    with pytest.raises(TargetError, match="at least one"):
+        default_profiles(PORTS, length=64, step=0)
+
+
 def test_without_a_cache_there_is_one_profile_of_the_whole_length():
     (prefill,) = default_profiles([IDS, Port("attention_mask", "mask", "int64", ("batch", "sequence"))], length=600)
     assert prefill.shapes["attention_mask"] == ((1, 1), (1, 128), (1, 600))
