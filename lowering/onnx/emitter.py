@@ -42,7 +42,7 @@ class Emitter:
     Attributes:
         products: of each layer whose weight is quantized, the name of the node that multiplies with it.
         attentions: the names of nodes that are an attention each.
-        floats_times_bytes: layers whose weight has codes of 8 bits, which floats are multiplied with.
+        floats_times_bytes: layers whose weight has codes of 8 bits by channel, which floats are multiplied with.
     """
 
     def __init__(

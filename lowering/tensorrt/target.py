@@ -125,11 +125,6 @@ class TensorRTTarget(Target):
         """By the producer of the ONNX, beside a list of layers."""
         return (directory / "layers.json").is_file() and OnnxTarget.wrote(directory)
 
-    @classmethod
-    def variants(cls) -> Mapping[str, Target]:
-        """For the GPUs of two generations: of Ada, and of Blackwell for workstations."""
-        return {"tensorrt (SM 89)": cls("89"), "tensorrt (SM 120)": cls("120")}
-
 
 def _in_float16(directory: Path) -> Artifact:
     from qcompiler.lowering.onnx.reference import Float16Artifact

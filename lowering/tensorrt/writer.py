@@ -21,7 +21,6 @@ from qcompiler.lowering.tensorrt.engine import (
     Placement,
     Profile,
     build_engine,
-    check_capability,
     command_lines,
     default_profiles,
     find_api,
@@ -53,10 +52,8 @@ def check(graph: Graph, target: TensorRTTarget) -> None:
     companion_files(graph)
     _refuse(emit(graph, tensorrt_dialect(graph, target.float_dtype)), target)
     profiles_of(graph, target)
-    api = _installed()
-    if api is not None:
-        for capability in target.capabilities:
-            check_capability(api, capability)
+    for capability in target.capabilities:
+        _installed(capability)
 
 
 def write(graph: Graph, directory: Path, target: TensorRTTarget) -> dict[str, Any]:
@@ -70,20 +67,21 @@ def write(graph: Graph, directory: Path, target: TensorRTTarget) -> dict[str, An
     emitted = emit(graph, tensorrt_dialect(graph, target.float_dtype))
     _refuse(emitted, target)
     profiles = profiles_of(graph, target, step=2 if emitted.emitter.floats_times_bytes else 1)
-    api = _installed()
-    if api is not None:
+    builders = {capability: api for capability in target.capabilities if (api := _installed(capability)) is not None}
+    for api in list(builders.values())[:1]:
         files["run.py"] = run_script(api.package, api.version).encode()
     store(emitted, directory, files)
-    engines: dict[str, Built] = {}
-    if api is not None:
-        for capability in target.capabilities:
-            engines[str(capability)] = build_engine(
-                directory / MODEL_FILE,
-                directory / f"engine-sm{capability}.plan",
-                capability=capability,
-                profiles=profiles,
-                weight_streaming=target.weight_streaming,
-            )
+    engines = {
+        str(capability): build_engine(
+            directory / MODEL_FILE,
+            directory / f"engine-sm{capability}.plan",
+            capability=capability,
+            profiles=profiles,
+            weight_streaming=target.weight_streaming,
+            package=api.package,
+        )
+        for capability, api in builders.items()
+    }
     return _report(graph, emitted, target, directory, profiles, engines)
 
 
@@ -138,9 +136,14 @@ def _refuse(emitted: Emitted, target: TensorRTTarget) -> None:
         )
 
 
-def _installed() -> Api | None:
+def _installed(capability: int) -> Api | None:
+    """The TensorRT that builds for a GPU; None where none is installed.
+
+    Raises:
+        TargetError: if those that are do not build for it.
+    """
     try:
-        return find_api()
+        return find_api(capability=capability)
     except MissingDependencyError:
         return None
 

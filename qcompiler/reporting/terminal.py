@@ -123,12 +123,16 @@ def print_table(fields: dict[str, Any]) -> None:
         print(f"{key:<{width}}  {value:.6g}" if isinstance(value, float) else f"{key:<{width}}  {value}")
 
 
+_MOST_KEPT = 32
+
+
 def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table."""
+    """Prints a table, whose first column keeps its width where the terminal is too narrow."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*header, box=None, pad_edge=False)
+    table.columns[0].min_width = min(_MOST_KEPT, max(len(row[0]) for row in rows)) if rows else None
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -125,7 +125,7 @@ def _by_weight(
     """Floats times a weight of any kind, in the working dtype."""
     if weight is None:
         return e.op("MatMul", x, matmul_weight(e, weight_node, e.working), name=f"{site}/MatMul")
-    if weight.bits == 8:
+    if weight.bits == 8 and not weight.is_blocked:
         e.floats_times_bytes.add(site)
     result = e.op("MatMul", x, multiplied(e, weight, e.working), name=f"{site}/MatMul")
     if not weight.has_zero_point:

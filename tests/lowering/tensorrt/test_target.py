@@ -91,7 +91,7 @@ def test_what_cannot_be_built_is_refused_ahead_of_work(options, words, result, t
 
 
 def test_without_tensorrt_the_onnx_is_written_and_held_to_the_rules(result, tmp_path, monkeypatch):
-    def missing(*_: object) -> None:
+    def missing(*_: object, **__: object) -> None:
         raise MissingDependencyError("no TensorRT")
 
     monkeypatch.setattr(writer, "find_api", missing)
