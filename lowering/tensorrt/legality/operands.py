@@ -71,7 +71,7 @@ def granularity(node: ir.Node) -> Granularity:
     if not scale or (len(scale) == 1 and scale[0] == 1):
         return Granularity("tensor")
     axis = node.attributes.get_int("axis", 1) % max(len(data), 1)
-    if len(scale) == 1 and len(data) != 1:
+    if len(scale) == 1 and (len(data) != 1 or scale == data):
         return Granularity("channel", axis)
     differ = [i for i, (have, want) in enumerate(zip(scale, data, strict=False)) if have != want]
     along = differ[0] if differ else axis

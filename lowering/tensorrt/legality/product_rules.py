@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from qcompiler.lowering.tensorrt.legality.model import is_constant
-from qcompiler.lowering.tensorrt.legality.operands import Product, computed_weight, dtype_of, product_of, shape_of
+from qcompiler.lowering.tensorrt.legality.operands import Product, computed_weight, dtype_of, product_of
 from qcompiler.lowering.tensorrt.legality.rule import Rule
 
 __all__ = ["PRODUCT_RULES"]
@@ -160,11 +160,6 @@ def _turing_float(node: ir.Node, sm: int) -> str | None:
     return f"{node.op_type} in FLOAT on SM {sm}"
 
 
-def _gemm_rank(node: ir.Node, _: int) -> str | None:
-    shape = shape_of(node.inputs[0]) if node.op_type == "Gemm" else None
-    return None if shape is None or len(shape) == 2 else f"Gemm of {len(shape)} dimensions"
-
-
 PRODUCT_RULES: tuple[Rule[ir.Node], ...] = (
     Rule(
         "int4-one-block",
@@ -279,13 +274,5 @@ PRODUCT_RULES: tuple[Rule[ir.Node], ...] = (
         "Turing has no product in FLOAT",
         "FLOAT16",
         f"{_BUILDER}: 'Cannot compile operation ... for Turing (SM75)'",
-    ),
-    Rule(
-        "gemm-rank",
-        "refused",
-        _gemm_rank,
-        "Gemm takes matrices alone",
-        "MatMul",
-        f"{_BUILDER}: 'GEMM must have 2D inputs'",
     ),
 )

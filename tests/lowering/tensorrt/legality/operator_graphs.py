@@ -163,6 +163,17 @@ OPERATORS = (
         "else_branch = e () => (float16[b,4] n) { n = Neg(x) }> }",
     ),
     Operator("axes given", "(float16[b,4] x, int64[1] i) => (float16[b,1] y) { y = ReduceMax<keepdims=1>(x, i) }"),
+    half(
+        "three scales for four channels",
+        "q = QuantizeLinear<axis=1, output_dtype=3>(x, s)\n y = DequantizeLinear<axis=1>(q, s)",
+        f"float16[3] s = {{{TENTH},{TENTH},{TENTH}}}",
+    ),
+    Operator(
+        "scales of E8M0",
+        "(float8e4m3fn[b,4] x) => (float16[b,4] y) <float8e8m0 s = {127}> "
+        "{ y = DequantizeLinear<output_dtype=10>(x, s) }",
+        24,
+    ),
     Operator("too small", "(float16[2,4] x) => (float16[3,3] y) <int64[2] i = {3,3}> { y = Reshape(x, i) }"),
     half("three results", "y, m, d = LayerNormalization(x, w)", "float16[4] w = {1,1,1,1}"),
     half("ScatterND add", 'y = ScatterND<reduction="add">(x, i, x)', "int64[1,1] i = {0}"),
