@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from qcompiler.ir import Graph
 from qcompiler.lowering.onnx.reader import OnnxArtifact
-from qcompiler.lowering.onnx.target import OnnxTarget, by_onnxruntime, import_writer
+from qcompiler.lowering.onnx.target import OnnxTarget, by_onnxruntime, import_with_onnx
 
-__all__ = ["OnnxArtifact", "OnnxTarget", "by_onnxruntime", "lower"]
+__all__ = ["OnnxArtifact", "OnnxTarget", "by_onnxruntime", "import_with_onnx", "lower"]
 
 
 def lower(
@@ -47,5 +47,5 @@ def lower(
         MissingDependencyError: without onnx and onnx_ir.
     """
     target = OnnxTarget(opset, float_dtype, int8_weights)
-    written: dict[str, Any] = import_writer().write(graph, directory, target, companions=companions)
+    written: dict[str, Any] = import_with_onnx().write(graph, directory, target, companions=companions)
     return written

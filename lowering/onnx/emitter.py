@@ -41,7 +41,7 @@ class Emitter:
 
     Attributes:
         products: of each layer whose weight is quantized, the name of the node that multiplies with it.
-        attentions: the names of nodes that are an attention each.
+        attentions: of each attention, the names of the nodes that multiply queries, keys and values.
         floats_times_bytes: layers whose weight has codes of 8 bits by channel, which floats are multiplied with.
     """
 
@@ -66,7 +66,7 @@ class Emitter:
         self.scope = ""
         self.weight_bytes = 0
         self.products: dict[str, str] = {}
-        self.attentions: list[str] = []
+        self.attentions: dict[str, list[str]] = {}
         self.floats_times_bytes: set[str] = set()
         self.values: dict[fx.Node, ir.Value | tuple[ir.Value, ...]] = {}
         self.uses = _uses(graph)

@@ -17,7 +17,7 @@ from qcompiler.lowering.onnx.reader import OnnxArtifact
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target, choose_device
 
-__all__ = ["OPSETS", "OnnxTarget", "by_onnxruntime", "import_writer"]
+__all__ = ["OPSETS", "OnnxTarget", "by_onnxruntime", "import_with_onnx"]
 
 OPSETS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 """Operator sets that can be written, and the IR version each goes with."""
@@ -108,7 +108,7 @@ class OnnxTarget(Target):
             InputError: if a file that goes beside the model cannot be read.
             MissingDependencyError: without the packages that write ONNX, and run it to compare.
         """
-        check = import_writer().check
+        check = import_with_onnx().check
         if importlib.util.find_spec("onnxruntime") is None:
             raise MissingDependencyError(
                 "what is written as ONNX is run to compare it, and ONNX Runtime is not installed",
@@ -119,7 +119,7 @@ class OnnxTarget(Target):
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
         """Writes an ONNX folder, see `qcompiler.lowering.onnx.lower`."""
         assert directory is not None
-        report = import_writer().write(graph, directory, self)
+        report = import_with_onnx().write(graph, directory, self)
         is_half = self.float_dtype == "float16"
         tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
         readers = [Reader(lambda: by_onnxruntime(directory), tolerance=tolerance, dtype=dtype)]
@@ -235,19 +235,19 @@ def _in_float16(directory: Path) -> Artifact:
     return Float16Artifact(directory)
 
 
-def import_writer() -> ModuleType:
-    """The module that writes ONNX, imported when it is wanted.
+def import_with_onnx(module: str = "qcompiler.lowering.onnx.writer") -> ModuleType:
+    """A module that reads or writes ONNX, imported when it is wanted.
 
     Raises:
         MissingDependencyError: without the packages it needs.
     """
     try:
-        return importlib.import_module("qcompiler.lowering.onnx.writer")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name not in ("onnx", "onnx_ir", "ml_dtypes"):
             raise
         raise MissingDependencyError(
-            "writing ONNX needs packages that are not installed",
+            "ONNX needs packages that are not installed",
             got=f"no module {error.name}",
             remedy="pip install onnx onnx-ir",
         ) from error

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcompiler.errors import MissingDependencyError
+from qcompiler.lowering.onnx import import_with_onnx
 from qcompiler.lowering.tensorrt.target import TensorRTTarget
 
 if TYPE_CHECKING:
@@ -27,14 +27,5 @@ def check(source: "str | Path | ir.Model", sm: Sequence[int] = (89,)) -> "Checke
         TargetError: for a compute capability that the builder does not know.
         MissingDependencyError: without onnx and onnx_ir.
     """
-    try:
-        from qcompiler.lowering.tensorrt.legality import check as by_rules
-    except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnx_ir", "ml_dtypes"):
-            raise
-        raise MissingDependencyError(
-            "reading ONNX needs packages that are not installed",
-            got=f"no module {error.name}",
-            remedy="pip install onnx onnx-ir",
-        ) from error
-    return by_rules(source, sm)
+    checked: Checked = import_with_onnx("qcompiler.lowering.tensorrt.legality").check(source, sm)
+    return checked

@@ -1,11 +1,9 @@
 """What TensorRT makes of a quantized linear layer or cache, said before anything is calibrated."""
 
-import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,13 +11,14 @@ from typing_extensions import Doc
 
 from qcompiler.errors import MissingDependencyError, TargetError
 from qcompiler.ir import CacheFormat, Graph
-from qcompiler.lowering.onnx import OnnxTarget, by_onnxruntime
+from qcompiler.lowering.onnx import OnnxTarget, by_onnxruntime, import_with_onnx
 from qcompiler.lowering.tensorrt.support import support_of, support_of_cache
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target
 
-__all__ = ["TensorRTTarget", "import_writer"]
+__all__ = ["TensorRTTarget"]
 
+_WRITER = "qcompiler.lowering.tensorrt.writer"
 _FLOAT16_TOKENS = 16  # evaluated operator by operator, which is slow
 
 
@@ -91,12 +90,12 @@ class TensorRTTarget(Target):
                 "what is written is run to compare it, and ONNX Runtime is not installed",
                 remedy="pip install onnxruntime",
             )
-        import_writer().check(graph, self)
+        import_with_onnx(_WRITER).check(graph, self)
 
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
         """Writes the ONNX, builds an engine for each compute capability, and says which layer everything went to."""
         assert directory is not None
-        report = import_writer().write(graph, directory, self)
+        report = import_with_onnx(_WRITER).write(graph, directory, self)
         is_half = self.float_dtype == "float16"
         tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
         readers = []
@@ -131,21 +130,3 @@ def _in_float16(directory: Path) -> Artifact:
     from qcompiler.lowering.tensorrt.reference import OPERATORS
 
     return Float16Artifact(directory, operators=OPERATORS)
-
-
-def import_writer() -> ModuleType:
-    """The module that writes, imported when it is wanted.
-
-    Raises:
-        MissingDependencyError: without the packages it needs.
-    """
-    try:
-        return importlib.import_module("qcompiler.lowering.tensorrt.writer")
-    except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnx_ir", "ml_dtypes"):
-            raise
-        raise MissingDependencyError(
-            "writing ONNX needs packages that are not installed",
-            got=f"no module {error.name}",
-            remedy="pip install onnx onnx-ir",
-        ) from error

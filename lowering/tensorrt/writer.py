@@ -169,7 +169,7 @@ def _report(
     listed, summaries, findings = {}, {}, []
     for capability, built in engines.items():
         linears = fused_linears(built.layers, emitter.products)
-        attentions = fused_attentions(built.layers, {name: [name] for name in emitter.attentions})
+        attentions = fused_attentions(built.layers, emitter.attentions)
         found = _findings(linears, sites, profiles, capability) + _findings(attentions, {}, profiles, capability)
         findings += found
         summaries[capability] = {

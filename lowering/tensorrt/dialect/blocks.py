@@ -1,5 +1,8 @@
 """Attention, norms and rotary embeddings as the operators of opset 23, which TensorRT has layers for."""
 
+from collections.abc import Callable
+from typing import Any
+
 import onnx_ir as ir
 import torch
 from torch import fx
@@ -26,7 +29,8 @@ def _attention(e: Emitter, node: fx.Node) -> ir.Value:
     assert isinstance(scale, float)
     is_fused = softcap is None and _is_fused(q, k, v) and e.working != _FLOAT
     if not is_fused:
-        return attend(e, q, k, v, mask, scale=scale, causal=bool(causal), window=window, softcap=softcap)
+        options: dict[str, Any] = {"causal": bool(causal), "window": window, "softcap": softcap}
+        return _written_out(e, node, lambda: attend(e, q, k, v, mask, scale=scale, **options))
     return _fused(e, node, q, k, v, mask, scale=scale, causal=bool(causal), window=window, aligned_to_end=True)
 
 
@@ -37,7 +41,7 @@ def _aten_attention(e: Emitter, node: fx.Node) -> ir.Value:
     scale = q.meta["shape"][-1] ** -0.5 if given is None else given
     assert isinstance(scale, float)
     if not _is_fused(q, k, v) or e.working == _FLOAT:
-        return attend(e, q, k, v, mask, scale=scale, causal=causal, aligned_to_end=False)
+        return _written_out(e, node, lambda: attend(e, q, k, v, mask, scale=scale, causal=causal, aligned_to_end=False))
     return _fused(e, node, q, k, v, mask, scale=scale, causal=causal, window=None, aligned_to_end=False)
 
 
@@ -72,7 +76,15 @@ def _fused(
         bias = e.cast(e.op("Max", bias, e.const(_MASKED, _FLOAT)), e.working)
     name = f"{node.name}/Attention"
     result = e.op("Attention", *values, bias, dtype=e.working, name=name, scale=scale)
-    e.attentions.append(name)
+    e.attentions[node.name] = [name]
+    return result
+
+
+def _written_out(e: Emitter, node: fx.Node, build: Callable[[], ir.Value]) -> ir.Value:
+    """An attention that no kernel takes: products of matrices."""
+    before = len(e.nodes)
+    result = build()
+    e.attentions[node.name] = [made.name or "" for made in e.nodes[before:] if made.op_type == "MatMul"]
     return result
 
 

@@ -28,7 +28,7 @@ pytest.importorskip("tensorrt_rtx")
 def test_engine_and_numbers(family: str, layers: int | None, tmp_path: Path) -> None:
     result = qc.compile(copy_graph(canonical_graph(family)), [Assign("w4a16-g16"), RTN()], device="cpu")
     report = qc.lower(result, "tensorrt", tmp_path / "out", length=40, verify=False)
-    assert report["findings"] == []
+    assert all("attention" in found["where"] for found in report["findings"])  # heads of 8 channels: no kernel
     if layers is not None:
         assert report["engines"]["89"]["fused_linears"] == f"{layers} of {layers}"
     ids = torch.randint(3, 60, (2, 9))
