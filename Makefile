@@ -2,7 +2,7 @@
 #   make demo    compile the shipped model and generate text with it      make check   ruff and mypy
 #   make test    the tests that run on any machine                        make bench   the benchmark tables
 #   make docs    the documentation as a site, in build/site
-#   make test-engines   vLLM, llama.cpp, gptqmodel and TensorRT-Edge-LLM read our checkpoints (7 GB, half an hour)
+#   make test-engines   vLLM, llama.cpp, gptqmodel, TensorRT-Edge-LLM and OpenVINO read what we write (7 GB, half an hour)
 #   make gpu     kernels on a GPU: checks and times, in under eight minutes; sets nothing up
 
 .DELETE_ON_ERROR:
@@ -35,8 +35,8 @@ test-slow: setup
 test-gpu: setup
 	$(BIN)/python -m pytest -m 'gpu or tensorrt'
 
-# Engines that are not ours read checkpoints, each in an environment of its own: make test-engines ENGINES=llama.cpp
-ENGINES ?= llama.cpp vllm gptqmodel edgellm
+# Engines that are not ours read checkpoints and ONNX, each in an environment of its own: make test-engines ENGINES=llama.cpp
+ENGINES ?= llama.cpp vllm gptqmodel edgellm openvino
 test-engines: setup $(ENGINES:%=.venv-engines/%/.installed)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -p no:randomly -m engines tests/engines
 
