@@ -232,16 +232,27 @@ def check_target(result: CompileResult, target: Target) -> None:
 
 
 def write_target(
-    result: CompileResult, target: Target, directory: str | Path, *, verify: bool = True
+    result: CompileResult,
+    target: Target,
+    directory: str | Path,
+    *,
+    verify: bool = True,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """`lower` to a target with files, without an entry in any report yet: for who moves the directory afterwards.
 
-    The target is not asked about the model: see `check_target`.
+    The target is not asked about the model: see `check_target`. ``progress`` is told steps done, steps in all (0 where
+    nobody knows) and what is being done.
     """
     assert target.main_file is not None
     # compared in a place that is not final yet: what was not verified must not look as if it had been
     with filled_directory(directory, last=target.main_file) as place:
-        lowered = _lower(result, target, lambda graph: target.lower(graph, place), verify=verify)
+        lowered = _lower(
+            result,
+            target,
+            lambda graph: target.lower_showing(graph, place, progress) if progress else target.lower(graph, place),
+            verify=verify,
+        )
         if lowered.finish is not None:
             recipe, report = result.manifest.get("recipe", ()), result.report
             lowered.finish(Compilation(recipe, report.calibration, report.held_out))

@@ -14,7 +14,7 @@ from qcompiler.ir import CacheFormat, Graph
 from qcompiler.lowering.onnx import OnnxTarget, by_onnxruntime, import_with_onnx
 from qcompiler.lowering.tensorrt.support import support_of, support_of_cache
 from qcompiler.numerics import Scheme
-from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target
+from qcompiler.protocol import Artifact, Lowered, Progress, Reader, Support, Target
 
 __all__ = ["TensorRTTarget"]
 
@@ -95,7 +95,11 @@ class TensorRTTarget(Target):
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
         """Writes the ONNX, builds an engine for each compute capability, and says which layer everything went to."""
         assert directory is not None
-        report = import_with_onnx(_WRITER).write(graph, directory, self)
+        return self.lower_showing(graph, directory, lambda done, total, what: None)
+
+    def lower_showing(self, graph: Graph, directory: Path, progress: Progress) -> Lowered:
+        """`lower`, saying how far the builder is."""
+        report = import_with_onnx(_WRITER).write(graph, directory, self, progress)
         is_half = self.float_dtype == "float16"
         tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
         readers = []

@@ -32,7 +32,7 @@ from qcompiler.lowering.tensorrt.engine import (
 from qcompiler.lowering.tensorrt.legality import CAPABILITIES
 from qcompiler.lowering.tensorrt.legality import check as check_rules
 from qcompiler.lowering.tensorrt.target import TensorRTTarget
-from qcompiler.protocol import Support
+from qcompiler.protocol import Progress, Support
 from qcompiler.storage import StagedFiles
 
 __all__ = ["LAYERS_FILE", "check", "profiles_of", "summary", "write"]
@@ -56,7 +56,7 @@ def check(graph: Graph, target: TensorRTTarget) -> None:
         _installed(capability)
 
 
-def write(graph: Graph, directory: Path, target: TensorRTTarget) -> dict[str, Any]:
+def write(graph: Graph, directory: Path, target: TensorRTTarget, progress: Progress) -> dict[str, Any]:
     """Fills a directory, and reports as `qcompiler.lowering.tensorrt.TensorRTTarget` does.
 
     Raises:
@@ -79,6 +79,7 @@ def write(graph: Graph, directory: Path, target: TensorRTTarget) -> dict[str, An
             profiles=profiles,
             weight_streaming=target.weight_streaming,
             package=api.package,
+            progress=progress,
         )
         for capability, api in builders.items()
     }

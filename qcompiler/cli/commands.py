@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import qcompiler
-from qcompiler import api, to_target
+from qcompiler import api
 from qcompiler.artifacts import Calibration
 from qcompiler.cli.options import (
     Engine,
@@ -21,7 +21,6 @@ from qcompiler.cli.options import (
     To,
     Trust,
     Verbose,
-    first_tokens,
     parse_bytes,
     parse_overrides,
     parse_targets,
@@ -36,7 +35,7 @@ from qcompiler.cli.printing import (
     print_recipe,
     print_targets,
 )
-from qcompiler.protocol import Target
+from qcompiler.protocol import Progress, Target
 from qcompiler.reporting import peak_rss_bytes, print_rows, print_table, show_progress
 from qcompiler.sweep import use_threads
 
@@ -137,7 +136,7 @@ def compile(
         result.saved_in = out.root / "native"
         for target in targets.values():
             api.check_target(result, target)  # of what the passes have made of the graph
-            _add_target(result, target, out)
+            _add_target(result, target, out, progress)
         result.report.peak_rss_bytes = peak_rss_bytes()
     fields = result.report.to_dict()
     sizes = {name: directory_bytes(Path(path)) for name, path in kept.artifacts.items()}
@@ -179,16 +178,19 @@ def convert(
     kept.source = str(artifact)
     made = list(targets.values())
     model = artifact if result.saved_in is None else None  # a checkpoint of another program
-    with opened_output(
-        output,
-        [target.name for target in made if target.main_file is not None],
-        kept,
-        overwrite=overwrite,
-        targets=made,
-        model=model,
-        inputs=(result.saved_in,),
-    ) as out:
-        written = {target.name: _add_target(result, target, out) for target in made}
+    with (
+        opened_output(
+            output,
+            [target.name for target in made if target.main_file is not None],
+            kept,
+            overwrite=overwrite,
+            targets=made,
+            model=model,
+            inputs=(result.saved_in,),
+        ) as out,
+        show_progress(as_json) as progress,
+    ):
+        written = {target.name: _add_target(result, target, out, progress) for target in made}
     found = {
         "artifacts": kept.artifacts,
         "seconds": time.perf_counter() - started,
@@ -208,14 +210,17 @@ def _names(targets: Mapping[str, Target]) -> list[str]:
     return list(dict.fromkeys(["native", *written, *(t.name for t in targets.values() if t.main_file is not None)]))
 
 
-def _add_target(result: api.CompileResult, target: Target, out: Output) -> dict[str, Any]:
+def _add_target(result: api.CompileResult, target: Target, out: Output, progress: Progress) -> dict[str, Any]:
     """Writes a target into the output, or tries one without files; it is in the report as soon as that is done."""
     if target.main_file is None:
         written = api.try_target(result, target)
         out.kept.wanted.pop(target.name)
     else:
         with out.part(target.name) as place:
-            written = {**api.write_target(result, target, place), "path": str(out.given / target.name)}
+            written = {
+                **api.write_target(result, target, place, progress=progress),
+                "path": str(out.given / target.name),
+            }
     api.record_target(result, target.name, written)
     return written
 
@@ -305,38 +310,6 @@ def generate(
         for note in described["notes"]:
             print(f"note: {note}", file=sys.stderr)
     return {**result.to_dict(), "engine": described}
-
-
-@app.command()
-def verify(
-    checkpoint: Annotated[Path, typer.Argument(help="What --to checkpoint wrote, such as OUT/checkpoint.")],
-    reader: Annotated[str, typer.Option(help="The engine: transformers, vllm, llama.cpp or gptqmodel.")],
-    native: Annotated[
-        Path | None, typer.Option(help="The native artifact it was written of; by default beside it.")
-    ] = None,
-    python: Annotated[
-        Path | None, typer.Option(help="The Python of an environment that has the engine; by default this one.")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text whose first tokens are given; by default random ones.")
-    ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that the engine may take.")] = 3600,
-    threads: Threads = None,
-    as_json: Json = False,
-) -> dict[str, Any]:
-    """Let an engine read CHECKPOINT, and compare what it computes with the native artifact."""
-    use_threads(threads)
-    found = to_target.verify(
-        checkpoint,
-        reader,
-        native=native,
-        python=python,
-        tokens=None if text is None else first_tokens(text, checkpoint),
-        timeout=timeout,
-    )
-    if not as_json:
-        print_table({key: value for key, value in found.items() if value is not None})
-    return found
 
 
 @app.command()

@@ -13,6 +13,7 @@ from qcompiler.cli.checking import check
 from qcompiler.cli.commands import app
 from qcompiler.cli.output import Kept
 from qcompiler.cli.signals import Interruptions
+from qcompiler.cli.verifying import verify
 from qcompiler.errors import InputError, QCompilerError, VerificationError
 
 __all__ = ["main"]
@@ -23,6 +24,7 @@ _EXIT_BUG, _EXIT_ERROR, _EXIT_VERIFICATION, _EXIT_INTERRUPTED = 1, 2, 3, 130
 # of the one it exports.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 app.command()(check)
+app.command()(verify)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -58,6 +58,7 @@ from qcompiler.protocol.statistics import (
 from qcompiler.protocol.target import (
     Compilation,
     Lowered,
+    Progress,
     Reader,
     Support,
     Target,
@@ -95,6 +96,7 @@ __all__ = [
     "PassContext",
     "PassResult",
     "Pipeline",
+    "Progress",
     "RangeMethod",
     "RangeStatistic",
     "Reader",

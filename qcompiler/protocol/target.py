@@ -18,6 +18,7 @@ from qcompiler.protocol.options import check_options
 __all__ = [
     "Compilation",
     "Lowered",
+    "Progress",
     "Reader",
     "Support",
     "SupportStatus",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 SupportStatus = Literal["fused", "runs", "writes-only", "refused"]
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,15 @@ class Target(ABC):
         Raises:
             TargetError: for what it does not take.
         """
+
+    def lower_showing(self, graph: Graph, directory: Path, progress: Progress) -> Lowered:
+        """As `lower` to files, for targets that take long: says how far it is; by default it says nothing.
+
+        Args:
+            graph, directory: as of `lower`.
+            progress: is told steps done, steps in all (0 where nobody knows) and what is being done.
+        """
+        return self.lower(graph, directory)
 
     def lower_streamed(self, graph: Graph) -> Lowered:
         """As `lower` to a model in memory, for who compares it and keeps it not.

@@ -16,6 +16,7 @@ from qcompiler.lowering.tensorrt.engine import Placement
 from qcompiler.lowering.tensorrt.support import equal_blocks
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import RTN
+from qcompiler.to_target import write_target
 from tests.tiny_checkpoint import save_checkpoint
 
 
@@ -132,6 +133,15 @@ def test_findings_come_first_and_strict_makes_them_errors(result, tmp_path, monk
     assert kept["findings"] == report["findings"]
     with pytest.raises(VerificationError, match="fused a quantized layer or an attention nowhere"):
         qc.lower(result, "tensorrt", tmp_path / "strict", verify=False, strict=True)
+
+
+def test_progress_of_the_builder_is_told(result, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    told: list[tuple[int, int, str]] = []
+    target = TensorRTTarget(length=16)
+    write_target(result, target, tmp_path / "out", verify=False, progress=lambda *state: told.append(state))
+    assert told
+    assert all(isinstance(done, int) and isinstance(total, int) and what for done, total, what in told)
 
 
 def test_weights_of_bytes_alone_get_a_decode_profile_of_two_tokens(tmp_path):
