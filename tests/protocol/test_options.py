@@ -30,6 +30,7 @@ BAD: list[tuple[type[Pass], dict[str, Any], str, str]] = [
     (passes.InsertQDQ, {"percentile": 50}, "InsertQDQ.percentile", "above 50, at most 100"),
     (passes.InsertQDQ, {"least_sqnr_db": "20"}, "InsertQDQ.least_sqnr_db", "float or none"),
     (passes.QuantizeKVCache, {"group_size": 1.0}, "QuantizeKVCache.group_size", "int or none"),
+    (passes.QuantizeEmbedding, {"group_size": 1.5}, "QuantizeEmbedding.group_size", "int or none"),
     (passes.Assign, {"scheme": 4}, "Assign.scheme", "str or none"),
     (passes.Assign, {"overrides": {"lm_head": 8}}, "Assign.overrides", "Mapping[str, str | None]"),
 ]
