@@ -19,7 +19,7 @@ def traced_once() -> Iterator[None]:
     """Lets `capture` take the program of an earlier transformers model with the same code and parameters."""
 
     def traced(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, name: str) -> Exported:
-        if not isinstance(model, capture._Flat):
+        if not (isinstance(model, capture._Flat) and type(model.model).__module__.startswith("transformers.")):
             return export(model, inputs, dynamic_shapes, name)
         key = type(model.model), _described(model)
         if key not in _traced:

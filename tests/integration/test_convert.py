@@ -88,7 +88,6 @@ def test_a_converted_target_replaces_another_when_it_stands(
     ("arguments", "kind"),
     [
         (("nowhere", "--to", "onnx", "-o", "out"), "ArtifactError"),
-        (("out", "--to", "kernels", "-o", "out"), "TargetError"),
         (("out", "--to", "onnx:opset=9", "-o", "out"), "TargetError"),
         (("out", "--to", "onnx", "-o", "out/native"), "InputError"),
         (("out", "-o", "out"), "Usage"),
@@ -100,6 +99,15 @@ def test_wrong_conversions(out: Path, arguments: tuple[str, ...], kind: str, mon
     outcome = command("convert", *arguments, "--json")
     assert (outcome.status, outcome.error["type"]) == (2, kind)
     assert file_bytes(out) == before
+
+
+def test_kernels_are_tried_and_nothing_is_written(out: Path) -> None:
+    there = names(out)
+    outcome = command("convert", out, "--to", "kernels", "-o", out, "--json")
+    assert outcome.status == 0
+    assert outcome.result["artifacts"] == {}
+    assert outcome.result["targets"]["kernels"]["parity"]["max_difference"] >= 0
+    assert names(out) == there
 
 
 def test_a_scheme_the_target_refuses(model: Path, tmp_path: Path) -> None:
