@@ -60,7 +60,8 @@ def write(graph: Graph, directory: Path, target: TensorRTTarget, progress: Progr
     """Fills a directory, and reports as `qcompiler.lowering.tensorrt.TensorRTTarget` does.
 
     Raises:
-        TargetError: if the builder fails; if ``strict``, for a layer that it fused nowhere.
+        TargetError: if the builder fails.
+        VerificationError: if ``strict``, for a layer that it fused nowhere.
         ResourceError: if the disk or the memory is full.
     """
     files = companion_files(graph)
@@ -173,18 +174,13 @@ def _report(
         attentions = fused_attentions(built.layers, emitter.attentions)
         found = _findings(linears, sites, profiles, capability) + _findings(attentions, {}, profiles, capability)
         findings += found
-        summaries[capability] = {
-            **built.to_dict(),
-            **summary(linears, attentions),
-            "layers": len(built.layers),
-            "commands": _commands(built, profiles, target),
-        }
+        told = {**built.to_dict(), "commands": _commands(built, profiles, target)}
+        summaries[capability] = {**told, **summary(linears, attentions), "layers": len(built.layers)}
         listed[capability] = {
-            **built.to_dict(),
+            **told,
             "linears": {site: [place.to_dict() for place in places] for site, places in linears.items()},
             "attentions": {name: [place.to_dict() for place in places] for name, places in attentions.items()},
             "layers": [layer.to_dict() for layer in built.layers],
-            "commands": _commands(built, profiles, target),
         }
     if target.strict and findings:
         raise VerificationError(

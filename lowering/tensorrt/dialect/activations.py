@@ -16,7 +16,7 @@ from qcompiler.lowering.onnx.builders.ranges import block_range, blocks_of, dyna
 from qcompiler.lowering.onnx.dtypes import dtype_of, onnx_dtype
 from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument
 
-__all__ = ["ACTIVATION_BUILDERS", "Rounding", "codes_of", "packed_ports", "rounding_of"]
+__all__ = ["ACTIVATION_BUILDERS", "Rounding", "codes_of", "packed_ports", "rounding_of", "zero_of"]
 
 _canonical = torch.ops.qcompiler
 _FLOAT, _INT4, _INT8 = ir.DataType.FLOAT, ir.DataType.INT4, ir.DataType.INT8
@@ -121,13 +121,18 @@ def _beside(e: Emitter, x_node: fx.Node, scale: fx.Node, block: int) -> tuple[ir
     return e.cast(e.value(x_node, e.float_like(x_node)), _FLOAT), e.value(scale, _FLOAT)
 
 
+def zero_of(e: Emitter, zero_point: fx.Node) -> ir.Value:
+    """A zero point of unsigned codes as float32: stored as it is, or measured and kept 128 less."""
+    if zero_point.op == "get_attr":
+        return e.cast(e.value(zero_point), _FLOAT)
+    kept = e.op("DequantizeLinear", e.value(zero_point), e.const(1.0, _FLOAT), dtype=_FLOAT)
+    return e.op("Add", kept, e.const(128.0, _FLOAT))
+
+
 def _zero(e: Emitter, zero_point: object, block: int) -> ir.Value:
-    """A zero point of unsigned codes as float32."""
-    if isinstance(zero_point, fx.Node) and zero_point.op == "get_attr":
-        value = e.cast(e.value(zero_point), _FLOAT)
-    else:
-        kept = e.op("DequantizeLinear", e.value(zero_point), e.const(1.0, _FLOAT), dtype=_FLOAT)
-        value = e.op("Add", kept, e.const(128.0, _FLOAT))
+    """A zero point that broadcasts over values, or over their blocks."""
+    assert isinstance(zero_point, fx.Node)
+    value = zero_of(e, zero_point)
     return e.op("Unsqueeze", value, e.const([-1])) if block else value
 
 

@@ -8,7 +8,7 @@ from qcompiler.ir import is_quantized_weight
 from qcompiler.lowering.onnx.builders.canonical import matmul_weight, site_of
 from qcompiler.lowering.onnx.builders.ranges import blocks_of
 from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument
-from qcompiler.lowering.tensorrt.dialect.activations import Rounding, codes_of, rounding_of
+from qcompiler.lowering.tensorrt.dialect.activations import Rounding, codes_of, rounding_of, zero_of
 from qcompiler.lowering.tensorrt.dialect.weights import (
     Weight,
     multiplied,
@@ -65,7 +65,7 @@ def _product(e: Emitter, weight: Weight, rounding: Rounding, site: str) -> ir.Va
         return e.op("MatMul", rounded, matrix, name=f"{site}/MatMul")
     values, shift = e.op("Div", x, scale), None
     if rounding.zero_point is not None:  # codes of 0 to 255 become those of -128 to 127
-        shift = e.op("Sub", _zero(e, rounding), e.const(128.0, _FLOAT))
+        shift = e.op("Sub", zero_of(e, rounding.zero_point), e.const(128.0, _FLOAT))
         values = e.op("Add", e.op("Round", values), shift)
     codes = codes_of(e, values, rounding.dtype, 8)
     rounded = e.op("DequantizeLinear", codes, e.const(1.0, _FLOAT), dtype=_FLOAT)
@@ -73,15 +73,6 @@ def _product(e: Emitter, weight: Weight, rounding: Rounding, site: str) -> ir.Va
     if shift is not None:
         product = e.op("Sub", product, e.op("Mul", shift, sums(e, weight)))
     return e.op("Mul", product, scale)
-
-
-def _zero(e: Emitter, rounding: Rounding) -> ir.Value:
-    """The zero point as float32."""
-    assert rounding.zero_point is not None
-    if rounding.is_static:
-        return e.cast(e.value(rounding.zero_point), _FLOAT)
-    kept = e.op("DequantizeLinear", e.value(rounding.zero_point), e.const(1.0, _FLOAT), dtype=_FLOAT)
-    return e.op("Add", kept, e.const(128.0, _FLOAT))
 
 
 def _input(e: Emitter, x_node: fx.Node, rounding: Rounding | None) -> ir.Value:
@@ -113,7 +104,7 @@ def _limited(e: Emitter, values: ir.Value, rounding: Rounding) -> ir.Value:
     if rounding.zero_point is None:
         half = float(1 << (rounding.bits - 1))
         return e.op("Clip", values, e.const(-half, _FLOAT), e.const(half - 1, _FLOAT))
-    zero = _zero(e, rounding)
+    zero = zero_of(e, rounding.zero_point)
     highest = e.const(float((1 << rounding.bits) - 1), _FLOAT)
     codes = e.op("Clip", e.op("Add", values, zero), e.const(0.0, _FLOAT), highest)
     return e.op("Sub", codes, zero)
