@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ from qcompiler.lowering.onnx.reader import OnnxArtifact
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target, choose_device
 
-__all__ = ["OPSETS", "OnnxTarget", "by_onnxruntime", "import_with_onnx"]
+__all__ = ["OPSETS", "OnnxTarget", "import_with_onnx", "readers_of"]
 
 OPSETS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 """Operator sets that can be written, and the IR version each goes with."""
@@ -120,21 +120,7 @@ class OnnxTarget(Target):
         """Writes an ONNX folder, see `qcompiler.lowering.onnx.lower`."""
         assert directory is not None
         report = import_with_onnx().write(graph, directory, self)
-        is_half = self.float_dtype == "float16"
-        tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
-        readers = [Reader(lambda: by_onnxruntime(directory), tolerance=tolerance, dtype=dtype)]
-        if is_half:  # ONNX Runtime does not compute in it on a CPU
-            readers.append(
-                Reader(
-                    lambda: _in_float16(directory),
-                    "float16_parity",
-                    tolerance=tolerance,
-                    dtype=dtype,
-                    tokens=(1, _FLOAT16_TOKENS),
-                    held_out_tokens=_FLOAT16_TOKENS,
-                )
-            )
-        return Lowered(report, readers=readers)
+        return Lowered(report, readers=readers_of(directory, self.float_dtype, _in_float16))
 
     @classmethod
     def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
@@ -219,6 +205,31 @@ class OnnxTarget(Target):
         if spec.bits == 3 or (spec.bits == 2 and self.opset < 25):
             return f"{spec.bits}-bit codes are stored in 4 bits: exact, but larger than they need be"
         return ""
+
+
+def readers_of(
+    directory: Path, float_dtype: str, in_float16: Callable[[Path], Artifact], *, has_kernels: bool = True
+) -> list[Reader]:
+    """What a folder is compared by: ONNX Runtime, and where there is float16, which that does not compute in on a CPU,
+    or it has no kernels for what is in it, an evaluation operator by operator on a few tokens.
+    """
+    is_half = float_dtype == "float16"
+    tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
+    readers = []
+    if has_kernels:
+        readers.append(Reader(lambda: by_onnxruntime(directory), tolerance=tolerance, dtype=dtype))
+    if is_half or not has_kernels:
+        readers.append(
+            Reader(
+                lambda: in_float16(directory),
+                "float16_parity" if has_kernels else "parity",
+                tolerance=tolerance,
+                dtype=dtype,
+                tokens=(1, _FLOAT16_TOKENS),
+                held_out_tokens=_FLOAT16_TOKENS,
+            )
+        )
+    return readers
 
 
 def by_onnxruntime(directory: Path) -> Artifact:

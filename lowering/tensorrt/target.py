@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from typing_extensions import Doc
 
 from qcompiler.errors import MissingDependencyError, TargetError
 from qcompiler.ir import CacheFormat, Graph
-from qcompiler.lowering.onnx import OnnxTarget, by_onnxruntime, import_with_onnx
+from qcompiler.lowering.onnx import OnnxTarget, import_with_onnx, readers_of
 from qcompiler.lowering.tensorrt.support import support_of, support_of_cache
 from qcompiler.numerics import Scheme
-from qcompiler.protocol import Artifact, Lowered, Progress, Reader, Support, Target
+from qcompiler.protocol import Artifact, Lowered, Progress, Support, Target
 
 __all__ = ["TensorRTTarget"]
 
 _WRITER = "qcompiler.lowering.tensorrt.writer"
-_FLOAT16_TOKENS = 16  # evaluated operator by operator, which is slow
 
 
 @dataclass(frozen=True)
@@ -100,23 +98,8 @@ class TensorRTTarget(Target):
     def lower_showing(self, graph: Graph, directory: Path, progress: Progress) -> Lowered:
         """`lower`, saying how far the builder is."""
         report = import_with_onnx(_WRITER).write(graph, directory, self, progress)
-        is_half = self.float_dtype == "float16"
-        tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
-        readers = []
-        if not report["has_float4"]:  # ONNX Runtime has no kernels for 4-bit floats on a CPU
-            readers.append(Reader(lambda: by_onnxruntime(directory), tolerance=tolerance, dtype=dtype))
-        if is_half or report["has_float4"]:
-            readers.append(
-                Reader(
-                    lambda: _in_float16(directory),
-                    "float16_parity" if readers else "parity",
-                    tolerance=tolerance,
-                    dtype=dtype,
-                    tokens=(1, _FLOAT16_TOKENS),
-                    held_out_tokens=_FLOAT16_TOKENS,
-                )
-            )
-        return Lowered(report, readers=readers)
+        has_kernels = not report["has_float4"]  # ONNX Runtime has none for 4-bit floats on a CPU
+        return Lowered(report, readers=readers_of(directory, self.float_dtype, _in_float16, has_kernels=has_kernels))
 
     @classmethod
     def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
