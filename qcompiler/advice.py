@@ -5,6 +5,7 @@ With `qcompiler.api`, `qcompiler.to_target` and `qcompiler.cli`, a module that s
 
 import importlib.util
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -82,7 +83,7 @@ def recommend(
     found = gpu if isinstance(gpu, Hardware) else hardware_named(gpu, known)
     shape = told_shape(**sizes) if model is None else read_shape(Path(model))
     groups = [_expanded(text, found) for text in targets] or [_offers(found)]
-    candidates = [_candidate(name) for name in recipes] or _candidates()
+    candidates = [_candidate(name) for name in recipes] or list(_candidates())
     for offers in groups:
         advice = advise(
             shape,
@@ -133,11 +134,12 @@ def fit_targets(advice: Advice, texts: Sequence[str]) -> list[str]:
     return found
 
 
-def _candidates() -> list[Candidate]:
+@cache
+def _candidates() -> tuple[Candidate, ...]:
     """All named recipes, with each cache and without, and to leave the model as it is."""
     names = [NONE, *CACHES]
     names += [f"{name}{suffix}" for name in RECIPES for suffix in ("", *(f"+{cache}" for cache in CACHES))]
-    return [_candidate(name) for name in names]
+    return tuple(_candidate(name) for name in names)
 
 
 def _candidate(name: str) -> Candidate:

@@ -67,11 +67,13 @@ def _rules(question: Question) -> list[_Rule]:
 
     First what a goal admits: ``quality``, no loss that evaluations tell from the original; ``latency``, a small one of
     the weights; ``throughput`` and ``memory``, a small one of weights and cache, which then is to be verified. Then
-    what engines that serve run, as what nobody runs helps nobody; then what the goal asks for. Where many are served,
-    prompts come among the steps of others, and formats that are multiplied faster win; where one is, a prompt is a
-    small part of the time (arXiv 2309.06180, figure 11: 161 tokens, and 338 of answers), and the smaller loss wins.
+    what engines that serve run, as what nobody runs helps nobody, and what is not dequantized as a whole, which saves
+    no time; then what the goal asks for. Where many are served, prompts come among the steps of others, and formats
+    that are multiplied faster win; where one is, a prompt is a small part of the time (arXiv 2309.06180, figure 11: 161
+    tokens, and 338 of answers), and the smaller loss wins.
     """
     prefill = _Rule(lambda option: math.inf if option.prefill is None else option.prefill, _says_prefill, is_close=True)
+    unread = _Rule(lambda option: option.cache_rank > 1, _says_unread)
     room = (
         _Rule(lambda option: -option.tokens_held, _says_room, is_close=True)
         if question.serves_many
@@ -80,6 +82,7 @@ def _rules(question: Question) -> list[_Rule]:
     rules = [
         _Rule(lambda option: _excess(option, question), _says_loss),
         _Rule(lambda option: option.layers_rank, _says_engines),
+        *([] if question.goal == "memory" else [unread]),
         _goal(question),
         *([prefill] if question.serves_many else []),
         _Rule(lambda option: option.cache_rank, _says_cache),
@@ -118,6 +121,11 @@ def _says_loss(option: Option, first: Option) -> str:
 def _says_engines(option: Option, first: Option) -> str:
     who = ", ".join(taker.text for taker in option.takers) or "nothing"
     return f"no engine that serves runs its layers fused (taken by {who})"
+
+
+def _says_unread(option: Option, first: Option) -> str:
+    who = ", ".join(taker.text for taker in option.takers)
+    return f"{who} dequantizes it ahead of products and attention, which saves memory and no time"
 
 
 def _says_cache(option: Option, first: Option) -> str:
