@@ -35,6 +35,8 @@ __all__ = ["THIS", "fit_targets", "hardware_named", "recommend"]
 
 THIS = "this"
 """Asks for the machine this runs on, measured."""
+_ENGINES = {"checkpoint": "vLLM", "onnx": "ONNX Runtime", "tensorrt": "TensorRT", "kernels": "qcompiler"}
+"""Whose answers `Target.supports` gives, by the target."""
 _SERVING_LAYOUT = "compressed-tensors"  # the first of checkpoints: it holds most formats
 
 
@@ -160,7 +162,7 @@ def _offers(hardware: Hardware) -> list[Offer]:
     """The targets that run on hardware, those first that are preferred where several do."""
     if hardware.kind == "cpu":
         texts = ["onnx", "checkpoint:format=gguf", "kernels:device=cpu"]
-        return [Offer(text, make_target(text), serves=True) for text in texts]
+        return [_offer(text, hardware) for text in texts]
     found = _expanded("checkpoint", hardware)
     if hardware.vendor == "nvidia":
         if hardware.capability in _built_for():
@@ -174,18 +176,23 @@ def _expanded(text: str, hardware: Hardware) -> list[Offer]:
     made, (name, _, options) = make_target(text), text.partition(":")
     given = {item.partition("=")[0] for item in options.split(",")} - {""}
     join = ":" if not options else ","
-    if made.name == "checkpoint":
-        layouts = get_args(get_type_hints(type(made))["format"])
-        if any("format".startswith(option) for option in given):
-            return [Offer(text, made, serves=True)]
-        texts = [text, *(f"{text}{join}format={layout}" for layout in layouts if layout != _SERVING_LAYOUT)]
-        return [Offer(each, make_target(each), serves=True) for each in texts]
+    if made.name == "checkpoint" and not any("format".startswith(option) for option in given):
+        layouts = [layout for layout in get_args(get_type_hints(type(made))["format"]) if layout != _SERVING_LAYOUT]
+        return [_offer(each, hardware) for each in (text, *(f"{text}{join}format={layout}" for layout in layouts))]
     if made.name == "tensorrt" and hardware.capability is not None and "sm" not in given:
         text = f"{text}{join}sm={hardware.capability}"
     if made.name == "kernels" and not given:
-        made = make_target("kernels", device="cpu" if hardware.kind == "cpu" else "cuda")
-        return [Offer(name, made, serves=hardware.kind == "cpu")]
-    return [Offer(text, make_target(text), serves=hardware.kind == "cpu")]
+        made = make_target(name, device="cpu" if hardware.kind == "cpu" else "cuda")
+        return [Offer(text, made, _ENGINES["kernels"], serves=hardware.kind == "cpu")]
+    return [_offer(text, hardware)]
+
+
+def _offer(text: str, hardware: Hardware) -> Offer:
+    """Engines that read checkpoints serve, but for llama.cpp; on a CPU, where one person is served, all do."""
+    made = make_target(text)
+    is_gguf = getattr(made, "format", None) == "gguf"
+    engine = "llama.cpp" if is_gguf else _ENGINES.get(made.name, made.name)
+    return Offer(text, made, engine, serves=hardware.kind == "cpu" or (made.name == "checkpoint" and not is_gguf))
 
 
 def _built_for() -> tuple[int, ...]:

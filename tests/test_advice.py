@@ -95,6 +95,7 @@ def test_the_numbers_of_an_option(on_h100: Advice) -> None:
     assert first.footprint.cache == 8 * 4096 * 65_536
     assert first.left == pytest.approx(72e9 - first.footprint.total)
     assert first.gpus_needed == 1
+    assert [taker.engine for taker in first.takers] == ["vLLM", "qcompiler"]
     assert plain.decode.seconds > first.decode.seconds
     read = plain.footprint.weights - plain.parts["table"] + plain.footprint.cache
     assert plain.decode.seconds == pytest.approx(read / 3.35e12)

@@ -8,7 +8,7 @@ their formats go (`Candidate`) and targets (`Offer`), both handed in. Out: `Advi
 from qcompiler.advisor.footprint import cache_bytes, cache_bytes_per_token, weight_bytes, weight_parts
 from qcompiler.advisor.hardware import Hardware, find_hardware, known_hardware
 from qcompiler.advisor.measuring import measure_machine
-from qcompiler.advisor.options import GOALS, NONE, Candidate, Offer, Option
+from qcompiler.advisor.options import GOALS, NONE, Candidate, Offer, Option, Taker
 from qcompiler.advisor.recommend import Advice, advise
 from qcompiler.advisor.shapes import ModelShape, read_shape, told_shape
 
@@ -21,6 +21,7 @@ __all__ = [
     "ModelShape",
     "Offer",
     "Option",
+    "Taker",
     "advise",
     "cache_bytes",
     "cache_bytes_per_token",

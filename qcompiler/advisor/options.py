@@ -76,11 +76,13 @@ class Offer:
     Attributes:
         text: as ``--to`` takes it.
         target: itself.
+        engine: whose answers it gives: what runs what it writes.
         serves: whether engines that serve many requests at once load what it writes.
     """
 
     text: str
     target: Target
+    engine: str
     serves: bool
 
 
@@ -121,11 +123,13 @@ class Taker:
 
     Attributes:
         text: as ``--to`` takes it.
-        layers, cache: how far it goes; of a float cache ``fused``.
+        engine: what runs it.
+        layers, cache: how far that goes; of a float cache ``fused``.
         serves: as of `Offer`.
     """
 
     text: str
+    engine: str
     layers: SupportStatus
     cache: SupportStatus
     serves: bool
@@ -231,7 +235,10 @@ class Option:
             "expected_loss": self.loss,
             "expected_loss_of_weights": {"nats": self.weights.loss, "source": self.weights.source},
             "expected_loss_of_cache": {"nats": self.cache.loss, "source": self.cache.source},
-            "takes": [{"to": t.text, "layers": t.layers, "cache": t.cache, "serves": t.serves} for t in self.takers],
+            "takes": [
+                {"to": t.text, "engine": t.engine, "layers": t.layers, "cache": t.cache, "serves": t.serves}
+                for t in self.takers
+            ],
             "does_not_divide": list(self.undivided),
         }
 
@@ -365,7 +372,7 @@ def _takers(candidate: Candidate, shape: ModelShape, offers: Sequence[Offer]) ->
         caches = [offer.target.supports_cache(spec) for spec in (candidate.keys, candidate.values) if spec is not None]
         of_layers = order[max((order.index(answer.status) for answer in layers), default=0)]
         of_caches = order[max((order.index(answer.status) for answer in caches), default=0)]
-        taker = Taker(offer.text, of_layers, of_caches, offer.serves)
+        taker = Taker(offer.text, offer.engine, of_layers, of_caches, offer.serves)
         if of_layers != "refused":
             ranks.append(replace(taker, cache="fused").rank)
         if "refused" not in (of_layers, of_caches) and taker.rank < 3:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qcompiler import advice
-from qcompiler.advisor import NONE, Advice, Hardware, Option, known_hardware
+from qcompiler.advisor import NONE, Advice, Hardware, Option, Taker, known_hardware
 from qcompiler.cli.options import Json
 from qcompiler.errors import InputError
 from qcompiler.reporting import print_rows, print_table
@@ -227,8 +227,12 @@ def _details(option: Option) -> dict[str, str]:
         "prompts": "unknown" if option.prefill is None else f"{option.prefill:.3f} s at least, for all of a batch",
         "loss of weights": f"{_loss(option.weights.loss)}: {option.weights.source}",
         "loss of cache": f"{_loss(option.cache.loss)}: {option.cache.source}",
-        "taken by": ", ".join(f"{t.text} ({t.layers}, cache {t.cache})" for t in option.takers) or "any engine",
+        "taken by": "; ".join(map(_taker, option.takers)) or "any engine",
     }
+
+
+def _taker(taker: Taker) -> str:
+    return f"{taker.engine} by {taker.text} (layers {taker.layers}, cache {taker.cache})"
 
 
 def _loss(nats: float | None) -> str:

@@ -53,7 +53,13 @@ def test_rates_are_dense_and_of_types_that_are_taken() -> None:
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("h10", "h100"), ("mi300", "mi300x"), ("rtx4090", "rtx-4090"), ("pro 6000 black", "pro-6000")],
+    [
+        ("h10", "h100"),
+        ("mi300", "mi300x"),
+        ("rtx4090", "rtx-4090"),
+        ("pro 6000 black", "pro-6000"),
+        ("instinct", "mi300x"),
+    ],
 )
 def test_the_nearest_names_are_offered(name: str, near: str) -> None:
     with pytest.raises(InputError, match="unknown hardware") as caught:

@@ -24,6 +24,7 @@ def test_a_recommendation_in_a_terminal() -> None:
     assert "163,840 bytes per token" in outcome.output
     assert "qcompiler compile MODEL --recipe w4a16-awq+kv-fp8-static --to checkpoint --output OUT" in outcome.output
     assert "arXiv 2306.00978" in outcome.output
+    assert "vLLM by checkpoint (layers fused, cache fused)" in outcome.output
     assert "note: training" in outcome.output
     everything = command("recommend", "--gpu", "h100", "--all", *LLAMA).output
     assert "nvfp4: NVIDIA H100 SXM does not multiply float4" in everything
