@@ -23,6 +23,7 @@ from qcompiler.advisor import (
     told_shape,
 )
 from qcompiler.errors import InputError
+from qcompiler.lowering import targets as known_targets
 from qcompiler.lowering.onnx import import_with_onnx
 from qcompiler.numerics import Scheme
 from qcompiler.passes import Assign, SqueezeLLM
@@ -161,8 +162,8 @@ def _candidate(name: str) -> Candidate:
 def _offers(hardware: Hardware) -> list[Offer]:
     """The targets that run on hardware, those first that are preferred where several do."""
     if hardware.kind == "cpu":
-        texts = ["onnx", "checkpoint:format=gguf", "kernels:device=cpu"]
-        return [_offer(text, hardware) for text in texts]
+        others = [target.name for target in known_targets() if target.name not in ("checkpoint", "kernels", "tensorrt")]
+        return [_offer(text, hardware) for text in (*others, "checkpoint:format=gguf", "kernels:device=cpu")]
     found = _expanded("checkpoint", hardware)
     if hardware.vendor == "nvidia":
         if hardware.capability in _built_for():

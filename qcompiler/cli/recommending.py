@@ -52,6 +52,9 @@ def recommend(
     experts: Annotated[int | None, typer.Option(help="Of a mixture, in a layer.")] = None,
     active: Annotated[int | None, typer.Option(help="Experts that a token is sent to.")] = None,
     to: Annotated[list[str] | None, typer.Option(help="Only recipes that this target takes.")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", "-r", help="Weigh only these, as `compile` takes them.")
+    ] = None,
     hardware: More = None,
     everything: Annotated[bool, typer.Option("--all", help="List all recipes, and why each lost.")] = False,
     as_json: Json = False,
@@ -71,6 +74,7 @@ def recommend(
         goal=goal,
         hardware=hardware,
         targets=to or (),
+        recipes=recipe or (),
         **sizes,
     )
     if not as_json:

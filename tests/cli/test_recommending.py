@@ -39,6 +39,15 @@ def test_a_recommendation_as_json() -> None:
     assert found["options"][1]["why_not_first"]
 
 
+def test_recipes_that_are_named(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('base = "w4a16-gptq"\n')
+    arguments = ("--gpu", "h200", "-r", own, "-r", "w8a16", "--json", *LLAMA)
+    found = command("recommend", *arguments).result
+    assert [option["recipe"] for option in found["options"]] == ["w8a16", str(own)]
+    assert found["refused"] == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "said"),
     [
