@@ -78,7 +78,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"sm": "90"}, "the builder does not know this compute capability"),
+        ({"sm": "90"}, "(?s)the builder does not know this compute capability.*on a GPU of SM 90"),
         ({"length": 65}, "longer than the model's positions"),
         ({"profiles": "decode:sequence=1:past_sequence=0..99"}, "longer texts than the model"),
         ({"profiles": "decode:sequence=9..1:past_sequence=0"}, "sizes of a profile do not hold"),
@@ -91,16 +91,35 @@ def test_what_cannot_be_built_is_refused_ahead_of_work(options, words, result, t
     assert not (tmp_path / "out").exists()
 
 
-def test_without_tensorrt_the_onnx_is_written_and_held_to_the_rules(result, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("sm", "words"), [("86", "tensorrt-rtx"), ("90", "on a GPU of SM 90")])
+def test_without_tensorrt_the_onnx_is_written_and_held_to_the_rules(sm, words, result, tmp_path, monkeypatch):
     def missing(*_: object, **__: object) -> None:
         raise MissingDependencyError("no TensorRT")
 
     monkeypatch.setattr(writer, "find_api", missing)
-    report = qc.lower(result, "tensorrt", tmp_path / "out", sm="86", verify=False)
+    report = qc.lower(result, "tensorrt", tmp_path / "out", sm=sm, verify=False)
     assert report["engines"] == {}
-    assert any("no engine for SM 86" in note and "tensorrt-rtx" in note for note in report["notes"])
+    assert any(f"no engine for SM {sm}" in note and words in note for note in report["notes"])
     assert {"model.onnx", "model.onnx.data", "layers.json"} <= set(report["files"])
     assert not any(name.endswith(".plan") for name in report["files"])
+
+
+def test_a_gpu_without_rules_of_its_own_has_those_of_its_kin(result, tmp_path, monkeypatch):
+    def missing(*_: object, **__: object) -> None:
+        raise MissingDependencyError("no TensorRT")
+
+    monkeypatch.setattr(writer, "find_api", missing)
+    asked: list[list[int]] = []
+    honest = writer.check_rules
+
+    def heard(model: Any, sm: list[int]) -> Any:
+        asked.append(sm)
+        return honest(model, sm)
+
+    monkeypatch.setattr(writer, "check_rules", heard)
+    qc.lower(result, "tensorrt", tmp_path / "out", sm="90+89", verify=False)
+    assert asked
+    assert all(sm == [89] for sm in asked)
 
 
 def test_a_builder_that_fails_leaves_nothing(result, tmp_path, monkeypatch):
