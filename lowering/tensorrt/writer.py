@@ -214,7 +214,7 @@ def _report(
         "opset": emitter.opset,
         "float_dtype": target.float_dtype,
         "attention": target.attention,
-        "runs_in_onnxruntime": _has_kernels(emitter),
+        "runs_in_onnxruntime": target.float_dtype != "bfloat16" and _has_kernels(emitter),
         "nodes": len(emitter.nodes),
         "bytes": sum((directory / name).stat().st_size for name in files),
         "weight_bytes": emitter.weight_bytes,
@@ -227,7 +227,7 @@ def _report(
 
 
 def _has_kernels(emitter: Emitter) -> bool:
-    """Whether ONNX Runtime has kernels on a CPU: not for TensorRT's own operators, nor for 4-bit floats."""
+    """Whether ONNX Runtime has kernels on a CPU: not for TensorRT's own operators, nor for 4-bit floats or bfloat16."""
     dtypes = {value.dtype for value in emitter.initializers.values() if value.dtype is not None}
     own = any(node.domain == DOMAIN for node in emitter.nodes)
     return not own and not any("FLOAT4" in dtype.name for dtype in dtypes)

@@ -52,6 +52,14 @@ def test_support(name, sm, status, reason):
     assert re.search(reason, support.reason) if reason else support.reason == ""
 
 
+def test_support_in_bfloat16():
+    target = TensorRTTarget(float_dtype="bfloat16")
+    assert target.supports(Scheme.parse("w4a16-g128"), 256).status == "fused"
+    assert target.supports(Scheme.parse("w8a8"), 256).status == "fused"
+    support = target.supports(Scheme.parse("w8a16"), 256)
+    assert (support.status, "bfloat16" in support.reason) == ("runs", True)
+
+
 def test_support_of_caches():
     assert TensorRTTarget("89").supports_cache(CacheFormat("int4", group_size=16)).status == "runs"
     assert TensorRTTarget("89").supports_cache(CacheFormat("float8_e4m3fn")).status == "runs"
@@ -152,6 +160,20 @@ def test_findings_come_first_and_strict_makes_them_errors(result, tmp_path, monk
     assert kept["findings"] == report["findings"]
     with pytest.raises(VerificationError, match="fused a quantized layer or an attention nowhere"):
         qc.lower(result, "tensorrt", tmp_path / "strict", verify=False, strict=True)
+
+
+def test_an_engine_in_bfloat16(result, tmp_path):
+    """Values of 8 bits of mantissa: what is written is evaluated operator by operator, and differs by as much."""
+    pytest.importorskip("tensorrt_rtx")
+    report = qc.lower(result, "tensorrt", tmp_path / "out", float_dtype="bfloat16", strict=True)
+    engine = report["engines"]["89"]
+    assert (engine["fused_linears"], engine["fused_attentions"]) == ("7 of 7", "1 of 1")
+    assert engine["attention_kernels"] == ["gemm_mha_v2", "gemv_mha_v1"]
+    assert 2e-4 < report["parity"]["mean_difference"] < 2e-2
+    layers = json.loads((tmp_path / "out" / "layers.json").read_text())["engines"]["89"]["layers"]
+    read = {tensor["dtype"] for layer in layers for tensor in layer["inputs"]}
+    assert "BFloat16" in read
+    assert "Half" not in read
 
 
 def test_progress_of_the_builder_is_told(result, tmp_path):
