@@ -30,8 +30,8 @@ def equal_blocks(width: int) -> int | None:
     return None
 
 
-def support_of(scheme: Scheme, width: int, capability: int) -> Support:
-    """What becomes of a linear layer of ``width`` input channels."""
+def support_of(scheme: Scheme, width: int, capability: int, float_dtype: str = "float16") -> Support:
+    """What becomes of a linear layer of ``width`` input channels, multiplied in ``float_dtype`` where not in codes."""
     weight, activation = scheme.weight, scheme.activation
     for spec in (weight, activation):
         found = None if spec is None else _refused(spec, capability)
@@ -40,7 +40,11 @@ def support_of(scheme: Scheme, width: int, capability: int) -> Support:
     if weight is None:
         return Support("fused") if activation is None else Support("runs", "float weights, inputs rounded in float")
     if activation is None:
-        return _weight(weight, width)
+        found = _weight(weight, width)
+        if found.status == "fused" and weight.bits == 8 and not weight.is_float and float_dtype == "bfloat16":
+            reason = "INT8 weights alone in bfloat16: those of layers that read one input are dequantized anew"
+            return Support("runs", reason)
+        return found
     return _both(weight, activation, width)
 
 

@@ -39,7 +39,8 @@ class TensorRTTarget(Target):
 
     sm: Annotated[str, Doc("Compute capabilities to build for, such as 89, or several: 80+89.")] = "89"
     float_dtype: Annotated[
-        Literal["float16", "float32"], Doc("Of weights and activations; attention is fused in float16 alone.")
+        Literal["float16", "bfloat16", "float32"],
+        Doc("Of weights and activations; attention is fused in 16 bits alone."),
     ] = "float16"
     attention: Annotated[
         Literal["float", "fp8"], Doc("fp8: queries and the softmax are rounded, too, beside a kv-fp8-static cache.")
@@ -80,7 +81,7 @@ class TensorRTTarget(Target):
 
     def supports(self, scheme: Scheme, width: int) -> Support:
         """What becomes of a linear layer of ``width`` input channels under ``scheme``, on the least of the GPUs."""
-        return support_of(scheme, width, min(self.capabilities))
+        return support_of(scheme, width, min(self.capabilities), self.float_dtype)
 
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache: an input and an output of codes, dequantized ahead of attention."""
@@ -121,10 +122,13 @@ class TensorRTTarget(Target):
         """`lower`, saying how far the builder is."""
         writer = import_with_onnx(_WRITER)
         report = writer.write(graph, directory, self, progress)
-        readers = readers_of(directory, self.float_dtype, _in_float16, has_kernels=report["runs_in_onnxruntime"])
+        readers = readers_of(directory, self.float_dtype, _evaluated, has_kernels=report["runs_in_onnxruntime"])
         rounded = writer.rounded_by_attention(graph, self)
         if rounded:
             readers = [replace(reader, dtype=torch.float8_e4m3fn, rounded=rounded) for reader in readers]
+        elif self.float_dtype == "bfloat16":
+            computed = [node.name for node in graph.fx.nodes if node.op == "call_function"]
+            readers = [replace(reader, dtype=torch.bfloat16, rounded=computed) for reader in readers]
         return Lowered(report, readers=readers)
 
     @classmethod
@@ -138,7 +142,7 @@ class TensorRTTarget(Target):
         return (directory / "layers.json").is_file() and OnnxTarget.wrote(directory)
 
 
-def _in_float16(directory: Path) -> Artifact:
+def _evaluated(directory: Path) -> Artifact:
     from qcompiler.lowering.onnx.reference import Float16Artifact
     from qcompiler.lowering.tensorrt.reference import OPERATORS
 

@@ -27,6 +27,7 @@ from qcompiler.lowering.tensorrt.engine import (
     find_api,
     fused_attentions,
     fused_linears,
+    how_to_build,
     parse_profiles,
     run_script,
 )
@@ -40,6 +41,8 @@ __all__ = ["LAYERS_FILE", "check", "profiles_of", "rounded_by_attention", "summa
 
 LAYERS_FILE = "layers.json"
 _LONGEST = 4096
+_RULES_OF = {90: 89}
+"""A GPU that the rules were not seen on is held to those of one with the same number formats."""
 _KERNEL_SUFFIX = re.compile(r"_myl\d+_\d+$")
 
 
@@ -133,7 +136,8 @@ def _ports(graph: Graph) -> list[Port]:
 
 def _refuse(emitted: Emitted, target: TensorRTTarget) -> None:
     """Refuses what the parser or the builder would, by the rules that both were seen to follow."""
-    known = [capability for capability in target.capabilities if capability in CAPABILITIES]
+    asked = (_RULES_OF.get(capability, capability) for capability in target.capabilities)
+    known = [capability for capability in dict.fromkeys(asked) if capability in CAPABILITIES]
     if not known:
         return
     refused = [found for found in check_rules(emitted.model, known).findings if found.verdict != "unfused"]
@@ -210,7 +214,7 @@ def _report(
         "opset": emitter.opset,
         "float_dtype": target.float_dtype,
         "attention": target.attention,
-        "runs_in_onnxruntime": _has_kernels(emitter),
+        "runs_in_onnxruntime": target.float_dtype != "bfloat16" and _has_kernels(emitter),
         "nodes": len(emitter.nodes),
         "bytes": sum((directory / name).stat().st_size for name in files),
         "weight_bytes": emitter.weight_bytes,
@@ -223,7 +227,7 @@ def _report(
 
 
 def _has_kernels(emitter: Emitter) -> bool:
-    """Whether ONNX Runtime has kernels on a CPU: not for TensorRT's own operators, nor for 4-bit floats."""
+    """Whether ONNX Runtime has kernels on a CPU: not for TensorRT's own operators, nor for 4-bit floats or bfloat16."""
     dtypes = {value.dtype for value in emitter.initializers.values() if value.dtype is not None}
     own = any(node.domain == DOMAIN for node in emitter.nodes)
     return not own and not any("FLOAT4" in dtype.name for dtype in dtypes)
@@ -298,6 +302,8 @@ def _notes(
             f"fused, {engine['plan_bytes'] / 2**20:.1f} MiB, built in {engine['seconds']:.1f} s"
         )
     if not engines:
-        asked = ", ".join(f"SM {capability}" for capability in target.capabilities)
-        notes.append(f"no engine for {asked}: TensorRT is not installed; pip install tensorrt-rtx, then convert again")
+        notes += [
+            f"no engine for SM {capability}: TensorRT is not installed; {how_to_build(capability)}"
+            for capability in target.capabilities
+        ]
     return notes + sorted({site["reason"] for site in sites.values() if site["reason"]})
