@@ -119,11 +119,30 @@ def find_logits(graph: Graph, softmax: fx.Node) -> Logits:
         query, transposed = node.args[:2]
     else:
         raise Miss("attention written out with other logits than a scaled product of queries and keys")
-    rank = len(node.meta["shape"])
-    if not _swaps_last(transposed, rank):
+    query_factor, query = _factors(graph, query)
+    key_factor, transposed = _factors(graph, transposed)
+    key = _transposed_keys(transposed, len(node.meta["shape"]))
+    if key is None:
         raise Miss("the right factor of the logits is no transpose of the keys")
-    query, key = _heads_apart(query), _heads_apart(transposed.args[0])
+    under_factor, key = _factors(graph, key)
+    scale *= query_factor * key_factor * under_factor
+    query, key = _heads_apart(query), _heads_apart(key)
     return Logits(query, key, scale, softcap, _one_mask(graph, maskings[::-1]))
+
+
+def _transposed_keys(node: Any, rank: int) -> Any:
+    """What the last two axes were swapped of; ``[B, H, D, T]`` may be made of ``[B * H, D, T]``. None for all else."""
+    if _swaps_last(node, rank):
+        return node.args[0]
+    turned = node.args[0] if is_op(node, _aten.reshape.default) and rank == 4 else None
+    if not isinstance(turned, fx.Node) or len(turned.meta["shape"]) != 3 or not _swaps_last(turned, 3):
+        return None
+    flat: Any = turned.args[0]
+    key = flat.args[0] if is_op(flat, _aten.reshape.default) else None
+    if key is None or not _is_split(flat, key):
+        return None
+    *leading, length, width = key.meta["shape"]
+    return key if node.meta["shape"] == (*leading, width, length) else None
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
