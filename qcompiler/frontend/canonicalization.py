@@ -19,7 +19,7 @@ from qcompiler.frontend.attention_rules import (
     rotary,
     rotary_by_halves,
 )
-from qcompiler.frontend.exported_forms import gated_sigmoid, inverse_root, late_bias, without_empty_rows
+from qcompiler.frontend.exported_forms import error_gelu, gated_sigmoid, inverse_root, late_bias, without_empty_rows
 from qcompiler.frontend.expert_rules import Parts, chosen_product, stacked_product
 from qcompiler.frontend.pattern import (
     Miss,
@@ -254,6 +254,7 @@ def _rules() -> tuple[Rule, ...]:
         Rule("experts", (_aten.bmm.default, _aten.matmul.default), partial(stacked_product, parts)),
         Rule("inverse-root", (_aten.reciprocal.default, _aten.div.Tensor), inverse_root),
         Rule("silu", (_aten.sigmoid.default,), gated_sigmoid),
+        Rule("gelu", (_aten.erf.default,), error_gelu),
         Rule("rms-norm", (_aten.rsqrt.default,), _rms_norm),
         Rule("rms-norm", (_aten.rms_norm.default,), _fused_rms_norm),
         Rule("layer-norm", (_canonical.rms_norm.default,), _centred_norm),

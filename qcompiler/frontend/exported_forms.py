@@ -9,7 +9,7 @@ from qcompiler.frontend.pattern import Miss, is_weight, other_operand, replace
 from qcompiler.frontend.simplify import replace_by_derived
 from qcompiler.ir import Graph, is_op
 
-__all__ = ["gated_sigmoid", "inverse_root", "late_bias", "without_empty_rows"]
+__all__ = ["error_gelu", "gated_sigmoid", "inverse_root", "late_bias", "without_empty_rows"]
 
 _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
@@ -39,6 +39,35 @@ def gated_sigmoid(graph: Graph, sigmoid: fx.Node) -> None:
     (product,) = sigmoid.users
     if is_op(product, _aten.mul.Tensor) and other_operand(product, sigmoid) is x:
         replace(graph, product, _aten.silu.default, (x,))
+
+
+def error_gelu(graph: Graph, erf: fx.Node) -> None:
+    """``0.5 * x * (1 + erf(x / sqrt(2)))``, its factors in any order → ``gelu(x)``."""
+    if not is_op(erf.args[0], _aten.div.Tensor, _aten.mul.Tensor):
+        return
+    x, number = erf.args[0].args[:2]  # type: ignore[union-attr]
+    if is_op(erf.args[0], _aten.mul.Tensor):
+        number = 1 / number if isinstance(number, float) and number else None
+    if not isinstance(number, (int, float)) or abs(number - 2**0.5) > 1e-5 or len(erf.users) != 1:
+        return
+    (raised,) = erf.users
+    if not is_op(raised, _aten.add.Tensor) or other_operand(raised, erf) != 1 or len(raised.users) != 1:
+        return
+    node, missing = raised, {"half", "x"}
+    while missing and len(node.users) == 1:
+        (user,) = node.users
+        other = other_operand(user, node) if is_op(user, _aten.mul.Tensor) else None
+        if other == 0.5 and "half" in missing:
+            missing -= {"half"}
+        elif other is x and "x" in missing:
+            missing -= {"x"}
+        elif isinstance(other, fx.Node) and is_op(other, _aten.mul.Tensor) and other.args == (x, 0.5):
+            missing = set()
+        else:
+            return
+        node = user
+    if not missing:
+        replace(graph, node, _aten.gelu.default, (x,))
 
 
 def late_bias(graph: Graph, add: fx.Node) -> None:

@@ -121,7 +121,7 @@ def find_logits(graph: Graph, softmax: fx.Node) -> Logits:
         raise Miss("attention written out with other logits than a scaled product of queries and keys")
     query_factor, query = _factors(graph, query)
     key_factor, transposed = _factors(graph, transposed)
-    key = _transposed_keys(transposed, len(node.meta["shape"]))
+    key = _transposed_keys(graph, transposed, len(node.meta["shape"]))
     if key is None:
         raise Miss("the right factor of the logits is no transpose of the keys")
     under_factor, key = _factors(graph, key)
@@ -130,10 +130,16 @@ def find_logits(graph: Graph, softmax: fx.Node) -> Logits:
     return Logits(query, key, scale, softcap, _one_mask(graph, maskings[::-1]))
 
 
-def _transposed_keys(node: Any, rank: int) -> Any:
-    """What the last two axes were swapped of; ``[B, H, D, T]`` may be made of ``[B * H, D, T]``. None for all else."""
+def _transposed_keys(graph: Graph, node: Any, rank: int) -> Any:
+    """What the last two axes were swapped of; ``[B, H, D, T]`` may be made of ``[B * H, D, T]`` or ``[B, T, H, D]``. None
+    for all else.
+    """
     if _swaps_last(node, rank):
         return node.args[0]
+    if is_op(node, _aten.permute.default) and list(node.args[1]) == [0, 2, 3, 1]:
+        batch, length, heads, width = node.args[0].meta["shape"]
+        order = (node.args[0], [0, 2, 1, 3])
+        return shared_call(graph, _aten.permute.default, order, (batch, heads, length, width), node.meta["dtype"])
     turned = node.args[0] if is_op(node, _aten.reshape.default) and rank == 4 else None
     if not isinstance(turned, fx.Node) or len(turned.meta["shape"]) != 3 or not _swaps_last(turned, 3):
         return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import InputError, UnsupportedModelError
+from qcompiler.frontend.onnx.values import Known, known
 from qcompiler.numerics import unpack_bits
 from qcompiler.storage import RawTensor, WeightStore, onnx_file, open_raw
 
@@ -251,13 +252,14 @@ def _unpacker(kind: str, shape: tuple[int, ...]) -> Any:
 
 
 def _bytes(tensor: onnx.TensorProto) -> Tensor:
-    return torch.frombuffer(bytearray(ir.serde.TensorProtoTensor(tensor).tobytes() or b""), dtype=torch.uint8) if (
-        onnx_file.stored_bytes(tensor)
-    ) else torch.empty(0, dtype=torch.uint8)
+    if not onnx_file.stored_bytes(tensor):
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(ir.serde.TensorProtoTensor(tensor).tobytes()), dtype=torch.uint8)
 
 
-def _in_memory(tensor: onnx.TensorProto) -> Tensor:
-    """The value of an attribute."""
+def _in_memory(tensor: onnx.TensorProto) -> Known:
+    """The value of an attribute; nothing is traced here."""
     if tensor.data_type not in _STORED:
         raise UnsupportedModelError("an attribute of a type that is not read", got=f"type {tensor.data_type}")
-    return _bytes(tensor).view(_STORED[tensor.data_type]).reshape(tuple(tensor.dims))
+    dtype = _STORED[tensor.data_type]
+    return known(_bytes(tensor).view(dtype).tolist(), dtype, tuple(tensor.dims))

@@ -21,9 +21,12 @@ _ATTENTIONS: dict[tuple[str, str], tuple[int, int]] = {
 }
 """The inputs that are past keys and values; the outputs 1 and 2 are the present ones."""
 _PASSING = ("Cast", "Identity")
+_RESHAPING = (*_PASSING, "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 _PARTS: tuple[Part, ...] = ("key_scale", "value_scale", "key_zero_point", "value_zero_point", "key", "value")
 _BOTH = re.compile(r"(past_)?key_?values?(?=\W|_\d|$)|kv_?cache")
 """Of a name: what stands for keys and values together."""
+_OTHERS = re.compile("position|type|segment")
+"""Of names: integers that are looked up, too, and are no tokens."""
 _WORD = re.compile(r"[^A-Za-z0-9_]")
 
 
@@ -106,11 +109,11 @@ class _Finder:
         inputs = [d.name for d in self._source.inputs if d.dims is not None and len(d.dims) == 4]
         return "key" if inputs.index(name) % 2 == 0 else "value"
 
-    def _reached(self, name: str) -> Iterator[tuple[Node, int]]:
+    def _reached(self, name: str, passing: tuple[str, ...] = _PASSING) -> Iterator[tuple[Node, int]]:
         """The readers of a value, casts passed over."""
         for node, index in self._readers.get(name, ()):
-            if node.op in _PASSING and node.domain == "":
-                yield from self._reached(node.outputs[0])
+            if node.op in passing and node.domain == "" and index == 0:
+                yield from self._reached(node.outputs[0], passing)
             else:
                 yield node, index
 
@@ -124,19 +127,25 @@ class _Finder:
     # --- tokens, masks, positions ----------------------------------------------------------------------------------
 
     def _find_ids(self) -> tuple[str | None, int]:
-        """The integers that are looked up in the table of most rows, and their number."""
+        """The integers that are looked up in a table of as many rows as an output scores, or of the most, and the rows.
+
+        Where a table of positions has more, names tell.
+        """
         tables: dict[str, int] = {}
         for declared in self._source.inputs:
             if declared.type not in (6, 7) or declared.dims is None or len(declared.dims) not in (1, 2):
                 continue
-            for node, index in self._reached(declared.name):
+            for node, index in self._reached(declared.name, _RESHAPING):
                 rows = self._rows_of(node) if index == 1 else None
                 if rows is not None:
                     tables[declared.name] = max(rows, tables.get(declared.name, 0))
         if not tables:
             return None, 0
-        most = max(tables.values())
-        return next(name for name, rows in tables.items() if rows == most), most
+        scored = {declared.dims[-1] for declared in self._source.outputs if declared.dims}
+        kept = {name: rows for name, rows in tables.items() if rows in scored}
+        kept = kept or {name: rows for name, rows in tables.items() if not _OTHERS.search(name.lower())} or tables
+        chosen = max(kept, key=kept.__getitem__)
+        return chosen, kept[chosen]
 
     def _rows_of(self, node: Node) -> int | None:
         """The rows of the table that a node looks up in."""
@@ -154,7 +163,7 @@ class _Finder:
         return shape[0] if len(shape) >= 2 else None
 
     def _is_table_lookup(self, name: str) -> bool:
-        return any(index == 1 and self._rows_of(node) for node, index in self._reached(name))
+        return any(index == 1 and self._rows_of(node) for node, index in self._reached(name, _RESHAPING))
 
     def _makes_angles(self, name: str) -> bool:
         """Whether sines are computed from a value ahead of any weight."""

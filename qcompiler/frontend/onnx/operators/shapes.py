@@ -175,7 +175,8 @@ def _pad(call: Call) -> Value:
 def _constant_of_shape(call: Call) -> Value:
     sizes = as_sizes(call.value(0))
     fill = call.get("value")
-    number, dtype = (0.0, torch.float32) if fill is None else (fill.reshape(-1)[0].item(), fill.dtype)
+    number, dtype = (0.0, torch.float32) if fill is None else (as_number(fill), fill.dtype)
+    dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     if all(isinstance(size, int) for size in sizes) and len(sizes) <= 1 and not dtype.is_floating_point:
         return known([number] * math.prod(sizes), dtype, sizes)
     return torch.full(sizes, number, dtype=dtype, device=call.device)
