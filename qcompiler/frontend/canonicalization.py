@@ -18,9 +18,10 @@ from qcompiler.frontend.attention_rules import (
     kv_append,
     rotary,
     rotary_by_halves,
+    without_dead_rows,
 )
-from qcompiler.frontend.exported_forms import error_gelu, gated_sigmoid, inverse_root, late_bias, without_empty_rows
 from qcompiler.frontend.expert_rules import Parts, chosen_product, stacked_product
+from qcompiler.frontend.exported_forms import error_gelu, gated_sigmoid, inverse_root, late_bias, without_empty_rows
 from qcompiler.frontend.pattern import (
     Miss,
     Rule,
@@ -268,6 +269,7 @@ def _rules() -> tuple[Rule, ...]:
         Rule("attention", (_aten.scaled_dot_product_attention.default,), partial(attention, forms)),
         Rule("attention", (_aten.isnan.default,), without_empty_rows),
         Rule("attention", (_aten.softmax.int,), partial(attention_written_out, forms)),
+        Rule("attention", (_canonical.attention.default,), partial(without_dead_rows, forms)),
     )
 
 

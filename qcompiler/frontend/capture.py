@@ -65,8 +65,8 @@ def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> G
 
 
 def capture_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> Graph:
-    """As `capture_directory`, to a canonical graph; layers of a quantized checkpoint are quantized sites of it. The path
-    may be that of an ONNX model, too.
+    """As `capture_directory`, to a canonical graph; layers of a quantized checkpoint are quantized sites of it. The
+    path may be that of an ONNX model, too.
 
     Their codes and scales are read when they are wanted, as the weights of a float checkpoint are.
     """

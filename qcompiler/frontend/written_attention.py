@@ -1,6 +1,6 @@
 """The parts of an attention that a model writes out: logits, scale, soft cap, masks, and what the weights meet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import fx
 from qcompiler.frontend.pattern import Miss, is_weight, shared_call
 from qcompiler.ir import BATCH, Dim, Graph, is_op
 
-__all__ = ["Logits", "Result", "find_logits", "find_result", "without_repeated_heads"]
+__all__ = ["Logits", "Result", "find_logits", "find_result", "with_heads_apart", "without_repeated_heads"]
 
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.matmul.default, _aten.bmm.default)
@@ -131,8 +131,8 @@ def find_logits(graph: Graph, softmax: fx.Node) -> Logits:
 
 
 def _transposed_keys(graph: Graph, node: Any, rank: int) -> Any:
-    """What the last two axes were swapped of; ``[B, H, D, T]`` may be made of ``[B * H, D, T]`` or ``[B, T, H, D]``. None
-    for all else.
+    """What the last two axes were swapped of; ``[B, H, D, T]`` may be made of ``[B * H, D, T]`` or ``[B, T, H, D]``.
+    None for all else.
     """
     if _swaps_last(node, rank):
         return node.args[0]
@@ -149,6 +149,26 @@ def _transposed_keys(graph: Graph, node: Any, rank: int) -> Any:
         return None
     *leading, length, width = key.meta["shape"]
     return key if node.meta["shape"] == (*leading, width, length) else None
+
+
+def with_heads_apart(softmax: fx.Node, logits: Logits, result: Result) -> tuple[Logits, Result]:
+    """Undoes that query heads of a group were put one behind the other, ``[B, Hkv, G * S, D]``, for one product.
+
+    Raises:
+        Miss: if the weights have other heads than the queries, and that is no such form.
+    """
+    shape, query = softmax.meta["shape"], logits.query
+    inner: Any = query.args[0] if is_op(query, _aten.reshape.default) else None
+    ends = list(result.node.users)
+    if inner is not None and len(inner.meta["shape"]) == 4 and len(ends) == 1 and is_op(ends[0], _aten.reshape.default):
+        batch, heads, length, width = inner.meta["shape"]
+        restored = (batch, heads, length, result.node.meta["shape"][-1])
+        is_group = inner.meta["shape"][::3] == query.meta["shape"][::3] == (batch, width)
+        if is_group and ends[0].meta["shape"] == restored and shape[1:3] in ((heads, length), query.meta["shape"][1:3]):
+            return replace(logits, query=inner), Result(ends[0], result.value)
+    if len(shape) == 4 and shape[1:3] != query.meta["shape"][1:3]:
+        raise Miss("heads are put together otherwise in the weights than in the queries")
+    return logits, result
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def _spec(value: fx.Node, width: int) -> QuantSpec | None:
         return None
     assert isinstance(codes, fx.Node)
     _, scale, zero, axis, block, dtype = codes.args[:6]
-    if dtype not in _DTYPES or not isinstance(scale, fx.Node):
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES or not isinstance(scale, fx.Node):
         return None
     kind, symmetric = _DTYPES[dtype]
     if (zero is None) is not symmetric:

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from qcompiler.errors import InputError, UnsupportedModelError
 from qcompiler.frontend.canonicalization import canonicalize
 from qcompiler.frontend.checkpoints import place_layers
 from qcompiler.frontend.exporting import Exported, export
@@ -91,7 +90,10 @@ def _graph(source: Source, ports: Ports, weights: Weights, exported: Exported, i
     for (name, (role, layer, part)), value in zip(ports.outputs.items(), exported.outputs, strict=True):
         shape = tuple(symbolic_size(size, symbols) for size in value.shape)
         outputs.append(Port(name, role, str(value.dtype).removeprefix("torch."), shape, layer, part))
-    signature = Signature(tuple(_settled(port, value, symbols) for port, value in zip(ports.inputs, exported.inputs, strict=True)), tuple(outputs))
+    signature = Signature(
+        tuple(_settled(port, value, symbols) for port, value in zip(ports.inputs, exported.inputs, strict=True)),
+        tuple(outputs),
+    )
     store = weights.checkpoint.floats
     names = {buffer: [name] for buffer, name in interpreter.stored.items()}
     traced = exported.to_fx(signature, store, names, "")

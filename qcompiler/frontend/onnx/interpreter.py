@@ -166,7 +166,9 @@ class Interpreter(nn.Module):
             except QCompilerError:
                 raise
             except Unsupported as reason:
-                raise UnsupportedModelError("an operator is used in a way that is not read", where=self._where(node), got=reason) from reason
+                raise UnsupportedModelError(
+                    "an operator is used in a way that is not read", where=self._where(node), got=reason
+                ) from reason
             except Exception as error:  # torch refuses operands in many ways
                 raise UnsupportedModelError(
                     "a node that cannot be computed from its inputs",

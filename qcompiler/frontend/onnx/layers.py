@@ -166,7 +166,9 @@ class _Finder:
         scale = self._stored.info(form.scale)
         moved = _moved(codes.dtype, spec)
         turn = form.turned
-        self._part(name, "codes", form.name, partial(_codes, turned=turn, moved=moved), spec.stored_dtype, (rows, columns))
+        self._part(
+            name, "codes", form.name, partial(_codes, turned=turn, moved=moved), spec.stored_dtype, (rows, columns)
+        )
         groups = -(-columns // spec.group_of(columns)) if spec.granularity == "per_group" else 1
         shapes = {"per_group": (rows, groups), "per_channel": (rows,), "per_tensor": ()}
         shape = shapes[spec.granularity]
@@ -185,7 +187,13 @@ class _Finder:
         self.found.turned[value] = (layer.weight, form.turned)
 
     def _part(
-        self, name: str, part: str, source: str, function: Callable[[Tensor], Tensor], dtype: str, shape: tuple[int, ...]
+        self,
+        name: str,
+        part: str,
+        source: str,
+        function: Callable[[Tensor], Tensor],
+        dtype: str,
+        shape: tuple[int, ...],
     ) -> None:
         self._checkpoint.part(name, part, [source], function, dtype, shape)
 
@@ -225,7 +233,11 @@ class _Finder:
         info, block = self._stored.info(data), node.attributes.get("block_size", 128)
         bits = node.attributes.get("bits", 4)
         rank = len(info.shape)
-        if rank != 2 or node.attributes.get("gather_axis", 0) % 2 != 0 or node.attributes.get("quantize_axis", 1) % 2 != 1:
+        if (
+            rank != 2
+            or node.attributes.get("gather_axis", 0) % 2 != 0
+            or node.attributes.get("quantize_axis", 1) % 2 != 1
+        ):
             self._refuse(node, "blocks along another axis than the last of two")
         name = self._name_of(data)
         if f"{name}.weight" not in self.found.turned:

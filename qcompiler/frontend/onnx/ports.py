@@ -2,10 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
-
-import torch
+from dataclasses import dataclass, field
 
 from qcompiler.errors import UnsupportedModelError
 from qcompiler.frontend.onnx.nodes import Declared, Node, Source
@@ -149,9 +146,9 @@ class _Finder:
 
     def _rows_of(self, node: Node) -> int | None:
         """The rows of the table that a node looks up in."""
-        if node.op not in ("Gather", "GatherBlockQuantized") or node.attributes.get("axis", 0) not in (0,):
-            if node.op != "GatherBlockQuantized":
-                return None
+        is_lookup = node.op == "Gather" and node.attributes.get("axis", 0) == 0
+        if not is_lookup and node.op != "GatherBlockQuantized":
+            return None
         table = node.inputs[0]
         maker = self._makers.get(table)
         while maker is not None and maker.op in ("DequantizeLinear", "Cast", "Identity"):
@@ -219,7 +216,9 @@ class _Finder:
             batch, heads, length, *rest = declared.dims
             if not isinstance(heads, int) or not all(isinstance(size, int) for size in rest):
                 raise UnsupportedModelError(
-                    "a cache whose heads or width vary", where=f"{self._source.path}: {declared.name}", got=declared.dims
+                    "a cache whose heads or width vary",
+                    where=f"{self._source.path}: {declared.name}",
+                    got=declared.dims,
                 )
             past: list[Dim] = [size for size in rest if isinstance(size, int)]
             shape = (self._dim(batch, BATCH, declared), heads, self._dim(length, PAST, declared), *past)

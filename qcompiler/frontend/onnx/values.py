@@ -6,7 +6,7 @@ size never depends on what a tensor holds.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ __all__ = [
     "as_sizes",
     "as_tensor",
     "is_float",
-    "is_known",
     "known",
 ]
 
@@ -93,11 +92,6 @@ def known(data: Any, dtype: torch.dtype = torch.int64, shape: Sequence[int] | No
     if shape is None:
         shape = (len(items),) if isinstance(data, (list, tuple)) else ()
     return Known(array.reshape(tuple(shape)), dtype)
-
-
-def is_known(value: object) -> TypeGuard[Known]:
-    """Whether a value is made of known numbers."""
-    return isinstance(value, Known)
 
 
 def is_float(value: Value) -> bool:

@@ -61,8 +61,6 @@ def _attention(call: Call) -> Value | tuple[Value | None, ...]:
     causal, mask = bool(call.get("is_causal", 0)), call.optional_tensor(3)
     if causal and past is None and q.shape[2] != k.shape[2]:
         raise Unsupported("a causal mask that counts from the first of more keys than queries")
-    if mask is not None and isinstance(mask.shape[-1], int) and isinstance(k.shape[2], int) and mask.shape[-1] < k.shape[2]:
-        raise Unsupported("a mask of fewer keys than there are")
     options = {"softcap": float(call.get("softcap"))} if call.get("softcap", 0.0) else {}
     result = _attend(q, k, v, mask, call.get("scale"), causal, **options)
     return (_together(result) if joined else result, k, v)
@@ -137,8 +135,8 @@ def _grouped(call: Call) -> tuple[Value | None, ...]:
         if positions is None:
             positions = lengths - length + torch.arange(length, device=call.device)
         cos, sin = (_looked_up(call.tensor(index), positions) for index in (7, 8))
-        options = {"interleaved": bool(call.get("rotary_interleaved", 0)), "width": 2 * cos.shape[-1]}
-        q, k = (_turned(x, cos, sin, **options) for x in (q, k))
+        interleaved, turned = bool(call.get("rotary_interleaved", 0)), 2 * cos.shape[-1]
+        q, k = (_turned(x, cos, sin, interleaved=interleaved, width=turned) for x in (q, k))
     k, v = _append(call.optional_tensor(3), k), _append(call.optional_tensor(4), v)
     mask = (torch.arange(k.shape[2], device=call.device) < lengths).unsqueeze(1).unsqueeze(1)
     added = call.optional_tensor(10)

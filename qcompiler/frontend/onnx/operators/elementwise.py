@@ -20,7 +20,6 @@ from qcompiler.frontend.onnx.values import (
     as_number,
     as_tensor,
     is_float,
-    is_known,
 )
 
 __all__ = ["CONTRIB_ELEMENTWISE", "ELEMENTWISE", "combine"]
@@ -28,7 +27,12 @@ __all__ = ["CONTRIB_ELEMENTWISE", "ELEMENTWISE", "combine"]
 
 def _operand(value: Value, other: Value, device: torch.device) -> Any:
     """One operand of two: a single known number stays a number, where the other has the shape of the result."""
-    if is_known(value) and isinstance(other, Tensor) and value.array.size == 1 and value.array.ndim <= other.dim():
+    if (
+        isinstance(value, Known)
+        and isinstance(other, Tensor)
+        and value.array.size == 1
+        and value.array.ndim <= other.dim()
+    ):
         return value.array.item()
     return as_tensor(value, device)
 
@@ -38,7 +42,7 @@ def combine(
 ) -> Value:
     """Two operands, broadcast; ``dtype`` is that of the result where not that of the operands."""
     first, second = call.value(0), call.value(1)
-    if is_known(first) and is_known(second):
+    if isinstance(first, Known) and isinstance(second, Known):
         pairs = np.broadcast(first.array, second.array)
         result = np.empty(pairs.size, dtype=object)
         for place, (one, other) in enumerate(pairs):
@@ -59,7 +63,10 @@ def _both(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], 
 
     def apply(one: Any, other: Any) -> Tensor:
         like = one if isinstance(one, Tensor) else other
-        pair = (v if isinstance(v, Tensor) else torch.full((), v, dtype=like.dtype, device=like.device) for v in (one, other))
+        pair = (
+            v if isinstance(v, Tensor) else torch.full((), v, dtype=like.dtype, device=like.device)
+            for v in (one, other)
+        )
         return function(*pair)
 
     return apply
@@ -96,9 +103,9 @@ def _divide(one: Any, other: Any) -> Tensor:
 
 def _power(call: Call) -> Value:
     base, exponent = call.value(0), call.value(1)
-    if is_known(base) and is_known(exponent):
+    if isinstance(base, Known) and isinstance(exponent, Known):
         return combine(call, operator.pow, torch.pow, None)
-    if is_known(exponent) and exponent.array.size == 1:
+    if isinstance(exponent, Known) and exponent.array.size == 1:
         number = as_number(exponent)
         x = as_tensor(base, call.device)
         whole = isinstance(number, float) and number == int(number)
@@ -115,12 +122,9 @@ def _mod(call: Call) -> Value:
 def _many(numbers: Callable[..., Any], tensors: Callable[[Any, Any], Tensor]) -> Operator:
     def apply(call: Call) -> Value:
         values = [value for value in call.inputs if value is not None]
-        if all(map(is_known, values)):
-            pairs = [
-                Call([one, two], {}, call.version, 1, call.device) for one, two in zip(values[:1], values[1:2], strict=True)
-            ]
-            found = values[0] if not pairs else combine(pairs[0], numbers, tensors, None)
-            for value in values[2:]:
+        if all(isinstance(value, Known) for value in values):
+            found: Value = values[0]
+            for value in values[1:]:
                 found = combine(Call([found, value], {}, call.version, 1, call.device), numbers, tensors, None)
             return found
         return reduce(tensors, (as_tensor(value, call.device) for value in values))
@@ -136,7 +140,7 @@ def _mean(call: Call) -> Value:
 def _unary(tensors: Callable[[Tensor], Tensor], numbers: Callable[[Any], Any] | None = None) -> Operator:
     def apply(call: Call) -> Value:
         x = call.value(0)
-        if numbers is not None and is_known(x):
+        if numbers is not None and isinstance(x, Known):
             return x.map(numbers)
         return tensors(as_tensor(x, call.device))
 
@@ -147,7 +151,9 @@ def _compare(numbers: Callable[[Any, Any], Any], tensors: Callable[[Any, Any], T
     return _binary(numbers, tensors, torch.bool)
 
 
-def _flipped(direct: Callable[[Any, Any], Tensor], turned: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+def _flipped(
+    direct: Callable[[Any, Any], Tensor], turned: Callable[[Any, Any], Tensor]
+) -> Callable[[Any, Any], Tensor]:
     """A comparison whose tensor comes first."""
     return lambda one, other: direct(one, other) if isinstance(one, Tensor) else turned(other, one)
 
@@ -155,28 +161,32 @@ def _flipped(direct: Callable[[Any, Any], Tensor], turned: Callable[[Any, Any], 
 def _where(call: Call) -> Value:
     condition, yes, no = call.value(0), call.value(1), call.value(2)
     if call.is_known():
-        assert is_known(condition)
-        assert is_known(yes)
-        assert is_known(no)
+        assert isinstance(condition, Known)
+        assert isinstance(yes, Known)
+        assert isinstance(no, Known)
         chosen = np.broadcast(condition.array, yes.array, no.array)
         result = np.empty(chosen.size, dtype=object)
         for place, (holds, one, other) in enumerate(chosen):
             result[place] = one if holds else other
         return Known(result.reshape(chosen.shape), yes.dtype)
     mask = as_tensor(condition, call.device)
-    if is_known(yes) and is_known(no) and yes.array.size == no.array.size == 1:
+    if isinstance(yes, Known) and isinstance(no, Known) and yes.array.size == no.array.size == 1:
         one, other = (torch.full((), as_number(v), dtype=v.dtype, device=call.device) for v in (yes, no))
         return torch.where(mask, one, other).reshape(mask.shape)
-    if is_known(no) and no.array.size == 1 and isinstance(yes, Tensor):
+    if isinstance(no, Known) and no.array.size == 1 and isinstance(yes, Tensor):
         return torch.where(mask, yes, as_number(no))
-    if is_known(yes) and yes.array.size == 1 and isinstance(no, Tensor):
+    if isinstance(yes, Known) and yes.array.size == 1 and isinstance(no, Tensor):
         return torch.where(torch.logical_not(mask), no, as_number(yes))
     return torch.where(mask, as_tensor(yes, call.device), as_tensor(no, call.device))
 
 
 def _cast_to(value: Value, dtype: torch.dtype, device: torch.device) -> Value:
-    if is_known(value):
-        if dtype.is_floating_point and value.array.size <= 1 and all(type(v) in (int, float, bool) for v in value.array.flat):
+    if isinstance(value, Known):
+        if (
+            dtype.is_floating_point
+            and value.array.size <= 1
+            and all(type(v) in (int, float, bool) for v in value.array.flat)
+        ):
             return value.map(float, dtype)
         if dtype == torch.bool:
             return value.map(lambda number: number != 0, dtype)
@@ -206,10 +216,10 @@ def _clip(call: Call) -> Value:
         return torch.clamp(call.tensor(0), call.get("min"), call.get("max"))
     limits = [call.optional(1), call.optional(2)]
     x = call.value(0)
-    if call.is_known() and is_known(x):
+    if call.is_known() and isinstance(x, Known):
         low, high = (None if limit is None else as_number(limit) for limit in limits)
         return x.map(lambda n: min(max(n, n if low is None else low), n if high is None else high))
-    if all(limit is None or is_known(limit) for limit in limits):
+    if all(limit is None or isinstance(limit, Known) for limit in limits):
         low, high = (None if limit is None else as_number(limit) for limit in limits)
         return as_tensor(x, call.device) if low is None and high is None else torch.clamp(call.tensor(0), low, high)
     return torch.clamp(call.tensor(0), call.optional_tensor(1), call.optional_tensor(2))

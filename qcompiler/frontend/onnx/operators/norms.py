@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcompiler.frontend.onnx.call import Call, Operators
-from qcompiler.frontend.onnx.values import Unsupported, Value
+from qcompiler.frontend.onnx.values import Value
 
 __all__ = ["CONTRIB_NORMS", "NORMS"]
 
@@ -14,7 +14,8 @@ _EPSILON = 1e-5
 
 def _rms(x: Tensor, weight: Tensor, eps: float, axis: int = -1) -> Tensor:
     if axis not in (-1, x.dim() - 1):
-        raise Unsupported("over more than the last axis")
+        axes = list(range(axis % x.dim(), x.dim()))
+        return x * torch.rsqrt(x.pow(2).mean(axes, keepdim=True) + eps) * weight
     return torch.ops.qcompiler.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
 
 
@@ -22,12 +23,15 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, axis: int
     return F.layer_norm(x, x.shape[axis % x.dim() :], weight, bias, eps)
 
 
-def _layer_norm(call: Call) -> Value:
+def _layer_norm(call: Call) -> Value | tuple[Value | None, ...]:
     call.refuse(stash_type=1)
-    if call.outputs > 1:
-        raise Unsupported("mean and deviation as outputs")
-    eps = call.get("epsilon", _EPSILON)
-    return _layer(call.tensor(0), call.tensor(1), call.optional_tensor(2), eps, call.get("axis", -1))
+    eps, axis, x = call.get("epsilon", _EPSILON), call.get("axis", -1), call.tensor(0)
+    result = _layer(x, call.tensor(1), call.optional_tensor(2), eps, axis)
+    if call.outputs < 2:
+        return result
+    axes = list(range(axis % x.dim(), x.dim()))
+    mean = x.mean(axes, keepdim=True)
+    return result, mean, torch.rsqrt((x - mean).pow(2).mean(axes, keepdim=True) + eps)
 
 
 def _rms_norm(call: Call) -> Value:
@@ -35,7 +39,9 @@ def _rms_norm(call: Call) -> Value:
 
 
 def _instance_norm(call: Call) -> Value:
-    return F.instance_norm(call.tensor(0), weight=call.tensor(1), bias=call.tensor(2), eps=call.get("epsilon", _EPSILON))
+    return F.instance_norm(
+        call.tensor(0), weight=call.tensor(1), bias=call.tensor(2), eps=call.get("epsilon", _EPSILON)
+    )
 
 
 def _group_norm(call: Call) -> Value:
@@ -54,7 +60,7 @@ def _batch_norm(call: Call) -> Value:
 
 
 def _lp_norm(call: Call) -> Value:
-    return F.normalize(call.tensor(0), call.get("p", 2), call.get("axis", -1), eps=0.0)
+    return F.normalize(call.tensor(0), call.get("p", 2), call.get("axis", -1))
 
 
 def _added(call: Call, bias: int) -> Tensor:

@@ -7,19 +7,22 @@ import torch
 from torch import Tensor
 
 from qcompiler.frontend.onnx.call import Call, Operators
-from qcompiler.frontend.onnx.values import Known, Unsupported, Value, as_number, is_known, known
+from qcompiler.frontend.onnx.values import Known, Unsupported, Value, as_number, as_tensor, known
 
 __all__ = ["PLACES"]
 
 
 def _gather(call: Call) -> Value:
     x, places, axis = call.value(0), call.value(1), call.get("axis", 0)
-    if is_known(x) and is_known(places):
+    if isinstance(x, Known) and isinstance(places, Known):
         return Known(np.asarray(np.take(x.array, places.array.astype(np.int64), axis), dtype=object), x.dtype)
-    if is_known(places) and places.array.ndim == 0:
+    if isinstance(places, Known) and places.array.ndim == 0:
         return call.tensor(0).select(axis, as_number(places))
-    table, index = call.tensor(0), call.tensor(1)
+    table = call.tensor(0)
     axis = axis % table.dim()
+    if isinstance(places, Known):
+        places = places.map(lambda place: place + table.shape[axis] if place < 0 else place)
+    index = as_tensor(places, call.device)
     if axis == 0 and table.dim() == 2 and table.is_floating_point():
         return torch.nn.functional.embedding(index, table)
     if index.dim() == 1:
@@ -54,10 +57,13 @@ def _scatter_many(call: Call) -> Value:
 
 
 def _scatter_elements(call: Call) -> Value:
-    call.refuse(reduction="none")
+    how = call.get("reduction", "none")
+    if how not in ("none", "add"):
+        raise Unsupported(f"reduction {how}")
     x, index = call.tensor(0), call.tensor(1).long()
     axis = call.get("axis", 0)
-    return torch.scatter(x, axis, torch.where(index < 0, index + x.shape[axis], index), call.tensor(2))
+    function = torch.scatter_add if how == "add" else torch.scatter
+    return function(x, axis, torch.where(index < 0, index + x.shape[axis], index), call.tensor(2))
 
 
 def _one_hot(call: Call) -> Value:

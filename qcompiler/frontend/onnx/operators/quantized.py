@@ -12,6 +12,7 @@ from qcompiler.frontend.onnx.values import DTYPES, Unsupported, Value
 __all__ = ["CONTRIB_QUANTIZED", "QUANTIZED"]
 
 _NARROW = {21: 4, 22: 4}
+_CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.int32)
 
 
 def _scales(call: Call, x: Tensor) -> tuple[Tensor, Tensor | None, int, int]:
@@ -22,6 +23,8 @@ def _scales(call: Call, x: Tensor) -> tuple[Tensor, Tensor | None, int, int]:
         axis, scale, zero = 0, scale.reshape([]), None if zero is None else zero.reshape([])
     elif scale.dim() != 1 and not block:
         raise Unsupported("a scale of several dimensions without blocks")
+    if zero is not None and zero.dtype not in _CODES:
+        raise Unsupported(f"codes of {str(zero.dtype).removeprefix('torch.')}")
     return scale, zero, axis, block
 
 
@@ -29,6 +32,8 @@ def _quantize(call: Call) -> Value:
     x = call.tensor(0)
     scale, zero, axis, block = _scales(call, x)
     given = call.get("output_dtype", 0)
+    if given not in (0, 2, 3, 17, 19, *_NARROW):
+        raise Unsupported(f"codes of type {given}")
     dtype = DTYPES.get(given, torch.uint8) if zero is None else zero.dtype
     bits = (_NARROW[given],) if given in _NARROW else ()
     return torch.ops.qcompiler.quantize(x, scale, zero, axis, block, dtype, *bits)  # type: ignore[no-any-return]

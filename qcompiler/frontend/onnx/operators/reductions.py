@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.frontend.onnx.call import Call, Operator, Operators
-from qcompiler.frontend.onnx.values import Unsupported, Value, as_number, is_known, known
+from qcompiler.frontend.onnx.values import Known, Unsupported, Value, as_number, known
 
 __all__ = ["REDUCTIONS"]
 
@@ -18,7 +18,7 @@ def _reduced(function: Callable[[Tensor, list[int], bool], Tensor], product: boo
         x, axes = call.value(0), call.numbers(1, "axes")
         if not axes and call.get("noop_with_empty_axes", 0):
             return x
-        if product and is_known(x) and x.array.ndim == 1:  # of a shape
+        if product and isinstance(x, Known) and x.array.ndim == 1:  # of a shape
             number = fold(lambda a, b: a * b, x.array, 1)
             return known([number] if call.get("keepdims", 1) else number, x.dtype)
         tensor = call.tensor(0)

@@ -17,7 +17,6 @@ from qcompiler.frontend.onnx.values import (
     as_number,
     as_sizes,
     as_tensor,
-    is_known,
     known,
 )
 
@@ -28,22 +27,22 @@ _FAR = 1 << 31
 
 def _shape(call: Call) -> Value:
     x = call.value(0)
-    sizes = list(x.array.shape if is_known(x) else x.shape)
+    sizes = list(x.array.shape if isinstance(x, Known) else x.shape)
     return known(sizes[call.get("start", 0) : call.get("end", len(sizes))])
 
 
 def _size(call: Call) -> Value:
     x = call.value(0)
-    return known(x.array.size if is_known(x) else math.prod(x.shape))
+    return known(x.array.size if isinstance(x, Known) else math.prod(x.shape))
 
 
 def _reshape(call: Call) -> Value:
     x = call.value(0)
     sizes = call.get("shape") if call.version < 5 else as_sizes(call.value(1))
     if not call.get("allowzero", 0):
-        old = list(x.array.shape if is_known(x) else x.shape)
+        old = list(x.array.shape if isinstance(x, Known) else x.shape)
         sizes = [old[axis] if isinstance(size, int) and size == 0 else size for axis, size in enumerate(sizes)]
-    if is_known(x):
+    if isinstance(x, Known):
         return Known(x.array.reshape(sizes), x.dtype)
     return x.reshape(sizes)
 
@@ -57,25 +56,25 @@ def _flatten(call: Call) -> Value:
 
 def _transpose(call: Call) -> Value:
     x = call.value(0)
-    rank = x.array.ndim if is_known(x) else x.dim()
+    rank = x.array.ndim if isinstance(x, Known) else x.dim()
     order = call.get("perm") or list(range(rank))[::-1]
-    return Known(x.array.transpose(order), x.dtype) if is_known(x) else x.permute(list(order))
+    return Known(x.array.transpose(order), x.dtype) if isinstance(x, Known) else x.permute(list(order))
 
 
 def _unsqueeze(call: Call) -> Value:
     x, axes = call.value(0), call.numbers(1, "axes") or []
-    rank = (x.array.ndim if is_known(x) else x.dim()) + len(axes)
+    rank = (x.array.ndim if isinstance(x, Known) else x.dim()) + len(axes)
     for axis in sorted(axis % rank for axis in axes):
-        x = Known(np.expand_dims(x.array, axis), x.dtype) if is_known(x) else x.unsqueeze(axis)
+        x = Known(np.expand_dims(x.array, axis), x.dtype) if isinstance(x, Known) else x.unsqueeze(axis)
     return x
 
 
 def _squeeze(call: Call) -> Value:
     x, axes = call.value(0), call.numbers(1, "axes")
-    if is_known(x):
+    if isinstance(x, Known):
         return Known(x.array.squeeze(None if axes is None else tuple(axes)), x.dtype)
     if axes is None:
-        axes = [axis for axis, size in enumerate(x.shape) if isinstance(size, int) and size == 1]
+        axes = [axis for axis, size in enumerate(list[Any](x.shape)) if isinstance(size, int) and size == 1]
     for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
         x = x.squeeze(axis)
     return x
@@ -85,7 +84,7 @@ def _concat(call: Call) -> Value:
     values = [value for value in call.inputs if value is not None]
     axis = call.get("axis", 0)
     if call.is_known():
-        arrays = [value.array for value in values if is_known(value)]
+        arrays = [value.array for value in values if isinstance(value, Known)]
         return Known(np.concatenate(arrays, axis), values[0].dtype)
     return torch.cat([as_tensor(value, call.device) for value in values], axis)
 
@@ -101,7 +100,7 @@ def _slice_limits(call: Call, rank: int) -> list[tuple[int, Any, Any, int]]:
 
 def _slice(call: Call) -> Value:
     x = call.value(0)
-    if is_known(x):
+    if isinstance(x, Known):
         array = x.array
         for axis, start, end, step in _slice_limits(call, array.ndim):
             array = array[(slice(None),) * axis + (slice(start, None if step < 0 and end < -_FAR else end, step),)]
@@ -122,10 +121,10 @@ def _split(call: Call) -> tuple[Value | None, ...]:
     x, axis = call.value(0), call.get("axis", 0)
     sizes = call.numbers(1, "split")
     if sizes is None:
-        whole = x.array.shape[axis] if is_known(x) else x.shape[axis]
+        whole = x.array.shape[axis] if isinstance(x, Known) else x.shape[axis]
         part = -(-whole // call.outputs)
         sizes = [part] * (call.outputs - 1) + [whole - part * (call.outputs - 1)]
-    if is_known(x):
+    if isinstance(x, Known):
         places = np.cumsum(sizes)[:-1].tolist()
         return tuple(Known(part, x.dtype) for part in np.split(x.array, places, axis))
     found, start, axis = [], 0, axis % x.dim()
@@ -135,13 +134,17 @@ def _split(call: Call) -> tuple[Value | None, ...]:
     return tuple(found)
 
 
+def _are_numbers(sizes: list[Any]) -> bool:
+    return all(isinstance(size, int) for size in sizes)
+
+
 def _expand(call: Call) -> Value:
     x, sizes = call.value(0), as_sizes(call.value(1))
-    if is_known(x) and all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= MOST_KNOWN:
+    if isinstance(x, Known) and _are_numbers(sizes) and math.prod(sizes) <= MOST_KNOWN:
         return Known(np.broadcast_to(x.array, np.broadcast_shapes(x.array.shape, tuple(sizes))), x.dtype)
     tensor = as_tensor(x, call.device)
     rank = max(len(sizes), tensor.dim())
-    old = [1] * (rank - tensor.dim()) + list(tensor.shape)
+    old: list[Any] = [1] * (rank - tensor.dim()) + list(tensor.shape)
     new = [1] * (rank - len(sizes)) + list(sizes)
     # of two sizes one is 1 or they are equal: a size of the tensor that is not 1 stays
     target = [b if isinstance(a, int) and a == 1 else a for a, b in zip(old, new, strict=True)]
@@ -150,7 +153,7 @@ def _expand(call: Call) -> Value:
 
 def _tile(call: Call) -> Value:
     x, repeats = call.value(0), as_sizes(call.value(1), "repeats")
-    return Known(np.tile(x.array, repeats), x.dtype) if is_known(x) else x.repeat(repeats)
+    return Known(np.tile(x.array, repeats), x.dtype) if isinstance(x, Known) else x.repeat(repeats)
 
 
 def _pad(call: Call) -> Value:
