@@ -89,8 +89,9 @@ def capture(
     """Turns a model into a canonical graph; weights of a directory stay on disk.
 
     Args:
-        model: a Hugging Face directory, a transformers model, or any module with ``example_inputs``. Of a quantized
-            checkpoint (compressed-tensors, GPTQ, AWQ, GGUF), sites have the codes that its files hold.
+        model: a Hugging Face directory, an ONNX file (or a directory of one), a transformers model, or any module with
+            ``example_inputs``. Of what is quantized already (compressed-tensors, GPTQ, AWQ, GGUF, ONNX), sites have the
+            codes that its files hold.
         example_inputs: positional tensors for a plain module.
         dynamic_shapes: for a plain module, as `torch.export.export` takes them.
         trust_remote_code: run modelling code a directory brings along.

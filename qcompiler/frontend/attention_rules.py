@@ -10,6 +10,7 @@ from qcompiler.frontend.masks import MaskForm, closed_form
 from qcompiler.frontend.pattern import (
     Miss,
     arguments,
+    is_weight,
     note,
     other_operand,
     replace,
@@ -19,11 +20,20 @@ from qcompiler.frontend.written_attention import (
     Logits,
     find_logits,
     find_result,
+    with_heads_apart,
     without_repeated_heads,
 )
 from qcompiler.ir import Graph, is_op
 
-__all__ = ["Forms", "attention", "attention_written_out", "kv_append", "rotary", "rotary_by_halves"]
+__all__ = [
+    "Forms",
+    "attention",
+    "attention_written_out",
+    "kv_append",
+    "rotary",
+    "rotary_by_halves",
+    "without_dead_rows",
+]
 
 _aten = torch.ops.aten
 _canonical = torch.ops.qcompiler
@@ -42,6 +52,8 @@ def rotary(graph: Graph, add: fx.Node) -> None:
         for cat, sin in (turned.args[:2], turned.args[1::-1]):  # type: ignore[union-attr]
             interleaved = is_op(cat, _aten.flatten.using_ints)
             x = _pairs_rotated(cat) if interleaved else _half_rotated(cat) if is_op(cat, _aten.cat.default) else None
+            if x is None and is_op(cat, _aten.cat.default):
+                x, sin = _half_swapped(graph, cat, sin)  # type: ignore[arg-type]
             if x is not None:
                 if x not in direct.args:  # type: ignore[union-attr]
                     raise Miss("the rotated value is not the one multiplied by the cosine")
@@ -56,7 +68,28 @@ def _half_rotated(cat: Any) -> fx.Node | None:
     axis = cat.args[1] if len(cat.args) > 1 else 0
     if len(operands) != 2 or axis not in (-1, rank - 1) or not is_op(operands[0], _aten.neg.default):
         return None
-    upper, lower = operands[0].args[0], operands[1]
+    return _swapped(operands[0].args[0], operands[1], rank)
+
+
+def _half_swapped(graph: Graph, cat: fx.Node, sin: Any) -> tuple[fx.Node | None, Any]:
+    """``cat(x[half:], x[:half])`` that meets ``sin * (-1, ..., 1, ...)``: the minus sign of one half is in the sine."""
+    operands: Any = cat.args[0]
+    rank = len(cat.meta["shape"])
+    if len(operands) != 2 or cat.args[1:] not in ((-1,), (rank - 1,)) or not is_op(sin, _aten.mul.Tensor):
+        return None, sin
+    x = _swapped(operands[0], operands[1], rank)
+    for signs, plain in (sin.args, sin.args[::-1]):
+        width = signs.meta["shape"][-1:] if is_weight(signs) else ()
+        if x is not None and width and width == x.meta["shape"][-1:] == signs.meta["shape"]:
+            values = graph.weights.read(str(signs.target))
+            half = len(values) // 2
+            if bool((values[:half] == -1).all()) and bool((values[half:] == 1).all()):
+                return x, plain
+    return None, sin
+
+
+def _swapped(upper: Any, lower: Any, rank: int) -> fx.Node | None:
+    """What two slices are the upper and the lower half of."""
     if not (is_op(upper, _aten.slice.Tensor) and is_op(lower, _aten.slice.Tensor)):
         return None
     x = upper.args[0]
@@ -167,6 +200,22 @@ def attention(forms: Forms, graph: Graph, node: fx.Node) -> None:
     _put_attention(forms, graph, node, Logits(query, key, float(scale), None, mask), value, causal=bool(causal))
 
 
+def without_dead_rows(forms: Forms, graph: Graph, node: fx.Node) -> None:
+    """``attention(...) * not(isinf(max(mask)))``: rows that attend to nothing are zeros by themselves."""
+    for product in list(node.users):
+        alive = other_operand(product, node) if is_op(product, _aten.mul.Tensor) else None
+        kept: Any = alive
+        for target in (_aten.to.dtype, _aten.logical_not.default, _aten.isinf.default, _aten.amax.default):
+            kept = kept.args[0] if is_op(kept, target) else None
+        if kept is None:
+            continue
+        if kept not in forms:
+            forms[kept] = closed_form(graph, kept)
+        if forms[kept] == MaskForm(bool(node.args[5]), node.args[6], node.args[3]):  # type: ignore[arg-type]
+            product.replace_all_uses_with(node)
+            graph.fx.erase_node(product)
+
+
 def attention_written_out(forms: Forms, graph: Graph, softmax: fx.Node) -> None:
     """``softmax(cap(q @ k.T * scale) + mask) @ v``, where scale, cap and mask may be missing."""
     result = find_result(softmax)
@@ -174,7 +223,8 @@ def attention_written_out(forms: Forms, graph: Graph, softmax: fx.Node) -> None:
         return  # weights of something else, such as of experts
     if arguments(softmax, 2)[1] not in (-1, len(softmax.meta["shape"]) - 1):
         raise Miss("a softmax over another axis than the keys")
-    _put_attention(forms, graph, result.node, find_logits(graph, softmax), result.value, causal=False)
+    logits, result = with_heads_apart(softmax, find_logits(graph, softmax), result)
+    _put_attention(forms, graph, result.node, logits, result.value, causal=False)
 
 
 def _put_attention(forms: Forms, graph: Graph, node: fx.Node, logits: Logits, value: fx.Node, *, causal: bool) -> None:

@@ -18,8 +18,10 @@ from qcompiler.frontend.attention_rules import (
     kv_append,
     rotary,
     rotary_by_halves,
+    without_dead_rows,
 )
 from qcompiler.frontend.expert_rules import Parts, chosen_product, stacked_product
+from qcompiler.frontend.exported_forms import error_gelu, gated_sigmoid, inverse_root, late_bias, without_empty_rows
 from qcompiler.frontend.pattern import (
     Miss,
     Rule,
@@ -251,17 +253,23 @@ def _rules() -> tuple[Rule, ...]:
     return (
         Rule("experts", (_aten.bmm.default,), partial(chosen_product, parts)),
         Rule("experts", (_aten.bmm.default, _aten.matmul.default), partial(stacked_product, parts)),
+        Rule("inverse-root", (_aten.reciprocal.default, _aten.div.Tensor), inverse_root),
+        Rule("silu", (_aten.sigmoid.default,), gated_sigmoid),
+        Rule("gelu", (_aten.erf.default,), error_gelu),
         Rule("rms-norm", (_aten.rsqrt.default,), _rms_norm),
         Rule("rms-norm", (_aten.rms_norm.default,), _fused_rms_norm),
         Rule("layer-norm", (_canonical.rms_norm.default,), _centred_norm),
         Rule("layer-norm", (_aten.layer_norm.default,), _layer_norm),
         Rule("linear", (_aten.linear.default,), _linear),
         Rule("product-with-weight", PRODUCTS, _product_with_weight),
+        Rule("bias", (_aten.add.Tensor,), late_bias),
         Rule("rotary", (_aten.add.Tensor,), rotary),
         Rule("rotary", (_aten.cat.default,), rotary_by_halves),
         Rule("kv-append", (_aten.cat.default,), kv_append),
         Rule("attention", (_aten.scaled_dot_product_attention.default,), partial(attention, forms)),
+        Rule("attention", (_aten.isnan.default,), without_empty_rows),
         Rule("attention", (_aten.softmax.int,), partial(attention_written_out, forms)),
+        Rule("attention", (_canonical.attention.default,), partial(without_dead_rows, forms)),
     )
 
 

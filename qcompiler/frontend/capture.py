@@ -21,6 +21,7 @@ from qcompiler.frontend.exporting import (
     untraceable,
 )
 from qcompiler.frontend.leftovers import unread_parameters, unused_tensors
+from qcompiler.frontend.onnx_files import capture_onnx, find_onnx
 from qcompiler.frontend.skeleton import (
     copy_for_tracing,
     quiet_transformers,
@@ -64,10 +65,13 @@ def capture_directory(path: str | Path, *, trust_remote_code: bool = False) -> G
 
 
 def capture_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> Graph:
-    """As `capture_directory`, to a canonical graph; layers of a quantized checkpoint are quantized sites of it.
+    """As `capture_directory`, to a canonical graph; layers of a quantized checkpoint are quantized sites of it. The
+    path may be that of an ONNX model, too.
 
     Their codes and scales are read when they are wanted, as the weights of a float checkpoint are.
     """
+    if (file := find_onnx(path)) is not None:
+        return capture_onnx(file)
     opened = bound_checkpoint(Path(path), trust_remote_code)
     graph = canonicalize(_capture_opened(Path(path), opened))
     graph.provenance["companions"] = str(opened.companions)

@@ -18,6 +18,7 @@ from qcompiler.frontend.checkpoints import (
     open_gguf,
     read_checkpoint,
 )
+from qcompiler.frontend.onnx_files import find_onnx, has_onnx_codes
 from qcompiler.frontend.skeleton import (
     Binding,
     bind_checkpoint,
@@ -114,6 +115,10 @@ def refuse_quantized(model: str | Path | Graph) -> None:
     if isinstance(model, Graph):
         if "checkpoint" in model.provenance:
             raise _quantized(model.provenance["source"], model.provenance["checkpoint"])
+        return
+    if (file := find_onnx(model)) is not None:
+        if has_onnx_codes(file):
+            raise _quantized(str(model), "onnx")
         return
     if find_gguf(Path(model)) is not None:
         if open_gguf(Path(model)).checkpoint.layers:

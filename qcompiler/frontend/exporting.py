@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from qcompiler.errors import UnsupportedModelError
+from qcompiler.errors import QCompilerError, UnsupportedModelError
 from qcompiler.ir import Dim, Signature, symbolic_size
 from qcompiler.storage import WeightStore
 
@@ -136,6 +136,8 @@ def export(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, name:
             if _has_effects(program.graph):
                 warnings.simplefilter("ignore", FutureWarning)  # torch uses its own old interfaces
                 program = program.run_decompositions({})
+    except QCompilerError:
+        raise
     except Exception as error:
         raise untraceable(name, error) from error
     for node in program.graph.nodes:

@@ -1,6 +1,6 @@
 """The parts of an attention that a model writes out: logits, scale, soft cap, masks, and what the weights meet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import fx
 from qcompiler.frontend.pattern import Miss, is_weight, shared_call
 from qcompiler.ir import BATCH, Dim, Graph, is_op
 
-__all__ = ["Logits", "Result", "find_logits", "find_result", "without_repeated_heads"]
+__all__ = ["Logits", "Result", "find_logits", "find_result", "with_heads_apart", "without_repeated_heads"]
 
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.matmul.default, _aten.bmm.default)
@@ -119,11 +119,56 @@ def find_logits(graph: Graph, softmax: fx.Node) -> Logits:
         query, transposed = node.args[:2]
     else:
         raise Miss("attention written out with other logits than a scaled product of queries and keys")
-    rank = len(node.meta["shape"])
-    if not _swaps_last(transposed, rank):
+    query_factor, query = _factors(graph, query)
+    key_factor, transposed = _factors(graph, transposed)
+    key = _transposed_keys(graph, transposed, len(node.meta["shape"]))
+    if key is None:
         raise Miss("the right factor of the logits is no transpose of the keys")
-    query, key = _heads_apart(query), _heads_apart(transposed.args[0])
+    under_factor, key = _factors(graph, key)
+    scale *= query_factor * key_factor * under_factor
+    query, key = _heads_apart(query), _heads_apart(key)
     return Logits(query, key, scale, softcap, _one_mask(graph, maskings[::-1]))
+
+
+def _transposed_keys(graph: Graph, node: Any, rank: int) -> Any:
+    """What the last two axes were swapped of; ``[B, H, D, T]`` may be made of ``[B * H, D, T]`` or ``[B, T, H, D]``.
+    None for all else.
+    """
+    if _swaps_last(node, rank):
+        return node.args[0]
+    if is_op(node, _aten.permute.default) and list(node.args[1]) == [0, 2, 3, 1]:
+        batch, length, heads, width = node.args[0].meta["shape"]
+        order = (node.args[0], [0, 2, 1, 3])
+        return shared_call(graph, _aten.permute.default, order, (batch, heads, length, width), node.meta["dtype"])
+    turned = node.args[0] if is_op(node, _aten.reshape.default) and rank == 4 else None
+    if not isinstance(turned, fx.Node) or len(turned.meta["shape"]) != 3 or not _swaps_last(turned, 3):
+        return None
+    flat: Any = turned.args[0]
+    key = flat.args[0] if is_op(flat, _aten.reshape.default) else None
+    if key is None or not _is_split(flat, key):
+        return None
+    *leading, length, width = key.meta["shape"]
+    return key if node.meta["shape"] == (*leading, width, length) else None
+
+
+def with_heads_apart(softmax: fx.Node, logits: Logits, result: Result) -> tuple[Logits, Result]:
+    """Undoes that query heads of a group were put one behind the other, ``[B, Hkv, G * S, D]``, for one product.
+
+    Raises:
+        Miss: if the weights have other heads than the queries, and that is no such form.
+    """
+    shape, query = softmax.meta["shape"], logits.query
+    inner: Any = query.args[0] if is_op(query, _aten.reshape.default) else None
+    ends = list(result.node.users)
+    if inner is not None and len(inner.meta["shape"]) == 4 and len(ends) == 1 and is_op(ends[0], _aten.reshape.default):
+        batch, heads, length, width = inner.meta["shape"]
+        restored = (batch, heads, length, result.node.meta["shape"][-1])
+        is_group = inner.meta["shape"][::3] == query.meta["shape"][::3] == (batch, width)
+        if is_group and ends[0].meta["shape"] == restored and shape[1:3] in ((heads, length), query.meta["shape"][1:3]):
+            return replace(logits, query=inner), Result(ends[0], result.value)
+    if len(shape) == 4 and shape[1:3] != query.meta["shape"][1:3]:
+        raise Miss("heads are put together otherwise in the weights than in the queries")
+    return logits, result
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@ In: safetensors files. Out: `WeightStore`, which reads a tensor when it is wante
 it; `staging` writes aside and renames.
 """
 
+from qcompiler.storage import onnx_file
 from qcompiler.storage.checkpoint import no_directory
 from qcompiler.storage.companions import SOURCE_ONLY, companion_files, left_behind, read_companions
 from qcompiler.storage.gguf_file import GGUFFile, GGUFTensor
+from qcompiler.storage.raw_file import RawTensor, open_raw
 from qcompiler.storage.reading import read_named
 from qcompiler.storage.rearrangement import rearrangement
 from qcompiler.storage.staging import (
@@ -25,6 +27,7 @@ __all__ = [
     "SOURCE_ONLY",
     "GGUFFile",
     "GGUFTensor",
+    "RawTensor",
     "StagedFiles",
     "WeightStore",
     "companion_files",
@@ -32,6 +35,8 @@ __all__ = [
     "left_behind",
     "made_directory",
     "no_directory",
+    "onnx_file",
+    "open_raw",
     "output_path",
     "read_companions",
     "read_named",

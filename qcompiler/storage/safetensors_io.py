@@ -29,6 +29,7 @@ __all__ = [
     "byte_chunks",
     "contiguous_chunks",
     "dtype_name",
+    "identity_of",
     "parse_json_object",
     "read_exactly",
     "write_safetensors",
@@ -147,7 +148,7 @@ class SafetensorsFile:
         self.path = path
         self._identity: tuple[int, ...] | None = None
         with self._open() as (fd, status):
-            self._identity = _identity(status)
+            self._identity = identity_of(status)
             header, data_start = self._read_header(fd, status.st_size)
         self.metadata = self._check_metadata(header.pop(_METADATA, {}))
         self.entries = {name: self._check_entry(name, value, data_start) for name, value in header.items()}
@@ -202,7 +203,7 @@ class SafetensorsFile:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise WeightError("not a regular file", where=self.path, expected="a safetensors file")
-            if self._identity is not None and self._identity != _identity(status):
+            if self._identity is not None and self._identity != identity_of(status):
                 raise WeightError(
                     "a weight file changed while it was in use",
                     where=self.path,
@@ -290,7 +291,8 @@ class SafetensorsFile:
             )
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
+def identity_of(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from another, and from what it was before."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qcompiler.artifacts import Calibration, CalibrationTokens, NativeArtifact
 from qcompiler.errors import CalibrationError
 from qcompiler.frontend import declared, declared_positions
-from qcompiler.ir import Graph, feed, feed_tensors
+from qcompiler.ir import SEQUENCE, Graph, feed, feed_tensors, is_op
 from qcompiler.protocol import PassContext
 from qcompiler.reporting import CompileReport
 from qcompiler.sweep.position import Batch
@@ -125,6 +125,16 @@ def _bound_tokens(
             )
         _check_finite(graph)
     companions = graph.provenance.get("companions")
+    if "onnx" in graph.provenance and vocab_size is not None:
+        artifact = NativeArtifact(graph) if calibration.source == "self-generated" else None
+        return calibration.bind(
+            companions,
+            artifact=artifact,
+            vocab_size=vocab_size,
+            max_positions=max_positions,
+            hold_out=_HELD_OUT_ROWS,
+            trust_remote_code=trust_remote_code,
+        )
     if companions is not None:
         return calibration.bind(companions, hold_out=_HELD_OUT_ROWS, trust_remote_code=trust_remote_code)
     artifact = NativeArtifact(graph) if calibration.source == "self-generated" else None
@@ -140,6 +150,18 @@ def _check_finite(graph: Graph) -> None:
 
 
 def token_limits(graph: Graph) -> tuple[int | None, int | None]:
-    """Vocabulary and longest sequence, as the configuration declares them."""
+    """Vocabulary and longest sequence, as the configuration declares them; or as the graph has them."""
     config = graph.provenance.get("config")
-    return declared(config, "vocab_size"), declared_positions(config)
+    longest = declared_positions(config) or graph.provenance.get("limits", {}).get(SEQUENCE)
+    return declared(config, "vocab_size") or _rows_of_tokens(graph), longest
+
+
+def _rows_of_tokens(graph: Graph) -> int | None:
+    """The rows of the table that token ids are looked up in."""
+    for node, port in zip(graph.inputs, graph.signature.inputs, strict=True):
+        readers = node.users if port.role == "ids" else ()
+        for reader in readers:
+            table = reader.args[0] if is_op(reader, torch.ops.aten.embedding.default) else None
+            if isinstance(table, fx.Node) and isinstance(table.meta["shape"][0], int):
+                return int(table.meta["shape"][0])
+    return None

@@ -10,7 +10,7 @@ from onnx.inliner import inline_local_functions
 from onnx.shape_inference import InferenceError
 
 from qcompiler.errors import InputError
-from qcompiler.lowering.tensorrt.legality.file import check_parts, graphs_of, parse, sort_nodes, stored_bytes
+from qcompiler.storage import onnx_file
 
 __all__ = ["constant_of", "is_constant", "read_model"]
 
@@ -40,13 +40,13 @@ def read_model(source: str | Path | ir.Model) -> ir.Model:
         model, folder, where = ir.to_proto(source), None, source.graph.name or "the model"
     else:
         path = Path(source)
-        model, folder, where = parse(path), path.parent, str(path)
-    check_parts(model, folder, where)
-    stored = [tensor for graph in graphs_of(model.graph) for tensor in graph.initializer]
+        model, folder, where = onnx_file.parse(path), path.parent, str(path)
+    onnx_file.check_parts(model, folder, where)
+    stored = [tensor for graph in onnx_file.graphs_of(model.graph) for tensor in graph.initializer]
     counts = Counter(tensor.name for tensor in stored)  # graphs beside each other may use a name twice
     tensors = {tensor.name: tensor for tensor in stored if counts[tensor.name] == 1}
     skeleton = _skeleton(model, folder)
-    sort_nodes(skeleton.graph, set(), where)
+    onnx_file.sort_nodes(skeleton.graph, set(), where)
     if skeleton.functions:
         skeleton = inline_local_functions(skeleton)
     try:
@@ -108,7 +108,7 @@ def _copy_graph(graph: onnx.GraphProto, into: onnx.GraphProto, folder: Path | No
     into.value_info.extend(graph.value_info)
     for tensor in graph.initializer:
         is_external = tensor.data_location == onnx.TensorProto.EXTERNAL
-        if tensor.data_type == onnx.TensorProto.STRING or stored_bytes(tensor) <= _SMALL:
+        if tensor.data_type == onnx.TensorProto.STRING or onnx_file.stored_bytes(tensor) <= _SMALL:
             values = _values(_lazy(tensor, folder)) if is_external and folder is not None else None
             if not is_external or values is not None:
                 into.initializer.append(tensor if values is None else _inline(tensor, values))

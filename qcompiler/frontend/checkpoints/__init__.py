@@ -11,7 +11,7 @@
 | ``placing`` | layers become quantized sites of a canonical graph |
 """
 
-from qcompiler.frontend.checkpoints.contents import Checkpoint
+from qcompiler.frontend.checkpoints.contents import Checkpoint, Layer
 from qcompiler.frontend.checkpoints.gguf import (
     GGUF_MODELS,
     GGUF_WORDS,
@@ -34,6 +34,7 @@ __all__ = [
     "Checkpoint",
     "GGUFModel",
     "GGUFPlace",
+    "Layer",
     "OpenedGGUF",
     "Settings",
     "check_linear",

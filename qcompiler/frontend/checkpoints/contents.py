@@ -187,6 +187,10 @@ class Checkpoint:
         name = f"{module}.weight"
         self.floats.derive(name, tuple(sources), function, dtype="float32", shape=shape, store=self.stored)
 
+    def take_over(self, name: str) -> None:
+        """Counts a stored tensor among those of quantized layers, by its whole name."""
+        self._taken.add(name)
+
     def finish(self) -> None:
         """Takes over the tensors that belong to no quantized layer."""
         for name in self.stored.names():

@@ -4,18 +4,20 @@ Source: the ONNX specification (IR.md: unique names, nodes in topological order,
 folder) and protobuf's limit of 2 GiB for a message.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-
-import onnx
-import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from typing import TYPE_CHECKING
 
 from qcompiler.errors import InputError, ResourceError
 
-__all__ = ["check_parts", "graphs_of", "parse", "sort_nodes", "stored_bytes"]
+if TYPE_CHECKING:  # this module is imported where nobody has ONNX, too
+    import onnx
 
-_MOST_BYTES = onnx.checker.MAXIMUM_PROTOBUF
+__all__ = ["check_parts", "external_place", "graphs_of", "parse", "sort_nodes", "stored_bytes"]
+
+_MOST_BYTES = (1 << 31) - 1
 
 
 def parse(path: Path) -> onnx.ModelProto:
@@ -25,6 +27,9 @@ def parse(path: Path) -> onnx.ModelProto:
         InputError: for none, or one that is no model's.
         ResourceError: if the memory does not suffice.
     """
+    import onnx
+    from google.protobuf.message import DecodeError
+
     try:
         size = path.stat().st_size if path.is_file() else None
     except OSError as error:
@@ -63,6 +68,8 @@ def check_parts(model: onnx.ModelProto, folder: Path | None, where: str) -> None
     Raises:
         InputError: for what does not.
     """
+    import onnx
+
     _check_nodes(model, where)
     for graph in graphs_of(model.graph):
         for tensor in (*graph.initializer, *_attribute_tensors(graph)):
@@ -110,6 +117,8 @@ def _check_nodes(model: onnx.ModelProto, where: str) -> None:
 
 
 def _attribute_types(node: onnx.NodeProto, versions: Mapping[str, int]) -> dict[str, int]:
+    import onnx
+
     version = versions.get(node.domain, 0)
     if not version or not onnx.defs.has(node.op_type, version, node.domain):
         return {}
@@ -119,6 +128,9 @@ def _attribute_types(node: onnx.NodeProto, versions: Mapping[str, int]) -> dict[
 
 def _check_values(tensor: onnx.TensorProto, where: str) -> None:
     """Holds a constant to its type and shape."""
+    import onnx
+    import onnx_ir as ir
+
     known = tensor.data_type in list(ir.DataType) and tensor.data_type != onnx.TensorProto.UNDEFINED
     if not known or any(size < 0 for size in tensor.dims):
         raise InputError(
@@ -180,8 +192,16 @@ def _external(tensor: onnx.TensorProto) -> Mapping[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
 
 
+def external_place(tensor: onnx.TensorProto) -> tuple[str, int]:
+    """The file of external data, relative to the model's folder, and where in it they begin; once checked."""
+    entry = _external(tensor)
+    return entry["location"], int(entry.get("offset", "0"))
+
+
 def stored_bytes(tensor: onnx.TensorProto) -> int:
     """Bytes that a tensor of this type and shape takes."""
+    import onnx_ir as ir
+
     elements = 1
     for size in tensor.dims:
         elements *= size
@@ -226,7 +246,7 @@ def sort_nodes(graph: onnx.GraphProto, outer: set[str], where: str) -> None:
         )
     nodes = [graph.node[i] for i in order]
     if order != list(range(len(order))):
-        copies = [onnx.NodeProto() for _ in nodes]
+        copies = [type(node)() for _ in nodes]
         for copy, node in zip(copies, nodes, strict=True):
             copy.CopyFrom(node)
         del graph.node[:]

@@ -1,0 +1,70 @@
+"""What is written as ONNX comes back with the same codes, scales and schemes."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+import qcompiler as qc
+from qcompiler.errors import UnsupportedModelError
+from qcompiler.frontend.onnx import capture_onnx
+from qcompiler.lowering.onnx import lower
+from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ
+from qcompiler.protocol.verify import verify_graph
+from tests.models import canonical_graph
+
+RECIPES = {
+    "w4a16": ((Assign("w4a16-g16"), RTN()), 21),
+    "w4a16-asym": ((Assign("w4a16-g16-asym"), GPTQ()), 23),
+    "w8a16": ((Assign("w8a16"), RTN()), 21),
+    "w8a8": ((Assign("w8a8"), RTN(), InsertQDQ()), 21),
+    "fp8": ((Assign("fp8"), RTN(), InsertQDQ(observer="minmax")), 21),
+}
+
+
+def kinds(graph):
+    found = Counter(str(node.target) for node in graph.fx.nodes if node.op == "call_function")
+    found["turn"] = found.pop("aten.permute.default", 0) + found.pop("aten.transpose.int", 0)
+    return found
+
+
+def without_dtype(scheme):
+    return replace(scheme, weight=replace(scheme.weight, scale_dtype=None)) if scheme.weight else scheme
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def pair(request, tmp_path_factory):
+    """A compiled graph, and what came back of the file that it was written to."""
+    recipe, opset = RECIPES[request.param]
+    tokens = qc.Calibration.from_tokens(torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0)))
+    compiled = qc.compile(canonical_graph("llama"), recipe, tokens).graph
+    folder = tmp_path_factory.mktemp("onnx") / "out"
+    lower(compiled, folder, opset=opset)
+    return compiled, folder / "model.onnx", capture_onnx(folder / "model.onnx")
+
+
+def test_codes_scales_and_schemes_come_back(pair):
+    compiled, _, back = pair
+    assert [site.name for site in back.sites()] == [site.name for site in compiled.sites()]
+    for site in compiled.sites():
+        for part in ("_codes", "_scale", "_zero_point"):
+            name = site.weight + part
+            assert (name in back.weights) == (name in compiled.weights), name
+            if name in compiled.weights:
+                assert torch.equal(back.weights.read(name), compiled.weights.read(name)), name
+        scheme = compiled.schemes.get(site.name)
+        found = back.schemes.get(site.name)
+        assert found == scheme if scheme is None or scheme.weight is None else without_dtype(found) == scheme
+    verify_graph(back)
+
+
+def test_the_graph_is_the_one_that_was_written(pair):
+    compiled, _, back = pair
+    assert kinds(back) == kinds(compiled)
+    assert back.unrecognized == []
+
+
+def test_what_has_codes_is_not_compiled_again(pair):
+    with pytest.raises(UnsupportedModelError, match="quantized already"):
+        qc.compile(pair[1], "w4a16-rtn")
