@@ -88,7 +88,9 @@ def _fuse(graph: Graph, node: fx.Node, caches: dict[fx.Node, _Kept], tables: dic
     if k not in caches or v not in caches or k is v or not causal:
         return
     key, value = caches[k], caches[v]  # type: ignore[index]
-    shapes = [item.meta["shape"] for item in (q, key.new, value.new)]
+    shapes = [item.meta.get("shape", ()) for item in (q, key.new, value.new)]
+    if any(len(shape) != 4 for shape in shapes):
+        return
     heads, kv_heads, width = shapes[0][1], shapes[1][1], shapes[0][-1]
     fits = all(isinstance(size, int) for size in (heads, kv_heads, width)) and {s[-1] for s in shapes} == {width}
     if not fits or heads % kv_heads or width % _HEAD_MULTIPLE or key.bits != value.bits:
@@ -144,7 +146,7 @@ def _packed(*parts: fx.Node) -> list[fx.Node | None] | None:
 def _flat(node: fx.Node) -> fx.Node | None:
     """``[B, S, N·H]``, of which a node is the heads, ``[B, N, S, H]``; None where it is something else."""
     split = _swapped(node)
-    if split is None or not is_op(split, *_RESHAPES):
+    if split is None or not is_op(split, *_RESHAPES, _aten.unflatten.int):
         return None
     flat = split.args[0]
     assert isinstance(flat, fx.Node)
@@ -178,7 +180,7 @@ def _replace_result(graph: Graph, node: fx.Node, result: fx.Node, heads: int) ->
         if _swapped(swap) is not node:
             continue
         for reader in list(swap.users):
-            if is_op(reader, *_RESHAPES) and reader.meta["shape"] == flat:
+            if is_op(reader, *_RESHAPES, _aten.flatten.using_ints) and reader.meta["shape"] == flat:
                 reader.replace_all_uses_with(result)
                 graph.fx.erase_node(reader)
         if not swap.users:

@@ -32,7 +32,7 @@ def _is_sum(node: fx.Node) -> bool:
         return False
     sides = [side for side in node.args if isinstance(side, fx.Node) and side.op != "get_attr"]
     shapes = {side.meta.get("shape") for side in sides}
-    return len(sides) == 2 and len(shapes) == 1 and len(node.meta["shape"]) == 3 and {node.meta["shape"]} == shapes
+    return len(sides) == 2 and shapes == {node.meta.get("shape")} and len(node.meta.get("shape", ())) == 3
 
 
 def _has_weights(node: fx.Node) -> bool:
@@ -42,7 +42,7 @@ def _has_weights(node: fx.Node) -> bool:
 
 
 def _is_vector(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr" and len(node.meta["shape"]) == 1
+    return isinstance(node, fx.Node) and node.op == "get_attr" and len(node.meta.get("shape", ())) == 1
 
 
 def _join(graph: Graph, total: fx.Node, norm: fx.Node) -> None:

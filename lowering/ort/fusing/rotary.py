@@ -44,7 +44,7 @@ def rotary_tables(graph: Graph, length: int | None) -> dict[fx.Node, Tables]:
         return found
     known: dict[tuple[object, ...], Tables | None] = {}
     for node in graph.fx.nodes:
-        if not is_op(node, _rotary) or node.args[0].meta["shape"][-1] != node.args[1].meta["shape"][-1]:
+        if not is_op(node, _rotary) or len({side.meta.get("shape", (None,))[-1] for side in node.args[:3]}) > 1:
             continue
         key = node.args[1:]
         if key not in known:
@@ -60,7 +60,7 @@ def _tables(graph: Graph, node: fx.Node, positions: fx.Node, length: int, number
     assert isinstance(sin, fx.Node)
     sides = [cos, sin]
     inputs = {source for source in ancestors(sides) if source.op == "placeholder"}
-    if inputs != {positions} or any(len(side.meta["shape"]) != 4 or side.meta["shape"][1] != 1 for side in sides):
+    if inputs != {positions} or any(len(side.meta.get("shape", ())) != 4 or side.meta["shape"][1] != 1 for side in sides):
         return None
     stretch = Stretch(list(graph.fx.nodes), sides)
     loaded = stretch.load(graph.weights.read, _CPU)
