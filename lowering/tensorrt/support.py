@@ -10,7 +10,14 @@ from qcompiler.ir import CacheFormat
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Support
 
-__all__ = ["check_float8_attention", "check_float8_caches", "equal_blocks", "support_of", "support_of_cache"]
+__all__ = [
+    "check_float8_attention",
+    "check_float8_caches",
+    "equal_blocks",
+    "support_of",
+    "support_of_cache",
+    "support_of_table",
+]
 
 _INT4_FROM, _FP8_FROM, _FP4_FROM = 80, 89, 120
 _LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 8
@@ -54,6 +61,19 @@ def support_of_cache(spec: CacheFormat, capability: int) -> Support:
         return Support("refused", f"FP8 needs SM {_FP8_FROM}", "choose an int8 cache (kv-int8)")
     kind = "FP8" if spec.is_float else "INT4" if spec.bits == 4 else "INT8"
     return Support("runs", f"{kind} at inputs and outputs, dequantized ahead of attention")
+
+
+def support_of_table(spec: QuantSpec, width: int, capability: int) -> Support:
+    """What becomes of an embedding table of ``width`` channels."""
+    found = _refused(spec, capability)
+    if found is not None:
+        return found
+    if not spec.symmetric:
+        return Support("refused", "embedding tables without zero points alone")
+    group = spec.group_of(width)
+    if width % group or (spec.bits < 8 and width % 2):
+        return Support("refused", f"groups of {group} do not divide {width} channels")
+    return Support("fused", _widened(spec))
 
 
 def check_float8_attention(float_dtype: str, capability: int) -> None:

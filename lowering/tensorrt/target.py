@@ -17,8 +17,9 @@ from qcompiler.lowering.tensorrt.support import (
     check_float8_caches,
     support_of,
     support_of_cache,
+    support_of_table,
 )
-from qcompiler.numerics import Scheme
+from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Artifact, Lowered, Progress, Support, Target
 
 __all__ = ["TensorRTTarget"]
@@ -86,6 +87,10 @@ class TensorRTTarget(Target):
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache: an input and an output of codes, dequantized ahead of attention."""
         return support_of_cache(spec, min(self.capabilities))
+
+    def supports_table(self, spec: QuantSpec, width: int) -> Support:
+        """What becomes of an embedding table: codes in the plan, dequantized as rows of them are read."""
+        return support_of_table(spec, width, min(self.capabilities))
 
     def check_cached(self, formats: Mapping[str, CacheFormat | None]) -> None:
         """Refuses attention in FP8 on caches that are not FP8 codes with one calibrated scale.

@@ -13,6 +13,7 @@ from qcompiler.lowering.tensorrt.dialect.float8_attention import (
 )
 from qcompiler.lowering.tensorrt.dialect.floats4 import DOMAIN, FLOAT4_BUILDERS
 from qcompiler.lowering.tensorrt.dialect.linear import LINEAR_BUILDERS
+from qcompiler.lowering.tensorrt.dialect.tables import TABLE_BUILDERS
 
 __all__ = ["LEAST_KEYS", "OPSET", "float8_attentions", "has_float8_kernel", "tensorrt_dialect"]
 
@@ -23,6 +24,7 @@ OPSET = 23
 def tensorrt_dialect(graph: Graph, float_dtype: str, attention: str = "float") -> Dialect:
     """How a graph is written for TensorRT, in ``float16`` or ``float32``, attention in ``float`` or ``fp8``."""
     builders = {**ACTIVATION_BUILDERS, **BLOCK_BUILDERS, **EXPERT_BUILDERS, **FLOAT4_BUILDERS, **LINEAR_BUILDERS}
+    builders |= TABLE_BUILDERS
     if attention == "fp8":
         builders |= FLOAT8_ATTENTION_BUILDERS
     return Dialect(OPSET, WORKING[float_dtype], builders=builders, domains={DOMAIN: 1}, ports=packed_ports(graph))

@@ -15,6 +15,7 @@ from qcompiler.ir import Graph, is_op, quantized_value
 from qcompiler.lowering.onnx.builders.ranges import block_range, blocks_of, dynamic_range
 from qcompiler.lowering.onnx.dtypes import dtype_of, onnx_dtype
 from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument
+from qcompiler.lowering.tensorrt.dialect.tables import is_table, rows_of_table
 
 __all__ = ["ACTIVATION_BUILDERS", "Rounding", "codes_of", "packed_ports", "rounding_of", "zero_of"]
 
@@ -141,6 +142,8 @@ def _dequantize(e: Emitter, node: fx.Node) -> ir.Value:
     assert isinstance(codes_node, fx.Node)
     assert isinstance(scale, fx.Node)
     block = _block(node)
+    if is_table(node):
+        return rows_of_table(e, node)
     if codes_node.op == "get_attr":
         from qcompiler.lowering.tensorrt.dialect.weights import stored_weight
 

@@ -153,13 +153,13 @@ def sums(e: Emitter, weight: Weight) -> ir.Value:
 
 
 def stored_weight(e: Emitter, node: fx.Node, dtype: ir.DataType) -> ir.Value:
-    """``[rows, width]`` of a table that is not multiplied with: an embedding."""
+    """``[rows, width]`` of a weight that something else than linear layers reads."""
     weight = _stored(e, node)
     if weight.has_zero_point:
         raise TargetError(
-            "a table of codes with zero points",
+            "codes with zero points that something else than linear layers reads",
             where=weight.codes,
             expected="symmetric codes",
-            remedy="choose a symmetric scheme for embeddings",
+            remedy="choose a symmetric scheme for this weight",
         )
     return e.op("Transpose", multiplied(e, weight, dtype), perm=[1, 0])

@@ -1,5 +1,6 @@
 """Every recipe on a tiny model: engines by NVIDIA's builder, and their ONNX beside the native artifact."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ def test_engine_is_built_and_computes_the_same(name, captured, tmp_path):
         assert engine["fused_linears"] == f"{LAYERS} of {LAYERS}"
         assert report["findings"] == []
     assert {"model.onnx", f"engine-sm{sm}.plan", "layers.json", "run.py"} <= set(report["files"])
+
+
+@pytest.mark.parametrize(("name", "kind", "groups"), [("emb-int8", "Int8", 1), ("emb-int4", "Int4", 2)])
+def test_embedding_tables_are_codes_in_the_engine(name, kind, groups, captured, tmp_path):
+    report = qc.lower(compiled(captured, name), "tensorrt", tmp_path / "out")
+    layers = json.loads((tmp_path / "out" / "layers.json").read_text())["engines"]["89"]["layers"]
+    reading = [layer for layer in layers if any("embed_tokens" in origin for origin in layer["origins"])]
+    assert len(reading) == 2  # for each profile one
+    for layer in reading:
+        types = {constant["dtype"]: constant["shape"] for constant in layer["constants"]}
+        assert types == {kind: [4096, 64], "Half": [4096, groups]}
+    assert report["parity"]["max_difference"] < 2e-2
+    assert not any("embedding table" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize("name", TABLES)

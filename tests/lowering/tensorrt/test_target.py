@@ -14,6 +14,7 @@ from qcompiler.ir.cache_format import CacheFormat
 from qcompiler.lowering.tensorrt import TensorRTTarget, writer
 from qcompiler.lowering.tensorrt.engine import Placement
 from qcompiler.lowering.tensorrt.support import equal_blocks
+from qcompiler.numerics import QuantSpec
 from qcompiler.numerics.scheme import Scheme
 from qcompiler.passes import RTN
 from qcompiler.to_target import write_target
@@ -58,6 +59,21 @@ def test_support_in_bfloat16():
     assert target.supports(Scheme.parse("w8a8"), 256).status == "fused"
     support = target.supports(Scheme.parse("w8a16"), 256)
     assert (support.status, "bfloat16" in support.reason) == ("runs", True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sm", "status"),
+    [
+        (QuantSpec("int8"), "75", "fused"),
+        (QuantSpec("int4", "per_group", 32), "80", "fused"),
+        (QuantSpec("int4", "per_group", 32), "75", "refused"),
+        (QuantSpec("int4", "per_group", 48), "89", "refused"),
+        (QuantSpec("int8", symmetric=False), "89", "refused"),
+        (QuantSpec("float8_e4m3fn"), "86", "refused"),
+    ],
+)
+def test_support_of_embedding_tables(spec, sm, status):
+    assert TensorRTTarget(sm).supports_table(spec, 256).status == status
 
 
 def test_support_of_caches():
@@ -125,7 +141,7 @@ def test_a_gpu_without_rules_of_its_own_has_those_of_its_kin(result, tmp_path, m
         return honest(model, sm)
 
     monkeypatch.setattr(writer, "check_rules", heard)
-    qc.lower(result, "tensorrt", tmp_path / "out", sm="90+89", verify=False)
+    qc.lower(result, "tensorrt", tmp_path / "out", sm="90", verify=False)
     assert asked
     assert all(sm == [89] for sm in asked)
 
