@@ -39,9 +39,8 @@ for profile, context in enumerate(contexts):  # to read a prompt, and to decode
     context.set_optimization_profile_async(profile, stream)
 dtypes = {name: engine.get_tensor_dtype(name) for name in map(engine.get_tensor_name, range(engine.num_io_tensors))}
 inputs = [name for name in dtypes if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-nothing = torch.empty(1, dtype=torch.uint8, device="cuda")
 shapes = {name: engine.get_tensor_profile_shape(name, len(contexts) - 1) for name in inputs}
-cache = {name: (nothing, tuple(shapes[name][0])) for name in inputs if name.startswith("past_")}
+cache = {name: (torch.empty(1, device="cuda"), tuple(shapes[name][0])) for name in inputs if name.startswith("past_")}
 least, _, piece = (shape[1] for shape in engine.get_tensor_profile_shape("input_ids", 0))
 most = max(shapes[name][2][2] + 1 for name in cache)
 ids = tokenizer.encode(options.prompt).ids
@@ -56,8 +55,7 @@ while len(tokens) < options.tokens and length < most and not set(tokens[-1:]) & 
     given = {"input_ids": part, "position_ids": range(length, end), "attention_mask": [1] * end}
     held = dict(cache)
     for name in given.keys() & inputs:
-        dtype = torch.int64 if dtypes[name] == trt.DataType.INT64 else torch.int32
-        held[name] = torch.tensor([list(given[name])], dtype=dtype, device="cuda"), (1, len(given[name]))
+        held[name] = torch.tensor([list(given[name])], device="cuda"), (1, len(given[name]))
     for name, (_, shape) in held.items():
         if not context.set_input_shape(name, shape):
             sys.exit(f"run.py: the engine does not take {name} of {shape}")

@@ -1,7 +1,8 @@
 """The operators that NVIDIA's ONNX parser knows by name.
 
 Source: ``OnnxParser.supports_operator`` of tensorrt_rtx 1.7.1.116, asked for every operator of ONNX 1.23;
-``tests/lowering/tensorrt/test_rules_and_builder.py`` asks again. The parser looks at names alone, not at domains.
+``tests/lowering/tensorrt/legality/test_rules_and_builder.py`` asks again. The parser looks at names
+alone, not at domains.
 """
 
 __all__ = ["CUSTOM", "MICROSOFT", "PLUGINS", "STANDARD"]
