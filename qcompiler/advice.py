@@ -36,7 +36,13 @@ __all__ = ["THIS", "fit_targets", "hardware_named", "recommend"]
 
 THIS = "this"
 """Asks for the machine this runs on, measured."""
-_ENGINES = {"checkpoint": "vLLM", "onnx": "ONNX Runtime", "tensorrt": "TensorRT", "kernels": "qcompiler"}
+_ENGINES = {
+    "checkpoint": "vLLM",
+    "onnx": "ONNX Runtime",
+    "ort": "ONNX Runtime",
+    "tensorrt": "TensorRT",
+    "kernels": "qcompiler",
+}
 """Whose answers `Target.supports` gives, by the target."""
 _SERVING_LAYOUT = "compressed-tensors"  # the first of checkpoints: it holds most formats
 

@@ -55,6 +55,7 @@ def test_many_sequences_are_compute_bound() -> None:
     shape = told_shape(**LLAMA_3_8B)
     step = decode_step(shape, A100, "float16", weights=16e9, experts=0, table=0, cache=0, context=1, batch=512, gpus=1)
     assert step.is_compute_bound
+    assert step.seconds == step.computing
     halved = decode_step(shape, A100, "int8", weights=16e9, experts=0, table=0, cache=0, context=1, batch=512, gpus=1)
     head = 128256 * 4096
     assert step.computing is not None
