@@ -8,6 +8,7 @@ import torch
 
 import qcompiler as qc
 from qcompiler.errors import InputError
+from qcompiler.lowering.onnx.streamed import StreamedOnnxArtifact
 from qcompiler.lowering.ort import reader
 from qcompiler.lowering.ort.reader import OrtArtifact
 
@@ -58,3 +59,11 @@ def test_no_more_than_the_positions(folder: Path) -> None:
         artifact.step(torch.tensor([[1]]), cache)
     with pytest.raises(InputError, match="batch"):
         artifact.step(torch.tensor([[1], [2]]), artifact.prefill(torch.tensor([[1]]))[1])
+
+
+def test_in_pieces(folder: Path) -> None:
+    pieces = StreamedOnnxArtifact(folder, piece_bytes=50_000)
+    ids = torch.randint(4096, (1, 16))
+    wanted = OrtArtifact(folder).forward(ids)
+    parts = torch.cat(list(pieces.run_together([[ids[:, :7], ids[:, 7:8], ids[:, 8:]]])), dim=1)
+    torch.testing.assert_close(parts, wanted, rtol=1e-4, atol=1e-4)
