@@ -52,6 +52,8 @@ CACHES: dict[str, Callable[[], QuantizeKVCache]] = {
     "kv-fp8": lambda: QuantizeKVCache("fp8"),
     "kv-int8": lambda: QuantizeKVCache("int8"),
     "kv-int4": lambda: QuantizeKVCache("int4", rotate=True),
+    "kv-int8-static": lambda: QuantizeKVCache("int8", scales="static"),
+    "kv-int4-static": lambda: QuantizeKVCache("int4", scales="static", symmetric=True),
     "kv-fp8-static": lambda: QuantizeKVCache("fp8", scales="static"),
     "kv-fp8-static-head": lambda: QuantizeKVCache("fp8", scales="static", per_head=True),
 }

@@ -124,9 +124,9 @@ def test_an_option_as_a_value_that_it_has_not() -> None:
 
 def test_what_is_told_of_targets() -> None:
     told = {target["name"]: target for target in describe_targets()}
-    assert list(told) == [cls.name for cls in targets()] == ["onnx", "tensorrt", "checkpoint", "kernels"]
+    assert list(told) == [cls.name for cls in targets()] == ["ort", "onnx", "tensorrt", "checkpoint", "kernels"]
     assert told["onnx"]["missing"] == []
-    assert [told[name]["writes"] for name in told] == ["model.onnx", "layers.json", "config.json", None]
+    assert [told[name]["writes"] for name in told] == ["ort.json", "model.onnx", "layers.json", "config.json", None]
     for target in told.values():
         assert target["summary"].endswith(".")
         assert all(option["help"] and option["values"] and option["default"] for option in target["options"])

@@ -25,7 +25,7 @@ def companions(source: Path | None, config: dict[str, Any] | None) -> dict[str, 
 
 
 def generation_config(
-    graph: Graph, files: dict[str, bytes], *, shares_buffer: bool = False
+    graph: Graph, files: dict[str, bytes], *, shares_buffer: bool = False, provider: str | None = None
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """``genai_config.json`` for a decoder with a cache, if everything it states is known.
 
@@ -35,6 +35,7 @@ def generation_config(
         graph: what is lowered.
         files: its `companions`.
         shares_buffer: whether attention itself keeps caches, and writes to them in place.
+        provider: what it is run by, such as ``cuda``; None: the CPU.
 
     Returns:
         The object, or None and the names of the facts that are missing (none for a model that is no decoder).
@@ -77,7 +78,7 @@ def generation_config(
         padding = end[0] if isinstance(end, list) else end
     inputs = {port.name: port.name for port in signature.inputs if port.role in ("ids", "mask", "positions")}
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [{provider: {}}] if provider else []},
         "filename": "model.onnx",
         "head_size": cache[3],
         "hidden_size": facts["hidden_size"],

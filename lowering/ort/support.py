@@ -55,8 +55,10 @@ def is_of_own_cache(spec: CacheFormat) -> bool:
     return spec.scales == "static" and spec.symmetric and not spec.is_float
 
 
-def support_of_cache(spec: CacheFormat) -> Support:
+def support_of_cache(spec: CacheFormat, float_dtype: str) -> Support:
     """What becomes of a key-value cache."""
+    if is_of_own_cache(spec) and spec.bits == 4 and float_dtype == "float16":
+        return Support("runs", "an int4 cache: on CUDA, attention takes int8 ones, and this one runs on the CPU")
     if is_of_own_cache(spec):
         return Support("fused")
     support = OnnxTarget().supports_cache(spec)

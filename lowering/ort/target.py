@@ -14,8 +14,7 @@ from qcompiler.ir import CacheFormat, Graph
 from qcompiler.lowering.onnx import OnnxTarget, import_with_onnx, readers_of
 from qcompiler.lowering.ort.support import support_of, support_of_cache, support_of_table
 from qcompiler.numerics import QuantSpec, Scheme
-from qcompiler.protocol import Artifact, Lowered, Support, Target, choose_device
-from qcompiler.protocol.options import Within
+from qcompiler.protocol import Artifact, Lowered, Support, Target, Within, choose_device
 
 __all__ = ["OrtTarget"]
 
@@ -57,7 +56,7 @@ class OrtTarget(Target):
 
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache: kept by the attention itself, or dequantized in every step."""
-        return support_of_cache(spec)
+        return support_of_cache(spec, self.float_dtype)
 
     def supports_table(self, spec: QuantSpec, width: int) -> Support:
         """What becomes of an embedding table: rows are dequantized as they are chosen."""

@@ -10,6 +10,7 @@ from qcompiler.frontend import declared_positions
 from qcompiler.ir import Graph
 from qcompiler.lowering.onnx.folder import generation_config
 from qcompiler.lowering.onnx.writer import Emitted, companion_files, emit, store
+from qcompiler.lowering.ort.cuda import nodes_off_cuda
 from qcompiler.lowering.ort.dialect import DOMAIN, ort_dialect
 from qcompiler.lowering.ort.fusing import fuse
 from qcompiler.lowering.ort.installed import check_installed
@@ -48,7 +49,9 @@ def write(graph: Graph, directory: Path, target: OrtTarget) -> dict[str, Any]:
     fused = fuse(graph, _length(graph, target))
     emitted = emit(fused, ort_dialect(target.float_dtype, accuracy_level=0))
     is_shared = shares_caches(emitted.model)
-    settings, missing = generation_config(fused, files, shares_buffer=is_shared)
+    settings, missing = generation_config(
+        fused, files, shares_buffer=is_shared, provider="cuda" if target.float_dtype == "float16" else None
+    )
     if settings is not None:
         files["genai_config.json"] = json.dumps(settings, indent=2).encode() + b"\n"
     store(emitted, directory, files)
@@ -109,6 +112,9 @@ def _report(
     notes = sorted({site["reason"] for site in sites.values() if site["reason"]})
     if missing:
         notes.append(f"no genai_config.json: unknown {', '.join(missing)}")
+    off_cuda = nodes_off_cuda(emitted.model) if target.float_dtype == "float16" else []
+    if off_cuda:
+        notes.append(f"on CUDA, {len(off_cuda)} nodes run on the CPU, such as {off_cuda[0]}")
     files = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
     return {
         "target": target.name,
@@ -118,6 +124,7 @@ def _report(
         "nodes": len(emitter.nodes),
         "operators": dict(sorted(counts.items())),
         "shared_caches": is_shared,
+        "off_cuda": off_cuda,
         "bytes": sum((directory / name).stat().st_size for name in files),
         "weight_bytes": emitter.weight_bytes,
         "files": files,

@@ -81,7 +81,7 @@ def test_recipes() -> None:
     matrix = outcome.result["recipes"]
     assert matrix.keys() == RECIPES.keys()
     for cells in matrix.values():
-        assert cells.keys() == {"native", "onnx", "tensorrt", "checkpoint", "kernels (CUDA)", "kernels (CPU)"}
+        assert cells.keys() == {"native", "ort", "onnx", "tensorrt", "checkpoint", "kernels (CUDA)", "kernels (CPU)"}
         assert set(cells.values()) <= {"fused", "runs", "writes-only", "refused"}
     table = command("recipes").output
     for name in RECIPES:
