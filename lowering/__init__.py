@@ -10,6 +10,7 @@ def targets() -> tuple[type[Target], ...]:
     from qcompiler.lowering.checkpoint import CheckpointTarget
     from qcompiler.lowering.kernels import KernelsTarget
     from qcompiler.lowering.onnx import OnnxTarget
+    from qcompiler.lowering.ort import OrtTarget
     from qcompiler.lowering.tensorrt import TensorRTTarget
 
-    return OnnxTarget, TensorRTTarget, CheckpointTarget, KernelsTarget
+    return OrtTarget, OnnxTarget, TensorRTTarget, CheckpointTarget, KernelsTarget

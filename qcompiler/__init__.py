@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompiler.advice import recommend
     from qcompiler.api import CompileResult, capture, compile, evaluate, generate, load, lower, open_artifact
     from qcompiler.artifacts import Calibration
     from qcompiler.errors import QCompilerError
@@ -24,6 +25,7 @@ __all__ = [
     "load",
     "lower",
     "open_artifact",
+    "recommend",
     "verify",
 ]
 
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 _ELSEWHERE = {
     "Calibration": "qcompiler.artifacts",
     "QCompilerError": "qcompiler.errors",
+    "recommend": "qcompiler.advice",
     "verify": "qcompiler.to_target",
 }
 

@@ -255,7 +255,7 @@ def write_target(
         )
         if lowered.finish is not None:
             recipe, report = result.manifest.get("recipe", ()), result.report
-            lowered.finish(Compilation(recipe, report.calibration, report.held_out))
+            lowered.finish(Compilation(recipe, report.calibration, report.held_out, result.held_out))
     return {**lowered.report, "path": str(directory)}
 
 

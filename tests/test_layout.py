@@ -16,9 +16,11 @@ CORE, PASSES, LOWERING = ROOT / "qcompiler", ROOT / "passes", ROOT / "lowering"
 ROOMS = [
     "cli",
     "api",
+    "advice",
     "to_target",
     "extend",
     "testing",
+    "advisor",
     "sweep",
     "artifacts",
     "reporting",
@@ -31,7 +33,8 @@ ROOMS = [
     "errors",
 ]
 """Of the core, top first: imports run downwards."""
-COMPOSITION_ROOT = (CORE / "api.py", CORE / "to_target.py", *(CORE / "cli").glob("*.py"))
+COMPOSITION_ROOT = tuple(CORE / f"{name}.py" for name in ("api", "advice", "to_target"))
+COMPOSITION_ROOT += tuple((CORE / "cli").glob("*.py"))
 OPTIONAL = ("matplotlib", "ml_dtypes", "onnx", "onnx_ir", "onnxruntime", "rich", "scipy", "tensorrt", "triton", "typer")
 
 
@@ -212,4 +215,5 @@ def test_wheel_holds_every_source(tmp_path):
     expected = {str(p.relative_to(ROOT)) for p in sources(CORE)}
     expected |= {f"qcompiler/{p.relative_to(ROOT)}" for p in sources(PASSES) + sources(LOWERING)}
     assert packed == expected
-    assert "qcompiler/py.typed" in zipfile.ZipFile(wheel).namelist()
+    data = {str(path.relative_to(ROOT)) for path in (CORE / "advisor").glob("*.toml")} | {"qcompiler/py.typed"}
+    assert data <= set(zipfile.ZipFile(wheel).namelist())

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from qcompiler.ir import Graph
 from qcompiler.lowering.onnx.reader import OnnxArtifact
-from qcompiler.lowering.onnx.target import OnnxTarget, import_with_onnx, readers_of
+from qcompiler.lowering.onnx.target import OnnxTarget, by_onnxruntime, import_with_onnx, readers_of
 
-__all__ = ["OnnxArtifact", "OnnxTarget", "import_with_onnx", "lower", "readers_of"]
+__all__ = ["OnnxArtifact", "OnnxTarget", "by_onnxruntime", "import_with_onnx", "lower", "readers_of"]
 
 
 def lower(

@@ -28,7 +28,7 @@ BUILDERS: Builders = {
 }
 """By operator: its portable form."""
 
-WORKING = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+WORKING = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 
 @dataclass(frozen=True)

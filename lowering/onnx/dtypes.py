@@ -7,7 +7,7 @@ from qcompiler.errors import TargetError
 
 __all__ = ["DTYPES", "FLOATS", "TORCH", "dtype_of", "onnx_dtype"]
 
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 DTYPES = {
     torch.float64: ir.DataType.DOUBLE,
@@ -26,6 +26,7 @@ DTYPES = {
 TORCH = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.DOUBLE: torch.float64,
     ir.DataType.INT64: torch.int64,
     ir.DataType.INT32: torch.int32,

@@ -74,6 +74,7 @@ class Emitter:
         self._owners: dict[str, str] = {}
         self._known: dict[Any, tuple[ir.Value, ...]] = {}
         self._constants: dict[Any, ir.Value] = {}
+        self._placed: dict[Any, ir.ExternalTensor] = {}
         self._dims: dict[str, tuple[ir.Value, int]] = {}
 
     # --- names and nodes ---------------------------------------------------------------------------------------------
@@ -105,12 +106,12 @@ class Emitter:
         self,
         kind: str,
         *inputs: ir.Value | None,
-        dtypes: Sequence[ir.DataType],
+        dtypes: Sequence[ir.DataType | None],
         name: str = "",
         domain: str = "",
         **attributes: Any,
     ) -> tuple[ir.Value, ...]:
-        """Emits an operator with several outputs, of a ``domain`` if not of ONNX itself."""
+        """Emits an operator with several outputs, of a ``domain`` if not of ONNX itself; dtype None leaves one out."""
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
         given = {key: value for key, value in attributes.items() if value is not None}
@@ -123,7 +124,9 @@ class Emitter:
         if key not in self._known:
             label = self.unique(name or f"{self.scope}/{kind}")
             outputs = tuple(
-                ir.Value(name=self.unique(f"{label}_output_{i}"), type=ir.TensorType(dtype))
+                ir.Value(name="")
+                if dtype is None
+                else ir.Value(name=self.unique(f"{label}_output_{i}"), type=ir.TensorType(dtype))
                 for i, dtype in enumerate(dtypes)
             )
             self.nodes.append(ir.node(kind, list(inputs), given, domain=domain, outputs=outputs, name=label))
@@ -235,13 +238,19 @@ class Emitter:
         key = (source, dtype, shape, transpose)
         if key not in self._constants:
             name = self.unique(source)
-            if stored_bytes(dtype, shape) >= _INLINE_BYTES:
-                tensor: ir.TensorProtocol = self.data.add(name, dtype, shape, chunks)
+            size = stored_bytes(dtype, shape)
+            if size >= _INLINE_BYTES:
+                place = (source, dtype, size, transpose)
+                if place in self._placed:  # the same bytes in another shape
+                    tensor: ir.TensorProtocol = self.data.again(self._placed[place], name, shape)
+                    self.weight_bytes -= size
+                else:
+                    tensor = self._placed[place] = self.data.add(name, dtype, shape, chunks)
             else:
                 raw = b"".join(bytes(chunk.view(torch.uint8).numpy().data) for chunk in chunks())
                 tensor = _inline(raw, dtype, shape, name)
             self._constants[key] = self._initializer(name, tensor)
-            self.weight_bytes += stored_bytes(dtype, shape)
+            self.weight_bytes += size
         return self._constants[key]
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:

@@ -24,7 +24,9 @@ def companions(source: Path | None, config: dict[str, Any] | None) -> dict[str, 
     return found
 
 
-def generation_config(graph: Graph, files: dict[str, bytes]) -> tuple[dict[str, Any] | None, list[str]]:
+def generation_config(
+    graph: Graph, files: dict[str, bytes], *, shares_buffer: bool = False
+) -> tuple[dict[str, Any] | None, list[str]]:
     """``genai_config.json`` for a decoder with a cache, if everything it states is known.
 
     Source: the configuration reference of ONNX Runtime GenAI; ports are named in `qcompiler.ir.signature`.
@@ -32,6 +34,7 @@ def generation_config(graph: Graph, files: dict[str, bytes]) -> tuple[dict[str, 
     Args:
         graph: what is lowered.
         files: its `companions`.
+        shares_buffer: whether attention itself keeps caches, and writes to them in place.
 
     Returns:
         The object, or None and the names of the facts that are missing (none for a model that is no decoder).
@@ -63,7 +66,7 @@ def generation_config(graph: Graph, files: dict[str, bytes]) -> tuple[dict[str, 
         "num_attention_heads": declared(config, "num_attention_heads", "n_head"),
     }
     missing = [name for name, value in facts.items() if value is None]
-    if signature.has_quantized_cache:
+    if signature.has_quantized_cache and not shares_buffer:
         missing.append("how scales of a quantized cache are passed on")
     if any(port.shape != cache for port in past):
         missing.append("one cache shape for all layers")
@@ -95,7 +98,7 @@ def generation_config(graph: Graph, files: dict[str, bytes]) -> tuple[dict[str, 
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
-        "past_present_share_buffer": False,
+        "past_present_share_buffer": shares_buffer,
         "repetition_penalty": generation.get("repetition_penalty", 1.0),
         "temperature": generation.get("temperature", 1.0),
         "top_k": generation.get("top_k", 50),

@@ -236,6 +236,8 @@ def _item_bits(kind: str) -> int:
     """Bits of one element of an ONNX Runtime type."""
     if kind in _CODES:
         return 4 if kind == "tensor(int4)" else 8
+    if kind == "tensor(bfloat16)":  # NumPy has none, and ONNX Runtime hardly a kernel on a CPU
+        return 16
     return 8 * np.dtype(_NUMPY[kind]).itemsize
 
 

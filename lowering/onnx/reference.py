@@ -67,8 +67,9 @@ class Float16Artifact(OnnxArtifact):
                         values[name] = self._read(name)
                 results = node.run(*(values[name] for name in node.input))
                 for name, result in zip(node.output, results, strict=False):  # it gives optional ones unasked
-                    values[name] = result
-                    self._check_range(name, result)
+                    if name:
+                        values[name] = result
+                        self._check_range(name, result)
                 for name in (*node.input, *node.output):
                     if name and name != self._result and self._last_uses[name] == place:
                         values.pop(name, None)

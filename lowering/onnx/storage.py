@@ -51,6 +51,12 @@ class DataFile:
         self._end = offset + length
         return ir.ExternalTensor(DATA_FILE, offset, length, dtype, shape=ir.Shape(shape), name=name)
 
+    @staticmethod
+    def again(tensor: ir.ExternalTensor, name: str, shape: tuple[int, ...]) -> ir.ExternalTensor:
+        """The bytes of a tensor that has room already, in another shape."""
+        place = (DATA_FILE, tensor.offset, tensor.length, tensor.dtype)
+        return ir.ExternalTensor(*place, shape=ir.Shape(shape), name=name)
+
     @property
     def nbytes(self) -> int:
         """Length of the file."""

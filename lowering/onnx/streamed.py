@@ -43,6 +43,7 @@ def describe(model: onnx.ModelProto) -> tuple[list[_Port], list[_Port], dict[str
 _TYPES = {
     "FLOAT": "tensor(float)",
     "FLOAT16": "tensor(float16)",
+    "BFLOAT16": "tensor(bfloat16)",
     "INT64": "tensor(int64)",
     "INT32": "tensor(int32)",
     "INT8": "tensor(int8)",

@@ -17,7 +17,7 @@ from qcompiler.lowering.onnx.reader import OnnxArtifact
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target, choose_device
 
-__all__ = ["OPSETS", "OnnxTarget", "import_with_onnx", "readers_of"]
+__all__ = ["OPSETS", "OnnxTarget", "by_onnxruntime", "import_with_onnx", "readers_of"]
 
 OPSETS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 """Operator sets that can be written, and the IR version each goes with."""
@@ -208,16 +208,22 @@ class OnnxTarget(Target):
 
 
 def readers_of(
-    directory: Path, float_dtype: str, in_float16: Callable[[Path], Artifact], *, has_kernels: bool = True
+    directory: Path,
+    float_dtype: str,
+    in_float16: Callable[[Path], Artifact],
+    *,
+    has_kernels: bool = True,
+    whole: Callable[[Path], Artifact] = OnnxArtifact,
 ) -> list[Reader]:
     """What a folder is compared by: ONNX Runtime, and where there is float16, which that does not compute in on a CPU,
-    or it has no kernels for what is in it, an evaluation operator by operator on a few tokens.
+    or it has no kernels for what is in it, an evaluation operator by operator on a few tokens. ``whole`` is what runs
+    a folder that is not run in pieces.
     """
     is_half = float_dtype == "float16"
     tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
     readers = []
     if has_kernels:
-        readers.append(Reader(lambda: by_onnxruntime(directory), tolerance=tolerance, dtype=dtype))
+        readers.append(Reader(lambda: by_onnxruntime(directory, whole), tolerance=tolerance, dtype=dtype))
     if is_half or not has_kernels:
         readers.append(
             Reader(
@@ -232,12 +238,12 @@ def readers_of(
     return readers
 
 
-def by_onnxruntime(directory: Path) -> Artifact:
-    """What runs a folder to compare it: as a whole, or in pieces where it is large."""
+def by_onnxruntime(directory: Path, whole: Callable[[Path], Artifact] = OnnxArtifact) -> Artifact:
+    """What runs a folder to compare it: as a ``whole``, or in pieces where it is large."""
     from qcompiler.lowering.onnx.streamed import PIECE_BYTES, StreamedOnnxArtifact
 
     size = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
-    return OnnxArtifact(directory) if size <= PIECE_BYTES else StreamedOnnxArtifact(directory)
+    return whole(directory) if size <= PIECE_BYTES else StreamedOnnxArtifact(directory)
 
 
 def _in_float16(directory: Path) -> Artifact:

@@ -8,7 +8,7 @@ from onnx.reference.op_run import OpRun
 
 from qcompiler.lowering.tensorrt.dialect.floats4 import DOMAIN
 
-__all__ = ["OPERATORS", "dynamic_quantize"]
+__all__ = ["OPERATORS", "dynamic_quantize", "quantized_attention"]
 
 _LARGEST_CODE, _LARGEST_SCALE, _SMALLEST_SCALE = 6.0, 448.0, 2.0**-9
 
@@ -32,5 +32,43 @@ class TRT_FP4DynamicQuantize(OpRun):  # noqa: N801 - it goes by the operator's n
         return dynamic_quantize(x, factor, block_size)
 
 
-OPERATORS = (TRT_FP4DynamicQuantize,)
+def quantized_attention(q: Any, k: Any, v: Any, mask: Any, weight_scale: Any, scale: float) -> Any:
+    """Attention, in float32, whose softmax is rounded to E4M3 with a scale.
+
+    Args:
+        q: ``[B, H, S, D]``.
+        k, v: ``[B, G, T, D]``, of groups of ``H / G`` heads.
+        mask: is added to the logits; None for none.
+        weight_scale: of the codes of the softmax.
+        scale: of the logits.
+    """
+    queries, keys, values = (part.astype(np.float32) for part in (q, k, v))
+    keys, values = (np.repeat(part, q.shape[1] // k.shape[1], axis=1) for part in (keys, values))
+    logits = queries @ keys.swapaxes(-1, -2) * np.float32(scale)
+    logits = logits if mask is None else logits + mask.astype(np.float32)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights = weights / weights.sum(-1, keepdims=True) / np.float32(weight_scale)
+    rounded = weights.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(weight_scale)
+    return (rounded @ values).astype(q.dtype)
+
+
+class TRT_QuantizedAttention(OpRun):  # noqa: N801 - as above
+    """`quantized_attention`."""
+
+    op_domain = DOMAIN
+
+    def _run(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        mask: Any,
+        weight_scale: Any,
+        normalization_quantize_to_type: int,
+        scale: float,
+    ) -> tuple[Any]:
+        return (quantized_attention(q, k, v, mask, weight_scale, scale),)
+
+
+OPERATORS = (TRT_FP4DynamicQuantize, TRT_QuantizedAttention)
 """Classes that `onnx.reference.ReferenceEvaluator` takes as ``new_ops``."""

@@ -3,11 +3,14 @@
 Source: TensorRT for RTX 1.7.1.116, ahead-of-time builds for SM 80, 86, 89 and 120.
 """
 
+from collections.abc import Mapping
+
+from qcompiler.errors import TargetError
 from qcompiler.ir import CacheFormat
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Support
 
-__all__ = ["equal_blocks", "support_of", "support_of_cache"]
+__all__ = ["check_float8_attention", "check_float8_caches", "equal_blocks", "support_of", "support_of_cache"]
 
 _INT4_FROM, _FP8_FROM, _FP4_FROM = 80, 89, 120
 _LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 8
@@ -27,8 +30,8 @@ def equal_blocks(width: int) -> int | None:
     return None
 
 
-def support_of(scheme: Scheme, width: int, capability: int) -> Support:
-    """What becomes of a linear layer of ``width`` input channels."""
+def support_of(scheme: Scheme, width: int, capability: int, float_dtype: str = "float16") -> Support:
+    """What becomes of a linear layer of ``width`` input channels, multiplied in ``float_dtype`` where not in codes."""
     weight, activation = scheme.weight, scheme.activation
     for spec in (weight, activation):
         found = None if spec is None else _refused(spec, capability)
@@ -37,7 +40,11 @@ def support_of(scheme: Scheme, width: int, capability: int) -> Support:
     if weight is None:
         return Support("fused") if activation is None else Support("runs", "float weights, inputs rounded in float")
     if activation is None:
-        return _weight(weight, width)
+        found = _weight(weight, width)
+        if found.status == "fused" and weight.bits == 8 and not weight.is_float and float_dtype == "bfloat16":
+            reason = "INT8 weights alone in bfloat16: those of layers that read one input are dequantized anew"
+            return Support("runs", reason)
+        return found
     return _both(weight, activation, width)
 
 
@@ -47,6 +54,47 @@ def support_of_cache(spec: CacheFormat, capability: int) -> Support:
         return Support("refused", f"FP8 needs SM {_FP8_FROM}", "choose an int8 cache (kv-int8)")
     kind = "FP8" if spec.is_float else "INT4" if spec.bits == 4 else "INT8"
     return Support("runs", f"{kind} at inputs and outputs, dequantized ahead of attention")
+
+
+def check_float8_attention(float_dtype: str, capability: int) -> None:
+    """Refuses attention in FP8 where there are no kernels for it.
+
+    Raises:
+        TargetError: that says why.
+    """
+    if capability < _FP8_FROM:
+        raise TargetError(
+            "this GPU has no attention in FP8",
+            where="TensorRTTarget.attention",
+            got=f"SM {capability}",
+            expected=f"SM {_FP8_FROM} or above",
+            remedy="leave attention=fp8 out",
+        )
+    if float_dtype == "float32":
+        raise TargetError(
+            "attention in FP8 gives 16 bits",
+            where="TensorRTTarget.attention",
+            got="float=float32",
+            remedy="leave out float=float32, or attention=fp8",
+        )
+
+
+def check_float8_caches(formats: Mapping[str, CacheFormat | None]) -> None:
+    """Refuses attention in FP8 on caches that are not FP8 codes with one calibrated scale each.
+
+    Raises:
+        TargetError: that names the first, or says that there are none.
+    """
+    remedy = "add kv-fp8-static to the recipe, or leave attention=fp8 out"
+    expected = "FP8 codes with one calibrated scale for the keys and one for the values of a layer"
+    if not formats:
+        raise TargetError("attention in FP8 reads a cache, and this model has none", remedy="leave attention=fp8 out")
+    for name, spec in formats.items():
+        if spec is None or not spec.is_float or spec.scales != "static" or spec.per_head:
+            got = "floats" if spec is None else str(spec)
+            raise TargetError(
+                "attention in FP8 cannot read this cache", where=name, got=got, expected=expected, remedy=remedy
+            )
 
 
 def _refused(spec: QuantSpec, capability: int) -> Support | None:

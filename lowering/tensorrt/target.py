@@ -2,16 +2,22 @@
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from typing_extensions import Doc
 
 from qcompiler.errors import MissingDependencyError, TargetError
 from qcompiler.ir import CacheFormat, Graph
 from qcompiler.lowering.onnx import OnnxTarget, import_with_onnx, readers_of
-from qcompiler.lowering.tensorrt.support import support_of, support_of_cache
+from qcompiler.lowering.tensorrt.support import (
+    check_float8_attention,
+    check_float8_caches,
+    support_of,
+    support_of_cache,
+)
 from qcompiler.numerics import Scheme
 from qcompiler.protocol import Artifact, Lowered, Progress, Support, Target
 
@@ -28,13 +34,17 @@ class TensorRTTarget(Target):
     codes, or dequantizes them as it multiplies; ``runs``: dequantized to ``float_dtype`` by a kernel of its own.
 
     Raises:
-        TargetError: for compute capabilities that are no numbers.
+        TargetError: for compute capabilities that are no numbers, or have no attention in FP8 where that is asked for.
     """
 
     sm: Annotated[str, Doc("Compute capabilities to build for, such as 89, or several: 80+89.")] = "89"
     float_dtype: Annotated[
-        Literal["float16", "float32"], Doc("Of weights and activations; attention is fused in float16 alone.")
+        Literal["float16", "bfloat16", "float32"],
+        Doc("Of weights and activations; attention is fused in 16 bits alone."),
     ] = "float16"
+    attention: Annotated[
+        Literal["float", "fp8"], Doc("fp8: queries and the softmax are rounded, too, beside a kv-fp8-static cache.")
+    ] = "float"
     length: Annotated[int | None, Doc("Tokens of a sequence; by default the model's, and at most 4096.")] = None
     batch: Annotated[int, Doc("Sequences at once.")] = 1
     profiles: Annotated[str | None, Doc("Sizes of inputs in words of their own, instead of those two.")] = None
@@ -61,6 +71,8 @@ class TensorRTTarget(Target):
                 got=repr(self.sm),
                 expected="such as 89, or 80+89",
             )
+        if self.attention == "fp8":
+            check_float8_attention(self.float_dtype, min(self.capabilities))
 
     @property
     def capabilities(self) -> tuple[int, ...]:
@@ -69,14 +81,25 @@ class TensorRTTarget(Target):
 
     def supports(self, scheme: Scheme, width: int) -> Support:
         """What becomes of a linear layer of ``width`` input channels under ``scheme``, on the least of the GPUs."""
-        return support_of(scheme, width, min(self.capabilities))
+        return support_of(scheme, width, min(self.capabilities), self.float_dtype)
 
     def supports_cache(self, spec: CacheFormat) -> Support:
         """What becomes of a key-value cache: an input and an output of codes, dequantized ahead of attention."""
         return support_of_cache(spec, min(self.capabilities))
 
+    def check_cached(self, formats: Mapping[str, CacheFormat | None]) -> None:
+        """Refuses attention in FP8 on caches that are not FP8 codes with one calibrated scale.
+
+        Raises:
+            TargetError: that names the first.
+        """
+        if self.attention == "fp8":
+            check_float8_caches(formats)
+
     def check_graph(self, graph: Graph) -> None:
         """Refuses operators without an ONNX form, GPUs that the builder does not know, and profiles that do not hold.
+
+        Where attention is to be in FP8, also models none of whose attentions have a kernel for that.
 
         Raises:
             TargetError: that names them.
@@ -97,9 +120,16 @@ class TensorRTTarget(Target):
 
     def lower_showing(self, graph: Graph, directory: Path, progress: Progress) -> Lowered:
         """`lower`, saying how far the builder is."""
-        report = import_with_onnx(_WRITER).write(graph, directory, self, progress)
-        has_kernels = not report["has_float4"]  # ONNX Runtime has none for 4-bit floats on a CPU
-        return Lowered(report, readers=readers_of(directory, self.float_dtype, _in_float16, has_kernels=has_kernels))
+        writer = import_with_onnx(_WRITER)
+        report = writer.write(graph, directory, self, progress)
+        readers = readers_of(directory, self.float_dtype, _evaluated, has_kernels=report["runs_in_onnxruntime"])
+        rounded = writer.rounded_by_attention(graph, self)
+        if rounded:
+            readers = [replace(reader, dtype=torch.float8_e4m3fn, rounded=rounded) for reader in readers]
+        elif self.float_dtype == "bfloat16":
+            computed = [node.name for node in graph.fx.nodes if node.op == "call_function"]
+            readers = [replace(reader, dtype=torch.bfloat16, rounded=computed) for reader in readers]
+        return Lowered(report, readers=readers)
 
     @classmethod
     def open(cls, directory: Path, *, exact: bool, device: str) -> Artifact:
@@ -112,7 +142,7 @@ class TensorRTTarget(Target):
         return (directory / "layers.json").is_file() and OnnxTarget.wrote(directory)
 
 
-def _in_float16(directory: Path) -> Artifact:
+def _evaluated(directory: Path) -> Artifact:
     from qcompiler.lowering.onnx.reference import Float16Artifact
     from qcompiler.lowering.tensorrt.reference import OPERATORS
 

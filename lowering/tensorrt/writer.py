@@ -11,8 +11,9 @@ from typing import Any
 from qcompiler.errors import MissingDependencyError, TargetError, VerificationError
 from qcompiler.frontend import declared_positions
 from qcompiler.ir import Graph, Port
+from qcompiler.lowering.onnx.emitter import Emitter
 from qcompiler.lowering.onnx.writer import MODEL_FILE, Emitted, companion_files, emit, store
-from qcompiler.lowering.tensorrt.dialect import tensorrt_dialect
+from qcompiler.lowering.tensorrt.dialect import LEAST_KEYS, float8_attentions, has_float8_kernel, tensorrt_dialect
 from qcompiler.lowering.tensorrt.dialect.activations import packed_ports
 from qcompiler.lowering.tensorrt.dialect.floats4 import DOMAIN
 from qcompiler.lowering.tensorrt.engine import (
@@ -26,6 +27,7 @@ from qcompiler.lowering.tensorrt.engine import (
     find_api,
     fused_attentions,
     fused_linears,
+    how_to_build,
     parse_profiles,
     run_script,
 )
@@ -35,10 +37,12 @@ from qcompiler.lowering.tensorrt.target import TensorRTTarget
 from qcompiler.protocol import Progress, Support
 from qcompiler.storage import StagedFiles
 
-__all__ = ["LAYERS_FILE", "check", "profiles_of", "summary", "write"]
+__all__ = ["LAYERS_FILE", "check", "profiles_of", "rounded_by_attention", "summary", "write"]
 
 LAYERS_FILE = "layers.json"
 _LONGEST = 4096
+_RULES_OF = {90: 89}
+"""A GPU that the rules were not seen on is held to those of one with the same number formats."""
 _KERNEL_SUFFIX = re.compile(r"_myl\d+_\d+$")
 
 
@@ -50,7 +54,14 @@ def check(graph: Graph, target: TensorRTTarget) -> None:
         InputError: if a file that goes beside the model cannot be read.
     """
     companion_files(graph)
-    _refuse(emit(graph, tensorrt_dialect(graph, target.float_dtype)), target)
+    if target.attention == "fp8" and not any(has_float8_kernel(node) for node in graph.fx.nodes):
+        raise TargetError(
+            "no attention of this model has a kernel in FP8",
+            where="TensorRTTarget.attention",
+            expected="several heads of up to 256 channels, a multiple of 8, and logits without a cap",
+            remedy="leave attention=fp8 out",
+        )
+    _refuse(emit(graph, tensorrt_dialect(graph, target.float_dtype, target.attention)), target)
     profiles_of(graph, target)
     for capability in target.capabilities:
         _installed(capability)
@@ -65,7 +76,7 @@ def write(graph: Graph, directory: Path, target: TensorRTTarget, progress: Progr
         ResourceError: if the disk or the memory is full.
     """
     files = companion_files(graph)
-    emitted = emit(graph, tensorrt_dialect(graph, target.float_dtype))
+    emitted = emit(graph, tensorrt_dialect(graph, target.float_dtype, target.attention))
     _refuse(emitted, target)
     profiles = profiles_of(graph, target, step=2 if emitted.emitter.floats_times_bytes else 1)
     builders = {capability: api for capability in target.capabilities if (api := _installed(capability)) is not None}
@@ -109,6 +120,8 @@ def profiles_of(
             expected=f"at most {positions}",
         )
     length = target.length or min(positions or _LONGEST, _LONGEST)
+    if target.attention == "fp8":
+        return default_profiles(ports, batch=target.batch, length=length, least=LEAST_KEYS)
     return default_profiles(ports, batch=target.batch, length=length, step=step)
 
 
@@ -123,7 +136,8 @@ def _ports(graph: Graph) -> list[Port]:
 
 def _refuse(emitted: Emitted, target: TensorRTTarget) -> None:
     """Refuses what the parser or the builder would, by the rules that both were seen to follow."""
-    known = [capability for capability in target.capabilities if capability in CAPABILITIES]
+    asked = (_RULES_OF.get(capability, capability) for capability in target.capabilities)
+    known = [capability for capability in dict.fromkeys(asked) if capability in CAPABILITIES]
     if not known:
         return
     refused = [found for found in check_rules(emitted.model, known).findings if found.verdict != "unfused"]
@@ -171,7 +185,7 @@ def _report(
     listed, summaries, findings = {}, {}, []
     for capability, built in engines.items():
         linears = fused_linears(built.layers, emitter.products)
-        attentions = fused_attentions(built.layers, emitter.attentions)
+        attentions = fused_attentions(built.layers, emitter.attentions, in_float8=target.attention == "fp8")
         found = _findings(linears, sites, profiles, capability) + _findings(attentions, {}, profiles, capability)
         findings += found
         told = {**built.to_dict(), "commands": _commands(built, profiles, target)}
@@ -199,8 +213,8 @@ def _report(
         "path": str(directory),
         "opset": emitter.opset,
         "float_dtype": target.float_dtype,
-        "has_float4": any(node.domain == DOMAIN for node in emitter.nodes)
-        or any(value.dtype is not None and "FLOAT4" in value.dtype.name for value in emitter.initializers.values()),
+        "attention": target.attention,
+        "runs_in_onnxruntime": target.float_dtype != "bfloat16" and _has_kernels(emitter),
         "nodes": len(emitter.nodes),
         "bytes": sum((directory / name).stat().st_size for name in files),
         "weight_bytes": emitter.weight_bytes,
@@ -210,6 +224,19 @@ def _report(
         "findings": findings,
         "notes": _notes(sites, findings, target, summaries),
     }
+
+
+def _has_kernels(emitter: Emitter) -> bool:
+    """Whether ONNX Runtime has kernels on a CPU: not for TensorRT's own operators, nor for 4-bit floats or bfloat16."""
+    dtypes = {value.dtype for value in emitter.initializers.values() if value.dtype is not None}
+    own = any(node.domain == DOMAIN for node in emitter.nodes)
+    return not own and not any("FLOAT4" in dtype.name for dtype in dtypes)
+
+
+def rounded_by_attention(graph: Graph, target: TensorRTTarget) -> list[str]:
+    """Names of the nodes that attention in FP8 rounds and the graph does not: queries, and results of attentions."""
+    found = float8_attentions(graph) if target.attention == "fp8" else []
+    return [node.name for attention in found for node in (attention, *attention.all_input_nodes[:1])]
 
 
 def _commands(built: Built, profiles: Sequence[Profile], target: TensorRTTarget) -> dict[str, str]:
@@ -275,6 +302,8 @@ def _notes(
             f"fused, {engine['plan_bytes'] / 2**20:.1f} MiB, built in {engine['seconds']:.1f} s"
         )
     if not engines:
-        asked = ", ".join(f"SM {capability}" for capability in target.capabilities)
-        notes.append(f"no engine for {asked}: TensorRT is not installed; pip install tensorrt-rtx, then convert again")
+        notes += [
+            f"no engine for SM {capability}: TensorRT is not installed; {how_to_build(capability)}"
+            for capability in target.capabilities
+        ]
     return notes + sorted({site["reason"] for site in sites.values() if site["reason"]})

@@ -35,6 +35,7 @@ from qcompiler.cli.printing import (
     print_recipe,
     print_targets,
 )
+from qcompiler.cli.recommending import Batch, Context, For, Goal, choose_for
 from qcompiler.protocol import Progress, Target
 from qcompiler.reporting import peak_rss_bytes, print_rows, print_table, show_progress
 from qcompiler.sweep import use_threads
@@ -65,11 +66,15 @@ def compile(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A directory for native and the targets.")],
     recipe: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--recipe", "-r", help="A name (see `qcompiler recipes`), FILE.toml, or FILE.py:NAME, which is run."
         ),
-    ],
+    ] = None,
+    gpu: For = None,
+    tokens: Context = None,
+    batch: Batch = None,
+    goal: Goal = "quality",
     calib: Annotated[
         Path | None,
         typer.Option(help="A UTF-8 text to calibrate and to measure with, plain or JSON lines (text, messages, ...)."),
@@ -99,7 +104,8 @@ def compile(
     """Quantize MODEL and write it to OUTPUT/native, and to OUTPUT/<target> for every --to (kernels are only tried)."""
     started = time.perf_counter()
     use_threads(threads)
-    targets = parse_targets(to or [])
+    chosen = choose_for(context, model, recipe, gpu, to or [], context=tokens, batch=batch, goal=goal)
+    recipe, targets = chosen.recipe, parse_targets(chosen.targets)
     overrides = parse_overrides(override or [])
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     calibration = None if calib is None else Calibration.from_text(calib, samples=samples, length=length, seed=seed)
@@ -151,6 +157,8 @@ def compile(
         **{key: fields[key] for key in ("cache_bytes_per_token", "held_out")},
         **{key: fields[key] for key in ("skipped", "sites", "notes")},
     }
+    if chosen.fields is not None:
+        summary["recommended"] = chosen.fields
     if not as_json:
         print_compiled(summary)
     return summary

@@ -12,6 +12,7 @@ import typer
 from qcompiler.cli.checking import check
 from qcompiler.cli.commands import app
 from qcompiler.cli.output import Kept
+from qcompiler.cli.recommending import hardware, recommend
 from qcompiler.cli.signals import Interruptions
 from qcompiler.cli.verifying import verify
 from qcompiler.errors import InputError, QCompilerError, VerificationError
@@ -25,6 +26,8 @@ _EXIT_BUG, _EXIT_ERROR, _EXIT_VERIFICATION, _EXIT_INTERRUPTED = 1, 2, 3, 130
 _UsageError: Any = typer.BadParameter.__bases__[0]
 app.command()(check)
 app.command()(verify)
+app.command()(recommend)
+app.command()(hardware)
 
 
 def main(arguments: list[str] | None = None) -> int:

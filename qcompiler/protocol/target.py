@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from qcompiler.errors import TargetError
 from qcompiler.ir import CacheFormat, Graph, quantized_tables, with_float_tables
@@ -89,11 +90,13 @@ class Compilation:
         recipe: the passes in order, ``pass`` and ``options`` of each; empty where another program quantized the model.
         calibration: ``source``, ``samples``, ``length`` of the tokens, ... (`CalibrationTokens.to_dict`); None without.
         held_out: what was measured on tokens that calibration did not see (`HeldOutCheck.measure`); None without.
+        tokens: those tokens, int64 ``[rows, length]``; None without.
     """
 
     recipe: Sequence[Mapping[str, Any]] = ()
     calibration: Mapping[str, Any] | None = None
     held_out: Mapping[str, Any] | None = None
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)

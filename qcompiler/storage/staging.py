@@ -127,19 +127,18 @@ def output_path(path: str | Path) -> Path:
 
 @contextmanager
 def made_directory(root: Path) -> Iterator[None]:
-    """Makes a directory, with its parents; those it made go again if the ``with`` block fails, as far as empty."""
+    """Makes a directory, with its parents; those it made go again, as far as empty, when the ``with`` block ends."""
     with write_errors(root):
         made = [path for path in (root, *root.parents) if not path.exists()]
     try:
         with write_errors(root):
             root.mkdir(parents=True, exist_ok=True)
         yield
-    except BaseException:
+    finally:
         with undisturbed():
             for path in made:
                 with suppress(OSError):  # it holds something, of this run or of somebody else; or it is not there
                     path.rmdir()
-        raise
 
 
 @contextmanager

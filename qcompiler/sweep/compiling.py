@@ -72,8 +72,11 @@ def compile_graph(
     Raises:
         QCompilerError: see `qcompiler.errors`; nothing is left behind.
     """
+    plans_caches = any(item.cache_formats() for item in pipeline.passes)
     for target in targets:
         target.check_graph(graph)
+        if not plans_caches:
+            target.check_cached(formats_by_cache(graph))
     report.unrecognized = list(graph.unrecognized)
     report.notes += graph.notes
     _judge_losses(graph, report, strict, trust_remote_code)

@@ -115,7 +115,7 @@ def _runs_bare(tmp_path, sections):
 
 
 def test_the_command_runs_on_a_bare_machine(tmp_path):
-    _runs_bare(tmp_path, ["check-scaled", "attention"])
+    _runs_bare(tmp_path, ["attention"])
 
 
 @pytest.mark.slow

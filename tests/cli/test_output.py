@@ -53,6 +53,15 @@ def test_parts_appear_whole_and_one_by_one(tmp_path: Path) -> None:
     assert everything(tmp_path) == ["deep", "deep/out", "deep/out/native", "deep/out/native/file"]
 
 
+def test_a_directory_that_got_nothing_is_not_left(tmp_path: Path) -> None:
+    """As with ``--to kernels``, which writes nothing."""
+    (tmp_path / "there").mkdir()
+    for output in (tmp_path / "deep" / "out", tmp_path / "there"):
+        with opened(output):
+            assert output.is_dir()
+    assert everything(tmp_path) == ["there"]
+
+
 @pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
 def test_what_fails_leaves_what_stood(tmp_path: Path, error: type[BaseException]) -> None:
     def work() -> None:

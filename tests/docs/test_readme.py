@@ -74,7 +74,7 @@ def beside_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("page", "commands"),
     [
         ("Quick start", {"compile", "evaluate", "generate", "inspect", "recipes"}),
-        ("tutorial", {"compile", "convert", "evaluate", "generate", "inspect", "recipes", "targets"}),
+        ("tutorial", {"compile", "convert", "evaluate", "generate", "inspect", "recipes", "recommend", "targets"}),
     ],
 )
 def test_pages_work_word_for_word_on_a_tiny_model(page: str, commands: set[str], beside_examples: Path) -> None:

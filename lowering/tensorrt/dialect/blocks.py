@@ -13,7 +13,7 @@ from qcompiler.lowering.onnx.builders.canonical import rotary
 from qcompiler.lowering.onnx.dtypes import dtype_of
 from qcompiler.lowering.onnx.emitter import Builders, Emitter, argument, tensor_arguments
 
-__all__ = ["BLOCK_BUILDERS"]
+__all__ = ["BLOCK_BUILDERS", "added_mask", "float_attention", "has_kernel"]
 
 _aten, _canonical = torch.ops.aten, torch.ops.qcompiler
 _FLOAT = ir.DataType.FLOAT
@@ -22,13 +22,13 @@ _MASKED = -30000.0
 """Added to logits that do not count: fits float16 with room for the logits, and its exponential is 0."""
 
 
-def _attention(e: Emitter, node: fx.Node) -> ir.Value:
+def float_attention(e: Emitter, node: fx.Node) -> ir.Value:
+    """The canonical attention: one operator where there is a kernel, else products of matrices."""
     q, k, v = tensor_arguments(node, 3)
     mask, scale, causal = node.args[3:6]
     window, softcap = argument(node, 6, "window"), argument(node, 7, "softcap")
     assert isinstance(scale, float)
-    is_fused = softcap is None and _is_fused(q, k, v) and e.working != _FLOAT
-    if not is_fused:
+    if softcap is not None or not has_kernel(q, k, v) or e.working == _FLOAT:
         options: dict[str, Any] = {"causal": bool(causal), "window": window, "softcap": softcap}
         return _written_out(e, node, lambda: attend(e, q, k, v, mask, scale=scale, **options))
     return _fused(e, node, q, k, v, mask, scale=scale, causal=bool(causal), window=window, aligned_to_end=True)
@@ -40,12 +40,12 @@ def _aten_attention(e: Emitter, node: fx.Node) -> ir.Value:
     given = node.kwargs.get("scale")
     scale = q.meta["shape"][-1] ** -0.5 if given is None else given
     assert isinstance(scale, float)
-    if not _is_fused(q, k, v) or e.working == _FLOAT:
+    if not has_kernel(q, k, v) or e.working == _FLOAT:
         return _written_out(e, node, lambda: attend(e, q, k, v, mask, scale=scale, causal=causal, aligned_to_end=False))
     return _fused(e, node, q, k, v, mask, scale=scale, causal=causal, window=None, aligned_to_end=False)
 
 
-def _is_fused(q: fx.Node, k: fx.Node, v: fx.Node) -> bool:
+def has_kernel(q: fx.Node, k: fx.Node, v: fx.Node) -> bool:
     """Whether there is a kernel: heads of one size, 9 to 256 channels, the queries' a multiple of the keys'."""
     shapes = [node.meta["shape"] for node in (q, k, v)]
     heads, kv_heads = shapes[0][1], shapes[1][1]
@@ -66,18 +66,24 @@ def _fused(
     window: int | None,
     aligned_to_end: bool,
 ) -> ir.Value:
-    """One Attention with a mask that is added: of one that forbids, the builder makes nine kernels.
-
-    Rows without any key to attend to give an average of values instead of zeros: nothing reads them, they are padding.
-    """
+    """One Attention."""
     values = [e.value(part, e.working) for part in (q, k, v)]
-    bias = attention_bias(e, q, k, mask, causal=causal, window=window, aligned_to_end=aligned_to_end)
-    if bias is not None:
-        bias = e.cast(e.op("Max", bias, e.const(_MASKED, _FLOAT)), e.working)
+    bias = added_mask(e, q, k, mask, causal=causal, window=window, aligned_to_end=aligned_to_end)
     name = f"{node.name}/Attention"
     result = e.op("Attention", *values, bias, dtype=e.working, name=name, scale=scale)
     e.attentions[node.name] = [name]
     return result
+
+
+def added_mask(
+    e: Emitter, q: fx.Node, k: fx.Node, mask: object, *, causal: bool, window: int | None, aligned_to_end: bool
+) -> ir.Value | None:
+    """A mask that is added to the logits, in the working dtype: of one that forbids, the builder makes nine kernels.
+
+    Rows without any key to attend to give an average of values instead of zeros: nothing reads them, they are padding.
+    """
+    bias = attention_bias(e, q, k, mask, causal=causal, window=window, aligned_to_end=aligned_to_end)
+    return None if bias is None else e.cast(e.op("Max", bias, e.const(_MASKED, _FLOAT)), e.working)
 
 
 def _written_out(e: Emitter, node: fx.Node, build: Callable[[], ir.Value]) -> ir.Value:
@@ -150,7 +156,7 @@ def _rank(node: fx.Node) -> int:
 
 
 BLOCK_BUILDERS: Builders = {
-    _canonical.attention.default: _attention,
+    _canonical.attention.default: float_attention,
     _aten.scaled_dot_product_attention.default: _aten_attention,
     _canonical.rms_norm.default: _rms_norm,
     _canonical.rotary.default: _rotary,

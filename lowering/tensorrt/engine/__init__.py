@@ -3,7 +3,7 @@
 In: ``model.onnx`` and the sizes its inputs may have. Out: a plan, and the layers that the builder fused.
 """
 
-from qcompiler.lowering.tensorrt.engine.api import Api, check_capability, find_api
+from qcompiler.lowering.tensorrt.engine.api import Api, check_capability, find_api, how_to_build
 from qcompiler.lowering.tensorrt.engine.build import Built, build_engine
 from qcompiler.lowering.tensorrt.engine.layers import Constant, Layer, parse_layers
 from qcompiler.lowering.tensorrt.engine.placement import Placement, fused_attentions, fused_linears
@@ -24,6 +24,7 @@ __all__ = [
     "find_api",
     "fused_attentions",
     "fused_linears",
+    "how_to_build",
     "parse_layers",
     "parse_profiles",
     "run_script",

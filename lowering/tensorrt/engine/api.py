@@ -8,8 +8,9 @@ from types import ModuleType
 import torch
 
 from qcompiler.errors import MissingDependencyError, TargetError
+from qcompiler.lowering.tensorrt.legality import CAPABILITIES
 
-__all__ = ["PACKAGES", "Api", "check_capability", "find_api"]
+__all__ = ["PACKAGES", "Api", "check_capability", "find_api", "how_to_build"]
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")
 """Modules with the Python interface of TensorRT 10 and 11, the first that can be imported being taken."""
@@ -87,7 +88,7 @@ def check_capability(api: Api, capability: int) -> None:
                 where=f"{api.package} {api.version}",
                 got=f"SM {capability}",
                 expected=", ".join(f"SM {known}" for known in api.capabilities),
-                remedy=None if api.package == "tensorrt" else "pip install tensorrt builds for others, on such a GPU",
+                remedy=None if api.package == "tensorrt" else how_to_build(capability),
             )
         return
     found = _capability_at_hand()
@@ -97,9 +98,15 @@ def check_capability(api: Api, capability: int) -> None:
             where=f"{api.package} {api.version}",
             got="no GPU" if found is None else f"SM {found}",
             expected=f"SM {capability}",
-            remedy=f"build on a GPU of SM {capability}, or with TensorRT for RTX, which needs none: pip install "
-            "tensorrt-rtx",
+            remedy=how_to_build(capability),
         )
+
+
+def how_to_build(capability: int) -> str:
+    """What to install where, to get an engine for a GPU."""
+    if capability in CAPABILITIES:
+        return "pip install tensorrt-rtx, which builds it without a GPU, and convert again"
+    return f"plain TensorRT may build it, on a GPU of SM {capability} alone: pip install tensorrt, and convert there"
 
 
 def _capabilities(module: ModuleType) -> tuple[int, ...] | None:

@@ -293,6 +293,7 @@ def _advice(said: str) -> str | None:
     if "decompos" in said.lower():
         return (
             "no kernel of attention fits these shapes and types: float16, heads of up to 256 channels, more than one; "
-            "with two heads, profiles of up to two tokens or more (sequence=1..2), not fixed at one"
+            "with two heads, profiles of up to two tokens or more (sequence=1..2), not fixed at one; with "
+            "attention=fp8 of 32 tokens or more (sequence=32..512), or of one"
         )
     return None

@@ -76,7 +76,9 @@ def fused_linears(
     return {site: tuple(placements) for site, placements in found.items()}
 
 
-def fused_attentions(layers: Sequence[Layer], nodes: Mapping[str, Sequence[str]]) -> dict[str, tuple[Placement, ...]]:
+def fused_attentions(
+    layers: Sequence[Layer], nodes: Mapping[str, Sequence[str]], *, in_float8: bool = False
+) -> dict[str, tuple[Placement, ...]]:
     """What became of attentions: fused where one kernel for attention was made of their nodes.
 
     Those kernels have ``mha`` in their names: ``_gemm_mha_v2`` for many queries, ``_gemv_mha_v1`` for one.
@@ -85,6 +87,7 @@ def fused_attentions(layers: Sequence[Layer], nodes: Mapping[str, Sequence[str]]
         layers: of the engine, all profiles.
         nodes: by attention, the names of its nodes in the ONNX file: one ``Attention``, or the products it is written
             out in.
+        in_float8: whether it is to read FP8 codes.
 
     Returns:
         By attention, one for each profile in order.
@@ -96,7 +99,9 @@ def fused_attentions(layers: Sequence[Layer], nodes: Mapping[str, Sequence[str]]
             fused = [layer for layer in made if "mha" in layer.name.lower()]
             products = [layer for layer in made if layer.kind == "gemm" or "gemm" in layer.name.lower()]
             if fused:
-                found[name].append(_placed(name, profile, fused[0], "", ()))
+                types = dict.fromkeys(tensor.dtype for tensor in fused[0].inputs)
+                reason = f"a kernel that reads {_types(fused[0].inputs)}" if in_float8 and "FP8" not in types else ""
+                found[name].append(_placed(name, profile, fused[0], reason, ()))
                 continue
             reason = f"decomposed into {len(products)} products of matrices in {len(made)} layers"
             home = next(iter((*products, *made)), None)

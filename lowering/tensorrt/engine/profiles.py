@@ -41,14 +41,14 @@ class Profile:
 
 
 def default_profiles(
-    ports: Iterable[Port], *, batch: int = 1, length: int, piece: int | None = None, step: int = 1
+    ports: Iterable[Port], *, batch: int = 1, length: int, piece: int | None = None, step: int = 1, least: int = 1
 ) -> tuple[Profile, ...]:
     """A profile to read a prompt with, and where there is a cache one to decode with.
 
-    ``prefill`` takes 1 to ``piece`` tokens behind none to ``length - piece``: a longer prompt is read in pieces, the
-    shorter one first. ``decode`` is fixed at one sequence and one token, where the builder takes matrix-vector kernels
-    (or takes up to ``step``), behind none to ``length - 1``; with a larger ``batch``, ``decode_batch`` takes one token
-    of each of them.
+    ``prefill`` takes ``least`` to ``piece`` tokens behind none to ``length - piece``: a longer prompt is read in
+    pieces, the shorter one first. ``decode`` is fixed at one sequence and one token, where the builder takes
+    matrix-vector kernels (or takes up to ``step``), behind none to ``length - 1``; with a larger ``batch``,
+    ``decode_batch`` takes one token of each of them.
 
     Args:
         ports: the inputs, with symbolic sizes.
@@ -57,6 +57,7 @@ def default_profiles(
         piece: tokens of the prompt at once, at most; by default 512.
         step: tokens at once while decoding, at most. Weights of 8 bits that floats are multiplied with are dequantized
             by a kernel of their own where it is 1, and as they are multiplied where it is 2 (seen with 1.7).
+        least: tokens at once while reading, at least. What is less is read by ``decode``, one by one.
 
     Raises:
         TargetError: for a size that is no expression of batch, sequence and past length, or sizes that do not hold.
@@ -67,7 +68,14 @@ def default_profiles(
         if got < 1:
             raise TargetError("a profile needs sizes of at least one", where=what, got=got)
     piece = min(length, piece or (_PIECE if has_cache else length))
-    tokens = (1, min(piece, _OPTIMAL_PIECE), piece)
+    if piece < least:
+        raise TargetError(
+            "the profiles are shorter than what is read at once",
+            where="length",
+            got=piece,
+            expected=f"at least {least}",
+        )
+    tokens = (least, max(least, min(piece, _OPTIMAL_PIECE)), piece)
     batches, past = (1, 1, batch), (0, 0, length - piece)
     found = [make_profile("prefill", ports, {BATCH: batches, SEQUENCE: tokens, PAST: past})]
     if has_cache:

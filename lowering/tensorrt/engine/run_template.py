@@ -42,7 +42,8 @@ inputs = [name for name in dtypes if engine.get_tensor_mode(name) == trt.TensorI
 nothing = torch.empty(1, dtype=torch.uint8, device="cuda")
 shapes = {name: engine.get_tensor_profile_shape(name, len(contexts) - 1) for name in inputs}
 cache = {name: (nothing, tuple(shapes[name][0])) for name in inputs if name.startswith("past_")}
-piece, most = engine.get_tensor_profile_shape("input_ids", 0)[2][1], max(shapes[name][2][2] + 1 for name in cache)
+least, _, piece = (shape[1] for shape in engine.get_tensor_profile_shape("input_ids", 0))
+most = max(shapes[name][2][2] + 1 for name in cache)
 ids = tokenizer.encode(options.prompt).ids
 if not 0 < len(ids) < most:
     sys.exit(f"run.py: a prompt of {len(ids)} tokens; the engine takes 1 to {most - 1}")
@@ -50,6 +51,7 @@ tokens: list[int] = []
 length = 0
 while len(tokens) < options.tokens and length < most and not set(tokens[-1:]) & set(ends):
     part = ids[length : length + ((len(ids) - length) % piece or piece)] or tokens[-1:]  # the shorter part first
+    part = part if len(part) >= least else part[:1]  # what is too short for the first profile, by the second
     context, end = contexts[-1 if len(part) == 1 else 0], length + len(part)
     given = {"input_ids": part, "position_ids": range(length, end), "attention_mask": [1] * end}
     held = dict(cache)

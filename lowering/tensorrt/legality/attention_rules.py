@@ -6,13 +6,14 @@ from qcompiler.lowering.tensorrt.legality.model import is_constant
 from qcompiler.lowering.tensorrt.legality.operands import Shape, dtype_of, shape_of
 from qcompiler.lowering.tensorrt.legality.rule import Rule
 
-__all__ = ["ATTENTION_RULES", "is_attention"]
+__all__ = ["ATTENTION_RULES", "is_attention", "is_quantized_attention"]
 
 _BUILDER = "seen with tensorrt_rtx 1.7.1.116"
 _T = ir.DataType
 _ONNX = ("", "ai.onnx")
 _LEAST_HEAD, _MOST_HEAD = 9, 256  # padded to a multiple of 8, of which the smallest is 16
 _MASK, _PAST, _LENGTHS = 3, (4, 5), 6
+_CHANNELS_OF_FLOAT8, _LEAST_KEYS = 8, 32
 
 _KERNELS = (
     f"fused kernels take FLOAT16 and BFLOAT16, heads of {_LEAST_HEAD} to {_MOST_HEAD} channels, and a mask for several "
@@ -23,6 +24,11 @@ _KERNELS = (
 def is_attention(node: ir.Node) -> bool:
     """Whether a node is ONNX's Attention, or TensorRT's."""
     return (node.op_type == "Attention" and node.domain in _ONNX) or node.op_type == "TRT_Attention"
+
+
+def is_quantized_attention(node: ir.Node) -> bool:
+    """Whether a node is TensorRT's attention of codes."""
+    return node.op_type == "TRT_QuantizedAttention"
 
 
 def _given(node: ir.Node, place: int) -> ir.Value | None:
@@ -116,6 +122,32 @@ def _refused(node: ir.Node, _: int) -> str | None:
 
 def _decomposed(node: ir.Node, _: int) -> str | None:
     return _no_kernel(node) if node.attributes.get_int("TRT_decomposable", 0) else None
+
+
+def _quantized(node: ir.Node, _: int) -> str | None:
+    """Why no kernel takes an attention of codes."""
+    if not is_quantized_attention(node):
+        return None
+    if node.attributes.get_int("normalization_quantize_to_type", _T.FLOAT8E4M3FN) != _T.FLOAT8E4M3FN:
+        return "a softmax in INT8"
+    if dtype_of(node.inputs[0]) == _T.FLOAT:
+        return "attention of codes in FLOAT"
+    if not all(_is_float8(value) for value in node.inputs[:3]):
+        return "queries, keys or values that are no FP8 codes"
+    heads, shapes = _heads(node), [shape_of(value) for value in node.inputs[:2]]
+    size = None if heads is None else heads[0][1]
+    if isinstance(size, int) and (size % _CHANNELS_OF_FLOAT8 or size > _MOST_HEAD):
+        return f"heads of {size} channels"
+    if heads is not None and heads[0][0] == heads[1][0] == 1:
+        return "a single head"
+    tokens, keys = (None if shape is None else shape[-2] for shape in shapes)
+    is_short = isinstance(keys, int) and keys < _LEAST_KEYS and isinstance(tokens, int) and tokens > 1
+    return f"{keys} keys" if is_short else None
+
+
+def _is_float8(value: ir.Value | None) -> bool:
+    maker = None if value is None else value.producer()
+    return maker is not None and maker.op_type == "DequantizeLinear" and dtype_of(maker.inputs[0]) == _T.FLOAT8E4M3FN
 
 
 _BETWEEN = ("Add", "Sub", "Mul", "Div", "Where", "Max", "Cast", "Identity")
@@ -241,6 +273,16 @@ ATTENTION_RULES: tuple[Rule[ir.Node], ...] = (
         _KERNELS,
         "float=float16",
         _BUILDER,
+    ),
+    Rule(
+        "attention-of-codes",
+        "refused",
+        _quantized,
+        "its kernels take queries, keys and values of FP8 codes straight from DequantizeLinear in 16 bits, several "
+        f"heads of up to {_MOST_HEAD} channels, a multiple of {_CHANNELS_OF_FLOAT8}, and {_LEAST_KEYS} keys or more "
+        "where there is more than one query",
+        "FP8 codes, and FP8 for the softmax; Attention in FLOAT16 for other shapes",
+        f"{_BUILDER}: 'Attention operation was not supported by a dedicated kernel'",
     ),
     Rule(
         "attention-written-out",

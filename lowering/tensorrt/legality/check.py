@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler.errors import TargetError
-from qcompiler.lowering.tensorrt.legality.attention_rules import ATTENTION_RULES, is_attention
+from qcompiler.lowering.tensorrt.legality.attention_rules import ATTENTION_RULES, is_attention, is_quantized_attention
 from qcompiler.lowering.tensorrt.legality.model import read_model
 from qcompiler.lowering.tensorrt.legality.operands import Product, product_of
 from qcompiler.lowering.tensorrt.legality.operator_rules import OPERATOR_RULES
@@ -167,6 +167,8 @@ def _parts(model: ir.Model) -> Iterable[tuple[set[str], str]]:
             yield {called(node), *_names(product)}, f"{product.weight.codes.name} weights{by}"
         elif is_attention(node):
             yield {called(node)}, "attention"
+        elif is_quantized_attention(node):
+            yield {called(node)}, "FP8 attention"
 
 
 def _names(product: Product) -> Iterator[str]:

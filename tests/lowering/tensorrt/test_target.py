@@ -52,6 +52,14 @@ def test_support(name, sm, status, reason):
     assert re.search(reason, support.reason) if reason else support.reason == ""
 
 
+def test_support_in_bfloat16():
+    target = TensorRTTarget(float_dtype="bfloat16")
+    assert target.supports(Scheme.parse("w4a16-g128"), 256).status == "fused"
+    assert target.supports(Scheme.parse("w8a8"), 256).status == "fused"
+    support = target.supports(Scheme.parse("w8a16"), 256)
+    assert (support.status, "bfloat16" in support.reason) == ("runs", True)
+
+
 def test_support_of_caches():
     assert TensorRTTarget("89").supports_cache(CacheFormat("int4", group_size=16)).status == "runs"
     assert TensorRTTarget("89").supports_cache(CacheFormat("float8_e4m3fn")).status == "runs"
@@ -78,7 +86,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"sm": "90"}, "the builder does not know this compute capability"),
+        ({"sm": "90"}, "(?s)the builder does not know this compute capability.*on a GPU of SM 90"),
         ({"length": 65}, "longer than the model's positions"),
         ({"profiles": "decode:sequence=1:past_sequence=0..99"}, "longer texts than the model"),
         ({"profiles": "decode:sequence=9..1:past_sequence=0"}, "sizes of a profile do not hold"),
@@ -91,16 +99,35 @@ def test_what_cannot_be_built_is_refused_ahead_of_work(options, words, result, t
     assert not (tmp_path / "out").exists()
 
 
-def test_without_tensorrt_the_onnx_is_written_and_held_to_the_rules(result, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("sm", "words"), [("86", "tensorrt-rtx"), ("90", "on a GPU of SM 90")])
+def test_without_tensorrt_the_onnx_is_written_and_held_to_the_rules(sm, words, result, tmp_path, monkeypatch):
     def missing(*_: object, **__: object) -> None:
         raise MissingDependencyError("no TensorRT")
 
     monkeypatch.setattr(writer, "find_api", missing)
-    report = qc.lower(result, "tensorrt", tmp_path / "out", sm="86", verify=False)
+    report = qc.lower(result, "tensorrt", tmp_path / "out", sm=sm, verify=False)
     assert report["engines"] == {}
-    assert any("no engine for SM 86" in note and "tensorrt-rtx" in note for note in report["notes"])
+    assert any(f"no engine for SM {sm}" in note and words in note for note in report["notes"])
     assert {"model.onnx", "model.onnx.data", "layers.json"} <= set(report["files"])
     assert not any(name.endswith(".plan") for name in report["files"])
+
+
+def test_a_gpu_without_rules_of_its_own_has_those_of_its_kin(result, tmp_path, monkeypatch):
+    def missing(*_: object, **__: object) -> None:
+        raise MissingDependencyError("no TensorRT")
+
+    monkeypatch.setattr(writer, "find_api", missing)
+    asked: list[list[int]] = []
+    honest = writer.check_rules
+
+    def heard(model: Any, sm: list[int]) -> Any:
+        asked.append(sm)
+        return honest(model, sm)
+
+    monkeypatch.setattr(writer, "check_rules", heard)
+    qc.lower(result, "tensorrt", tmp_path / "out", sm="90+89", verify=False)
+    assert asked
+    assert all(sm == [89] for sm in asked)
 
 
 def test_a_builder_that_fails_leaves_nothing(result, tmp_path, monkeypatch):
@@ -133,6 +160,20 @@ def test_findings_come_first_and_strict_makes_them_errors(result, tmp_path, monk
     assert kept["findings"] == report["findings"]
     with pytest.raises(VerificationError, match="fused a quantized layer or an attention nowhere"):
         qc.lower(result, "tensorrt", tmp_path / "strict", verify=False, strict=True)
+
+
+def test_an_engine_in_bfloat16(result, tmp_path):
+    """Values of 8 bits of mantissa: what is written is evaluated operator by operator, and differs by as much."""
+    pytest.importorskip("tensorrt_rtx")
+    report = qc.lower(result, "tensorrt", tmp_path / "out", float_dtype="bfloat16", strict=True)
+    engine = report["engines"]["89"]
+    assert (engine["fused_linears"], engine["fused_attentions"]) == ("7 of 7", "1 of 1")
+    assert engine["attention_kernels"] == ["gemm_mha_v2", "gemv_mha_v1"]
+    assert 2e-4 < report["parity"]["mean_difference"] < 2e-2
+    layers = json.loads((tmp_path / "out" / "layers.json").read_text())["engines"]["89"]["layers"]
+    read = {tensor["dtype"] for layer in layers for tensor in layer["inputs"]}
+    assert "BFloat16" in read
+    assert "Half" not in read
 
 
 def test_progress_of_the_builder_is_told(result, tmp_path):

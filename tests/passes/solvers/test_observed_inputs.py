@@ -21,8 +21,9 @@ CPU = torch.device("cpu")
 ONE_TOKEN = torch.ones(1, 2).long()  # sent to two experts of four
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
-@pytest.mark.parametrize("scheme", ["w8a8", "fp8"])
+@pytest.mark.parametrize(
+    ("family", "scheme"), [("mixtral", "w8a8"), ("mixtral", "fp8"), ("qwen3_moe", "w8a8"), ("deepseek_v3", "fp8")]
+)
 def test_the_range_of_fellow_experts_is_taken(family: str, scheme: str) -> None:
     graph = copy_graph(canonical_graph(family))
     passes = [Assign(scheme), RTN(), InsertQDQ(least_sqnr_db=float("-inf"))]

@@ -154,11 +154,11 @@ def test_a_found_configuration_is_launched(monkeypatch):
 def test_machine_code_of_the_common_forms():
     wanted = [c for c in decode_attention_triton.ahead_of_time() if c.name.startswith("common")]
     assert {case.budget for case in wanted} == {0.0, *decode_attention_triton._BUDGETS.values()}
-    reports = inspect("cache.triton_attention", "common")
-    assert sorted((r["name"], r["capability"]) for r in reports) == sorted((c.name, n) for c in wanted for n in c.mma)
+    reports = inspect("cache.triton_attention", "common", capabilities=(90,))
+    assert sorted(r["name"] for r in reports) == sorted(case.name for case in wanted if 90 in case.mma)
     assert [(r["name"], r["failures"]) for r in reports if r["failures"] or r["spilled_bytes"]] == []
     plain = [r["loop"] for r in reports if r["name"].split(": ")[1].split(",")[0] in ("int8", "int4", "fp8")]
-    assert len(plain) == 6
+    assert len(plain) == 3
     assert not any(loop.get("I2F") or loop.get("I2FP") for loop in plain)  # codes are not converted one by one
 
 

@@ -1,9 +1,5 @@
 """The codebook layer in Triton against the reference, interpreted or on a GPU, and its machine code."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +15,10 @@ from qcompiler.lowering.kernels.codebook_linear.operator import CodebookLinear, 
 from qcompiler.lowering.kernels.codebook_linear.triton_launch import Config
 from qcompiler.lowering.kernels.launch.device import Device
 from qcompiler.numerics.spec import QuantSpec
+from tests.lowering.kernels.launch.ahead_of_time import inspect
 from tests.lowering.kernels.launch.as_launched import as_launched, flaws
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MODULE = "qcompiler.lowering.kernels.codebook_linear.triton_launch"
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest result: one rounding of it
 WRITTEN = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # sums of table and sparse matrix are rounded too
 
@@ -174,20 +170,12 @@ def cases() -> list[str]:
     return [case.name for case in module.ahead_of_time()]
 
 
-def machine_code(*options: str) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "qcompiler.lowering.kernels.launch.machine_code", MODULE, *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def failures(found: list[dict]) -> dict[str, list[str]]:
     return {f"{entry['name']} sm_{entry['capability']}": entry["failures"] for entry in found if entry["failures"]}
 
 
 def test_default_configurations_compile_to_what_they_should() -> None:
-    found = machine_code("--match", "default", "--capability", "90")
+    found = inspect("codebook_linear.triton_launch", "default", capabilities=(90,))
     assert failures(found) == {}
     names = {entry["name"] for entry in found}
     assert names == {name for name in cases() if "default" in name and "sm80" not in name}
@@ -198,7 +186,7 @@ def test_default_configurations_compile_to_what_they_should() -> None:
 
 @pytest.mark.slow
 def test_all_configurations_compile_to_what_they_should() -> None:
-    found = machine_code()
+    found = inspect("codebook_linear.triton_launch")
     assert failures(found) == {}
     assert {entry["name"] for entry in found} == set(cases())
 

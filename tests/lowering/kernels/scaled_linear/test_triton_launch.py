@@ -1,9 +1,5 @@
 """The Triton products of 8-bit codes against the reference, interpreted or on a GPU, and their machine code."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +17,10 @@ from qcompiler.lowering.kernels.scaled_linear import triton_grouped as grouped
 from qcompiler.lowering.kernels.scaled_linear import triton_launch as module
 from qcompiler.lowering.kernels.scaled_linear.config import Config, configs, default_config
 from qcompiler.numerics.scheme import Scheme
+from tests.lowering.kernels.launch.ahead_of_time import inspect
 from tests.lowering.kernels.launch.as_launched import as_launched, flaws
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MODULE = "qcompiler.lowering.kernels.scaled_linear.triton_launch"
 INTEGERS = ("w8a8", "w8a8-actsym", "w8a8-dynamic", "w8a8-dynamic-actasym")
 FLOATS = ("fp8", "fp8-dynamic", "fp8-e5m2", "fp8-block")
 GROUPED = ("w4a8", "w4a8-g64", "w4a8-g32-dynamic", "w4a8-channel", "w4a4", "w8a8-g32", "w8a8-g128-dynamic-actasym")
@@ -223,26 +219,17 @@ def test_the_instructions_that_unpack_int4():
     assert np.array_equal(np.stack([low, high]), signed)
 
 
-def machine_code(*options: str) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "qcompiler.lowering.kernels.launch.machine_code", MODULE, *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def names_of(found: list[dict]) -> set[str]:
     assert {entry["name"]: entry["failures"] for entry in found if entry["failures"]} == {}
     return {entry["name"].removeprefix("default-") for entry in found}
 
 
 def test_default_configurations_use_tensor_cores_and_do_not_spill():
-    names = names_of(machine_code("--match", "default"))
+    names = names_of(inspect("scaled_linear.triton_launch", "default", capabilities=(90,)))
     for codes in (torch.int8, torch.float8_e4m3fn):
-        for capability in (80, 90):
-            for rows in (1, 64):
-                config = default_config(rows, 4096, 4096, codes, capability)
-                assert module.case_name(codes, False, capability, config) in names
+        for rows in (1, 64):
+            config = default_config(rows, 4096, 4096, codes, 90)
+            assert module.case_name(codes, False, 90, config) in names
     for rows in (16, 64):
         assert grouped.case_name(grouped.default_config(rows, 65536, 4096, 128), 128, True) in names
 
@@ -250,7 +237,7 @@ def test_default_configurations_use_tensor_cores_and_do_not_spill():
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_all_configurations_use_tensor_cores_and_do_not_spill():
-    names = names_of(machine_code())
+    names = names_of(inspect("scaled_linear.triton_launch"))
     for rows in (1, 9, 32, 64, 4096):
         for shape in ((1024, 4096), (4096, 4096), (28672, 8192), (1000, 999)):
             is_odd = shape[1] % 16 != 0

@@ -4,7 +4,7 @@ from types import ModuleType
 import pytest
 
 from qcompiler.errors import MissingDependencyError, TargetError
-from qcompiler.lowering.tensorrt.engine import Api, api, check_capability, find_api
+from qcompiler.lowering.tensorrt.engine import Api, api, check_capability, find_api, how_to_build
 
 
 def fake(monkeypatch, name, **attributes):
@@ -50,6 +50,9 @@ def test_an_unknown_gpu_is_refused():
     with pytest.raises(TargetError, match="does not know") as caught:
         check_capability(Api("tensorrt_rtx", "1.7", (75, 89)), 90)
     assert "SM 75, SM 89" in str(caught.value)
+    assert caught.value.remedy == how_to_build(90)
+    assert "on a GPU of SM 90" in how_to_build(90)
+    assert "without a GPU" in how_to_build(89)
 
 
 def test_a_builder_for_the_gpu_at_hand_takes_no_other(monkeypatch):

@@ -43,6 +43,15 @@ def test_a_decode_profile_may_take_more_tokens():
         default_profiles(PORTS, length=64, step=0)
 
 
+def test_a_prompt_may_be_read_in_pieces_of_a_least_size():
+    prefill, decode = default_profiles(PORTS, length=1024, least=32)
+    assert prefill.shapes["input_ids"] == ((1, 32), (1, 128), (1, 512))
+    assert prefill.shapes["attention_mask"] == ((1, 32), (1, 128), (1, 1024))
+    assert decode.shapes["attention_mask"][0] == (1, 1)
+    with pytest.raises(TargetError, match="shorter than what is read at once"):
+        default_profiles(PORTS, length=31, least=32)
+
+
 def test_without_a_cache_there_is_one_profile_of_the_whole_length():
     (prefill,) = default_profiles([IDS, Port("attention_mask", "mask", "int64", ("batch", "sequence"))], length=600)
     assert prefill.shapes["attention_mask"] == ((1, 1), (1, 128), (1, 600))

@@ -121,6 +121,16 @@ def test_a_prompt_is_continued_through_the_cache(run, prompt):
     assert run(words(prompt), "--tokens", "7") == words(prompt) + words(continued(prompt, 7)) + "\n"
 
 
+@pytest.mark.parametrize("prompt", [[3], [1, 2], [1, 2, 3], [5, 6, 7, 8, 9, 10], list(range(20))])
+def test_what_is_too_short_to_be_read_at_once_is_read_one_by_one(run, folder, tmp_path, prompt):
+    plan = json.loads((folder / "engine-sm89.plan").read_text())
+    for name, axis in (("input_ids", 1), ("position_ids", 1), ("attention_mask", 1)):
+        plan["profiles"][0][name][0][axis] = 3
+    (tmp_path / "longer.plan").write_text(json.dumps(plan))
+    said = run(words(prompt), "--tokens", "7", "--plan", str(tmp_path / "longer.plan"))
+    assert said == words(prompt) + words(continued(prompt, 7)) + "\n"
+
+
 def test_it_ends_where_the_engine_or_the_model_does(run, folder):
     found = continued([1, 2], 1000)
     assert len(found) == LENGTH - 1

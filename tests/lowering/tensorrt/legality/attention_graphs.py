@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from tests.lowering.tensorrt.legality.linear_graphs import FLOATS, constant, numpy_of
+from tests.lowering.tensorrt.legality.linear_graphs import CODES, FLOATS, constant, numpy_of
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,54 @@ class Attention:
             node = helper.make_node(operator, names, outputs, name="attention", **attributes)
         results = [helper.make_tensor_value_info(name, kind, None) for name in outputs if name]
         graph = helper.make_graph([node], "g", inputs, results)
+        return helper.make_model(graph, opset_imports=imports, ir_version=11)
+
+
+@dataclass(frozen=True)
+class QuantizedAttention:
+    """One attention of codes, of fixed lengths.
+
+    Attributes:
+        x: type that codes are dequantized to.
+        codes: of queries, keys, values and softmax: "fp8" or "int8".
+        rounded: which of queries, keys and values are codes.
+        heads, kv, head: as `Attention`.
+        queries, keys: how many.
+        sm: of the GPU.
+    """
+
+    x: str = "f16"
+    codes: str = "fp8"
+    rounded: str = "qkv"
+    heads: int = 4
+    kv: int = 2
+    head: int = 64
+    queries: int = 32
+    keys: int = 32
+    sm: int = 89
+
+    def __str__(self) -> str:
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return ",".join(["quantized-attention", *changed])
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        kind, codes = FLOATS[self.x], CODES[self.codes]
+        shapes = {"q": [1, self.heads, self.queries, self.head], "m": [1, 1, self.queries, self.keys]}
+        shapes |= {name: [1, self.kv, self.keys, self.head] for name in "kv"}
+        nodes, names = [], []
+        for name in "qkv":
+            if name in self.rounded:
+                nodes.append(helper.make_node("QuantizeLinear", [name, "scale"], [f"{name}1"], output_dtype=codes))
+                nodes.append(helper.make_node("DequantizeLinear", [f"{name}1", "scale"], [f"{name}2"]))
+            names.append(f"{name}2" if name in self.rounded else name)
+        operator, kinds = "TRT_QuantizedAttention", dict[str, Any](normalization_quantize_to_type=codes, scale=1.0)
+        nodes.append(helper.make_node(operator, [*names, "m", "weight_scale"], ["y"], domain="trt", name="a", **kinds))
+        inputs = [helper.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()]
+        constants = [constant(name, np.array(0.01).astype(numpy_of(kind)), kind) for name in ("scale", "weight_scale")]
+        results = [helper.make_tensor_value_info("y", kind, shapes["q"])]
+        graph = helper.make_graph(nodes, "g", inputs, results, constants)
+        imports = [helper.make_opsetid("", 23), helper.make_opsetid("trt", 1)]
         return helper.make_model(graph, opset_imports=imports, ir_version=11)
 
 

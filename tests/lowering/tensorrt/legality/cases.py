@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from itertools import product
 
-from tests.lowering.tensorrt.legality.attention_graphs import Attention, PlainAttention
+from tests.lowering.tensorrt.legality.attention_graphs import Attention, PlainAttention, QuantizedAttention
 from tests.lowering.tensorrt.legality.linear_graphs import Linear
 from tests.lowering.tensorrt.legality.operator_graphs import OPERATORS, Operator
 
-Case = Linear | Attention | PlainAttention | Operator
+Case = Linear | Attention | PlainAttention | QuantizedAttention | Operator
 
 INT8, FP8 = ("int8", "channel"), ("fp8", "channel")
 COMMON = (("int4", "64"), INT8, FP8)
@@ -132,6 +132,16 @@ def _attentions() -> Iterator[Attention | PlainAttention]:
         yield PlainAttention(x, soft, axes, mask=axes != "rows")
 
 
+def _quantized_attentions() -> Iterator[QuantizedAttention]:
+    """Types, heads and lengths."""
+    yield from (QuantizedAttention(sm=sm) for sm in (86, 89, 120))
+    yield from (QuantizedAttention(x) for x in ("bf16", "f32"))
+    yield from (QuantizedAttention(rounded=rounded) for rounded in ("", "kv", "qk"))
+    yield from (QuantizedAttention(codes="int8"), QuantizedAttention(heads=1, kv=1))
+    yield from (QuantizedAttention(queries=n, keys=keys) for n in (1, 2, 64) for keys in (1, 31, 40))
+    yield from (QuantizedAttention(head=head, queries=n) for head in (8, 20, 256, 264) for n in (1, 32))
+
+
 CASES: tuple[Case, ...] = tuple(
-    dict.fromkeys((*_weights(), *_placements(), *_activations(), *_attentions(), *OPERATORS))
+    dict.fromkeys((*_weights(), *_placements(), *_activations(), *_attentions(), *_quantized_attentions(), *OPERATORS))
 )
