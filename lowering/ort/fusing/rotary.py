@@ -60,7 +60,9 @@ def _tables(graph: Graph, node: fx.Node, positions: fx.Node, length: int, number
     assert isinstance(sin, fx.Node)
     sides = [cos, sin]
     inputs = {source for source in ancestors(sides) if source.op == "placeholder"}
-    if inputs != {positions} or any(len(side.meta.get("shape", ())) != 4 or side.meta["shape"][1] != 1 for side in sides):
+    if inputs != {positions} or any(
+        len(side.meta.get("shape", ())) != 4 or side.meta["shape"][1] != 1 for side in sides
+    ):
         return None
     stretch = Stretch(list(graph.fx.nodes), sides)
     loaded = stretch.load(graph.weights.read, _CPU)
