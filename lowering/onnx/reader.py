@@ -101,14 +101,22 @@ class OnnxArtifact:
 
     def _describe(self, inputs: Sequence[Any], outputs: Sequence[Any], metadata: Mapping[str, str]) -> None:
         """Takes facts from ports as ONNX Runtime describes them (``name``, ``type``, ``shape``), and metadata."""
+        facts = {
+            key.removeprefix(_METADATA): json.loads(value)
+            for key, value in metadata.items()
+            if key.startswith(_METADATA)
+        }
         self._inputs = {port.name: port for port in inputs}
         self._outputs = [port.name for port in outputs]
-        self._past = [name for name in self._inputs if name.startswith("past_key_values.")]
-        self._present = [name.replace("past_key_values.", "present.", 1) for name in self._past]
-        known = {"input_ids", "attention_mask", "position_ids", "token_type_ids", *self._past}
-        unknown = set(self._inputs) - known
+        self._usual: dict[str, str] = facts.get("ports") or {}
+        by_usual = {self._usual.get(name, name): name for name in self._outputs}
+        self._past = [name for name in self._inputs if self._usual_name(name).startswith("past_key_values.")]
+        presents = [self._usual_name(name).replace("past_key_values.", "present.", 1) for name in self._past]
+        self._present = [by_usual.get(name, name) for name in presents]
+        known = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+        unknown = {name for name in self._inputs if self._usual_name(name) not in known} - set(self._past)
         lost = set(self._present) - set(self._outputs)
-        if unknown or lost or "input_ids" not in self._inputs:
+        if unknown or lost or "input_ids" not in map(self._usual_name, self._inputs):
             raise ArtifactError(
                 "these are not the ports of a language model",
                 where=self.path,
@@ -121,15 +129,14 @@ class OnnxArtifact:
         self.cache_bytes_per_token = (
             sum(_item_bits(port.type) * port.shape[1] * port.shape[3] for port in kept) // 8 if kept else None
         )
-        self._result = "logits" if "logits" in self._outputs else self._outputs[0]
+        self._result = by_usual.get("logits", self._outputs[0])
         self.vocab_size = int(next(port.shape[-1] for port in outputs if port.name == self._result))
-        facts = {
-            key.removeprefix(_METADATA): json.loads(value)
-            for key, value in metadata.items()
-            if key.startswith(_METADATA)
-        }
         self.max_positions: int | None = facts.get("max_positions")
         self.provenance: Mapping[str, object] = facts
+
+    def _usual_name(self, name: str) -> str:
+        """What a port is called in models of ours, where the file keeps the names of another model."""
+        return self._usual.get(name, name)
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 ``[B, S]`` → float32 ``[B, S, V]``, every position."""
@@ -208,7 +215,7 @@ class OnnxArtifact:
         feed = dict(cache.values)
         for name, port in self._inputs.items():
             if name not in self._past:
-                given = token_input(name, ids, cache.length, cache.length + length)
+                given = token_input(self._usual_name(name), ids, cache.length, cache.length + length)
                 feed[name] = self._value(np.ascontiguousarray(given, _NUMPY[port.type]))
         return feed
 

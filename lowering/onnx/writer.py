@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from qcompiler.lowering.onnx.builders.canonical import code_dtype, is_linear_wei
 from qcompiler.lowering.onnx.dialect import BUILDERS, Dialect, portable
 from qcompiler.lowering.onnx.emitter import Builders, Emitter
 from qcompiler.lowering.onnx.storage import DATA_FILE
-from qcompiler.lowering.onnx.target import OnnxTarget
+from qcompiler.lowering.onnx.target import OPSETS, OnnxTarget
 from qcompiler.protocol import Support
 from qcompiler.storage import StagedFiles, filled_directory
 
@@ -38,9 +38,10 @@ def write(
     graph: Graph, directory: str | Path, target: OnnxTarget, *, companions: str | Path | None = None
 ) -> dict[str, Any]:
     """See `qcompiler.lowering.onnx.lower`."""
+    target = _high_enough(graph, target)
     files = companion_files(graph, companions)
     settings, missing = folder.generation_config(graph, files)
-    if settings is not None:
+    if settings is not None and not _usual_names(graph):
         files["genai_config.json"] = json.dumps(settings, indent=2).encode() + b"\n"
     emitted = emit(graph, portable(target))
     store(emitted, directory, files)
@@ -49,6 +50,7 @@ def write(
 
 def check(graph: Graph, target: OnnxTarget) -> None:
     """See `OnnxTarget.check_graph`: everything that `write` does ahead of the weights."""
+    target = _high_enough(graph, target)
     folder.generation_config(graph, companion_files(graph))
     emit(graph, portable(target))
 
@@ -224,7 +226,41 @@ def _model(graph: Graph, emitter: Emitter, outputs: list[ir.Value], dialect: Dia
         "schemes": {site: scheme.to_dict() for site, scheme in graph.schemes.items()},
     }
     metadata = {METADATA_PREFIX + key: json.dumps(value) for key, value in facts.items() if value is not None}
+    if usual := _usual_names(graph):
+        metadata[f"{METADATA_PREFIX}ports"] = json.dumps(usual)
+    metadata |= _kept_metadata(graph)
     return ir.Model(body, ir_version=dialect.ir_version, producer_name="qcompiler", metadata_props=metadata)
+
+
+_USUAL = {"ids": "input_ids", "mask": "attention_mask", "positions": "position_ids", "logits": "logits"}
+
+
+def _usual_names(graph: Graph) -> dict[str, str]:
+    """By name: what ports of a token model would be called, where they are called otherwise."""
+    found = {}
+    if graph.signature.input("ids") is None:
+        return {}
+    for port in (*graph.signature.inputs, *graph.signature.outputs):
+        usual = _USUAL.get(port.role)
+        if port.role in ("past", "present"):
+            usual = f"{'past_key_values' if port.role == 'past' else 'present'}.{port.layer}.{port.part}"
+        elif port.role == "other" and port in graph.signature.inputs:
+            usual = "token_type_ids"
+        if usual is not None and usual != port.name:
+            found[port.name] = usual
+    return found
+
+
+def _kept_metadata(graph: Graph) -> dict[str, str]:
+    """What a model that came from ONNX had beside its graph, but for what an earlier writing of ours said of it."""
+    given = graph.provenance.get("onnx", {}).get("metadata", {})
+    return {key: value for key, value in given.items() if not key.startswith(METADATA_PREFIX)}
+
+
+def _high_enough(graph: Graph, target: OnnxTarget) -> OnnxTarget:
+    """The target with an operator set no lower than that of the ONNX model a graph came from."""
+    given = graph.provenance.get("onnx", {}).get("opset", 0)
+    return replace(target, opset=min(given, max(OPSETS))) if given > target.opset else target
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

@@ -11,17 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompiler.frontend.attention_rules import (
-    Forms,
-    attention,
-    attention_written_out,
-    kv_append,
-    rotary,
-    rotary_by_halves,
-    without_dead_rows,
-)
-from qcompiler.frontend.expert_rules import Parts, chosen_product, stacked_product
-from qcompiler.frontend.exported_forms import error_gelu, gated_sigmoid, inverse_root, late_bias, without_empty_rows
 from qcompiler.frontend.pattern import (
     Miss,
     Rule,
@@ -32,6 +21,23 @@ from qcompiler.frontend.pattern import (
     note,
     other_operand,
     replace,
+)
+from qcompiler.frontend.rules.attention_rules import (
+    Forms,
+    attention,
+    attention_written_out,
+    kv_append,
+    rotary,
+    rotary_by_halves,
+    without_dead_rows,
+)
+from qcompiler.frontend.rules.expert_rules import Parts, chosen_product, stacked_product
+from qcompiler.frontend.rules.exported_forms import (
+    error_gelu,
+    gated_sigmoid,
+    inverse_root,
+    late_bias,
+    without_empty_rows,
 )
 from qcompiler.frontend.simplify import (
     PRODUCTS,

@@ -36,12 +36,14 @@ def feed(graph: Graph, ids: Tensor, past: Sequence[Tensor] | None = None) -> dic
     caches = iter(past or ())
     values: dict[fx.Node, Any] = {}
     for node, port in zip(graph.inputs, graph.signature.inputs, strict=True):
+        dtype = getattr(torch, port.dtype)
         if port.role == "ids":
-            values[node] = ids
+            values[node] = ids.to(dtype)
         elif port.role == "mask":
-            values[node] = ids.new_ones(batch, before + length)
+            values[node] = ids.new_ones(batch, before + length, dtype=dtype)
         elif port.role == "positions":
-            values[node] = torch.arange(before, before + length, device=ids.device).expand(batch, length)
+            positions = torch.arange(before, before + length, device=ids.device, dtype=dtype)
+            values[node] = positions.expand(batch, length)
         elif port.role == "past":
             values[node] = next(caches) if past else empty_cache(port, batch, ids.device)
         else:

@@ -1,7 +1,7 @@
 """`Call`: one node of an ONNX graph as it is interpreted, its inputs computed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,16 @@ from torch import Tensor
 from qcompiler.frontend.onnx.values import Known, Unsupported, Value, as_sizes, as_tensor
 
 __all__ = ["Call", "Operator", "Operators"]
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("accuracy_level", "consumed_inputs", "kernel_shape", "momentum", "num_outputs", "output_dtype", "precision"),
+        *("qk_matmul_output_mode", "ratio", "round_mode", "saturate", "seed", "softmax_precision", "sorted"),
+        *("spatial", "stash_type", "num_heads", "q_num_heads", "kv_num_heads", "allowzero", "then_branch"),
+        *("else_branch", "mask_filter_value", "rotary_interleaved", "storage_order"),
+    }
+)
+"""Attributes that say nothing new, or how exactly to compute: results are in float32."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Call:
     version: int
     outputs: int
     device: torch.device
+    _looked_at: set[str] = field(default_factory=set)
 
     def value(self, index: int) -> Value:
         """A required input.
@@ -56,6 +67,7 @@ class Call:
 
     def get(self, name: str, default: Any = None) -> Any:
         """An attribute."""
+        self._looked_at.add(name)
         return self.attributes.get(name, default)
 
     def numbers(self, index: int, name: str) -> list[Any] | None:
@@ -65,6 +77,16 @@ class Call:
             return as_sizes(given, name)
         found = self.get(name)
         return None if found is None else list(found)
+
+    def check_attributes(self) -> None:
+        """Refuses attributes that nothing looked at, but those that change no result.
+
+        Raises:
+            Unsupported: naming them.
+        """
+        left = sorted(set(self.attributes) - self._looked_at - _WITHOUT_EFFECT)
+        if left:
+            raise Unsupported(", ".join(f"{name} {self.attributes[name]}" for name in left))
 
     def refuse(self, *names: str, **usual: Any) -> None:
         """Refuses attributes that are not read, unless they say what is usual.

@@ -188,7 +188,9 @@ class Interpreter(nn.Module):
         outputs = max((i + 1 for i, name in enumerate(node.outputs) if name and self._is_read(name)), default=1)
         function = _function(node)
         assert function is not None, node.op
-        result = function(Call(inputs, node.attributes, self._versions.get(node.domain, 1), outputs, device))
+        call = Call(inputs, node.attributes, self._versions.get(node.domain, 1), outputs, device)
+        result = function(call)
+        call.check_attributes()
         return result if isinstance(result, tuple) else (result,)
 
     def _chosen(self, node: Node, values: dict[str, Value], device: torch.device) -> tuple[Value | None, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 import torch
 from torch import Tensor

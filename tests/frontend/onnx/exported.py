@@ -80,7 +80,7 @@ def exported(family: str, *, dynamo: bool = False) -> Path:
     path.parent.mkdir(exist_ok=True)
     axes = {name: axes for name, (_, axes) in arguments.items()}
     tensors = tuple(tensor for tensor, _ in arguments.values())
-    names = {"input_names": list(arguments), "output_names": list(outputs)}
+    names: dict[str, Any] = {"input_names": list(arguments), "output_names": list(outputs)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if dynamo:

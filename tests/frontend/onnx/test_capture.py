@@ -45,7 +45,7 @@ def test_the_graph_is_that_of_the_transformers_model(graphs):
 
 def test_sites_are_called_by_their_modules(graphs):
     ours, theirs = ([site.name for site in graph.sites()] for graph in graphs)
-    assert [name.removeprefix("model.") for name in ours][:-1] == [name.removeprefix("model.") for name in theirs][:-1]
+    assert ours[:-1] == [f"model.{name}" for name in theirs][:-1]
 
 
 def test_it_computes_what_onnxruntime_computes(family, graphs):
@@ -84,8 +84,9 @@ def test_codes_and_regions_are_those_of_the_transformers_model(recipe, graphs):
             if name not in ours.graph.weights:
                 continue
             a, b = ours.graph.weights.read(name), theirs.graph.weights.read(wanted)
-            if part == "codes":  # a last bit of a product may tip one of thousands
-                assert (a != b).float().mean() < 1e-2, name
+            if part == "codes":  # the last bit of a sum may tip a code to the next
+                assert (a.float() - b.float()).abs().max() <= 1, name
+                assert (a != b).float().mean() < (1e-2 if recipe.startswith("w4") else 0.1), name
                 count += 1
             else:
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=0)

@@ -16,7 +16,7 @@ from qcompiler.frontend.pattern import (
     replace,
     shared_call,
 )
-from qcompiler.frontend.written_attention import (
+from qcompiler.frontend.rules.written_attention import (
     Logits,
     find_logits,
     find_result,
