@@ -9,8 +9,8 @@ its tolerance; ``KL`` the divergence from the native artifact in thousandths of 
 the 64 tokens agree before the first that does not. Engines compute in the model's own dtype, so that their differences
 are mostly those of bfloat16; ``make test-engines`` makes their environments.
 
-``--keep FILE`` holds the rows as JSON: what stands there is not measured again. Where an engine lacks a kernel for a
-scheme in a layout, it is not asked for the next recipe of that scheme.
+``--keep FILE`` holds the rows as JSON: what stands there is not measured again. An engine that does not load a scheme
+in a layout is not asked for the next recipe of that scheme: the row names the recipe that it was asked for.
 """
 
 import argparse
@@ -49,8 +49,8 @@ HEADINGS = ("recipe", "layout", "reader", "loads", "max", "tolerance", "mean", "
 WIDTH = 256
 """Input channels that a layout is asked about: every group and block divides it."""
 
-NO_KERNEL = ("kernel", "cpu_gemm_wna16")
-"""What vLLM says of weights that it has no product for on a processor."""
+REFUSED, BEYOND = "no: ", "at most"
+"""How what an engine says begins; what is in it where it loads a checkpoint, and computes something else."""
 
 
 @dataclass
@@ -163,10 +163,10 @@ def measure(
 
 
 def lacking(rows: Sequence[Row], recipe: str, layout: str, engine: Engine) -> str:
-    """What an engine said of another recipe of the same schemes, where it had no kernel for it."""
+    """That an engine did not load another recipe of the same schemes, in the same layout; nothing where it did."""
     asked = (row for row in rows if (row.layout, row.reader) == (layout, engine.name))
-    alike = (row for row in asked if any(word in row.loads for word in NO_KERNEL))
-    return next((row.loads for row in alike if schemes_of(row.recipe) == schemes_of(recipe)), "")
+    not_loaded = (row.recipe for row in asked if row.loads.startswith(REFUSED) and BEYOND not in row.loads)
+    return next((f"no, as {other}" for other in not_loaded if schemes_of(other) == schemes_of(recipe)), "")
 
 
 def numbers(found: dict[str, float]) -> list[str]:
@@ -182,8 +182,8 @@ def read(
     try:
         found = compare(result, place, engine, python=python)
     except QCompilerError as error:
-        words = str(error.got or error.what)[:100] + (f"; {error.expected}" if "at most" in str(error.expected) else "")
-        return Row(recipe, layout, engine.name, f"no: {words}", megabytes=megabytes)
+        words = f"{error.got or error.what}"[:200] + (f"; {error.expected}" if BEYOND in str(error.expected) else "")
+        return Row(recipe, layout, engine.name, f"{REFUSED}{words}", megabytes=megabytes)
     told, version = str(found["greedy_tokens"]), str(found["version"])
     return Row(recipe, layout, engine.name, "yes", *numbers(found), told, megabytes, version=version)
 

@@ -61,8 +61,12 @@ def supports(scheme: Scheme, width: int) -> Support:
 def supports_table(spec: QuantSpec, width: int) -> Support:
     """What becomes of an embedding: engines look rows up in packed symmetric integers."""
     found = supports(Scheme(spec), width)
-    if found.status != "refused" and (spec.is_float or not spec.symmetric or spec.bits not in (2, 4, 8)):
+    if found.status == "refused":
+        return found
+    if spec.is_float or not spec.symmetric or spec.bits not in (2, 4, 8):
         return Support("writes-only", f"embeddings of {spec}: vLLM takes symmetric integers")
+    if width % (32 // spec.bits):
+        return Support("writes-only", f"rows of {width} channels: vLLM takes those that fill whole words")
     return found
 
 
@@ -186,13 +190,20 @@ def quantization_config(contents: Contents) -> dict[str, Any] | None:
         groups.setdefault(json.dumps(fields), (fields, []))[1].append(layer.name)
     class_names = ["Linear"]  # and by name what is of another class, in vLLM the head, too
     class_names += [layer.name for layer in contents.layers if layer.is_table or layer.name == contents.head]
+    tables = {layer.name for layer in contents.layers if layer.is_table}
     layouts = {str(fields["format"]) for fields, _ in groups.values()}
     config = QuantizationConfig(
         config_groups={
-            f"group_{number}": QuantizationScheme(targets=class_names if len(groups) == 1 else names, **fields)
+            f"group_{number}": QuantizationScheme(
+                targets=[
+                    *(class_names if len(groups) == 1 else names),
+                    *([] if tables.isdisjoint(names) else ["Embedding"]),  # many models of vLLM give tables no name
+                ],
+                **fields,
+            )
             for number, (fields, names) in enumerate(groups.values())
         },
-        ignore=contents.ignored,
+        ignore=[*contents.ignored, *(contents.float_embeddings if tables else ())],
         kv_cache_scheme=QuantizationArgs(**_cache_arguments(contents)) if contents.caches else None,
         format=layouts.pop() if len(layouts) == 1 else "mixed-precision" if layouts else "dense",
         quantization_status="compressed",

@@ -37,6 +37,7 @@ class Contents:
         layers: the quantized layers; a layout adds their tensors.
         caches: the scales of its quantized caches; a layout adds them.
         ignored: the paths of linear layers that stay float.
+        float_embeddings: the paths of embeddings that do.
         head: the path of the output head; empty where the model has none.
         ties: whether the output head is the embedding.
         notes: sentences on what is not exactly as in the graph, for the report.
@@ -65,6 +66,10 @@ class Contents:
         if sources.experts:  # what chooses among experts, and they themselves, are no linear layers of the model
             left += [site.name for site in graph.sites() if site.name not in quantized and site.name not in linear]
         self.ignored = [name for item in left for name in self._source_paths(item)]
+        embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+        self.float_embeddings = [
+            self._source_name(f"{name}.weight").removesuffix(".weight") for name in embeddings if name not in quantized
+        ]
         self._mixtures = mixtures(sources)
         self._add_floats(model, quantized)
         self.ties = self._is_tied(model)
@@ -181,7 +186,10 @@ class Contents:
             known = name if name in self._graph.weights else self._tied_name(name, parameters)
             if known is not None:
                 written = self._source_name(name)
-                self.store.alias(written, known, self._graph.weights)
+                if name in self._graph.provenance.get("transposed", ()):
+                    self._add_transposed(written, name)
+                else:
+                    self.store.alias(written, known, self._graph.weights)
                 wide += name in parameters and self.store.info(written).dtype == "float32"
             elif name in parameters:
                 raise TargetError(
@@ -223,6 +231,13 @@ class Contents:
             store=weights,
         )
         return True
+
+    def _add_transposed(self, written: str, name: str) -> None:
+        """Adds a matrix that the model has as ``[in, out]``."""
+        info = self._graph.weights.info(name)
+        turned: Callable[[Tensor], Tensor] = lambda matrix: matrix.T.contiguous()  # noqa: E731
+        shape = (info.shape[1], info.shape[0])
+        self.store.derive(written, (name,), turned, dtype=info.dtype, shape=shape, store=self._graph.weights)
 
     def _source_name(self, name: str) -> str:
         return self._sources.renamed.get(name, name)

@@ -172,8 +172,13 @@ class CheckpointTarget(Target):
 
     def _serving(self, contents: Contents) -> dict[str, str]:
         """The commands of the engines that take what was written."""
-        support = _LAYOUTS[self.format].supports
-        answers = [support(Scheme(layer.weight, layer.activation), layer.columns) for layer in contents.layers]
+        layout = _LAYOUTS[self.format]
+        answers = [
+            layout.supports_table(layer.weight, layer.columns)
+            if layer.is_table
+            else layout.supports(Scheme(layer.weight, layer.activation), layer.columns)
+            for layer in contents.layers
+        ]
         is_fused = all(answer.status == "fused" for answer in answers)
         return serving_commands(self.format, contents.layers, is_fused=is_fused)
 
@@ -191,7 +196,7 @@ class CheckpointTarget(Target):
             contents.note("not compared: transformers reads it back as a model that predicts tokens, and this is none")
             return []
         if any(layer.is_table for layer in contents.layers):
-            contents.note("compared as qcompiler reads it back: transformers reads no quantized embedding")
+            contents.note("compared as qcompiler reads it back: transformers reads no table of codes, vLLM on GPUs")
             return [Reader(lambda: StreamedArtifact(load(directory).graph, directory))]
         experts = [site for site in graph.sites() if is_expert(site)]
         if experts and contents.layers:

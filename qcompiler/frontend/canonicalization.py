@@ -178,6 +178,7 @@ def _product_with_weight(graph: Graph, node: fx.Node) -> None:
     if not graph.weights.tied(str(weight.target)) and all(_is_plain_product(user, weight) for user in readers):
         name, shape = str(weight.target), tuple(reversed(weight.meta["shape"]))
         graph.weights.derive(name, (name,), torch.t, dtype=graph.weights.info(name).dtype, shape=shape)
+        graph.provenance.setdefault("transposed", []).append(name)
         weight.meta["shape"] = shape
         for reader in readers:
             _put_linear(graph, reader, weight)

@@ -56,7 +56,9 @@ def test_what_stands_is_not_measured_again() -> None:
     assert list(formats.rows_of("w4a16-rtn", options, rows)) == []
     said = Row("w4a16-rtn", "awq", "vllm", "no: it has no kernel")
     vllm, *_ = (engine for engine in ENGINES if engine.name == "vllm")
-    assert formats.lacking([said], "w4a16-gptq", "awq", vllm) == said.loads
+    assert formats.lacking([said], "w4a16-gptq", "awq", vllm) == "no, as w4a16-rtn"
+    differs = Row("w4a16-rtn", "awq", "vllm", "no: 0.3; at most 0.2")
+    assert not formats.lacking([differs, Row("w4a16-awq", "awq", "vllm", "yes")], "w4a16-gptq", "awq", vllm)
     assert not formats.lacking([said], "w4a16-gptq", "gptq", vllm)
     assert not formats.lacking([said], "w8a16", "awq", vllm)
 

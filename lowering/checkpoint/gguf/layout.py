@@ -107,6 +107,10 @@ def type_of(contents: Contents, name: str) -> str:
     kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     if info.dtype not in kinds:
         raise TargetError(
-            "GGUF has no such tensor", where=f"checkpoint: {name}", got=info.dtype, expected=", ".join(kinds)
+            "GGUF has no such tensor",
+            where=f"checkpoint: {name}",
+            got=info.dtype,
+            expected=", ".join(kinds),
+            remedy="write format=compressed-tensors",
         )
     return kinds[info.dtype]

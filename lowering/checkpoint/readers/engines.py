@@ -162,7 +162,9 @@ def read(
                 whole, decoded = (torch.from_numpy(found[name].astype(np.float32)) for name in ("whole", "decoded"))
                 dtype, version = str(found["dtype"]), str(found["version"])
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise VerificationError("the engine ended without an answer", where=engine.name, got=error) from error
+            raise VerificationError(
+                "the engine ended without an answer", where=engine.name, got=error, remedy="try again with more memory"
+            ) from error
     return Reading(directory, ids, first, whole, decoded, getattr(torch, dtype), version)
 
 
@@ -216,10 +218,15 @@ def _run(command: list[str], engine: Engine, directory: Path, timeout: float) ->
             where=directory,
             got=_last_words(done.stderr + done.stdout) or f"exit status {done.returncode}",
             expected="a checkpoint that it loads and runs on this machine",
+            remedy="choose a scheme or layout that it has kernels for here, or verify where it has them",
         )
 
 
 def _last_words(text: str) -> str | None:
-    """The last line that tells of an error."""
-    lines = [line.strip() for line in text.splitlines() if "Error" in line or "error:" in line]
-    return lines[-1][:400] if lines else None
+    """The last line that tells of an error, and the indented one behind it, where some programs say which."""
+    lines = text.splitlines()
+    place = next((i for i in reversed(range(len(lines))) if "Error" in lines[i] or "error:" in lines[i]), None)
+    if place is None:
+        return None
+    more = [line.strip() for line in lines[place + 1 : place + 2] if line[:1].isspace()]
+    return " ".join([lines[place].strip(), *more])[:400]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import InputError, UnsupportedModelError, WeightError
-from qcompiler.frontend.checkpoints.contents import FLOATS, Checkpoint, Layer, names_in
+from qcompiler.frontend.checkpoints.contents import CHECK_SETTINGS, FLOATS, USE_ORIGINAL, Checkpoint, Layer, names_in
 from qcompiler.numerics import QuantSpec, Scheme
 
 __all__ = ["read"]
@@ -30,16 +30,25 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
     group_size = settings.get("group_size", settings.get("q_group_size", 128))
     version = settings.get("version", "gemm")
     if bits != 4 or type(bits) is not int:
-        raise UnsupportedModelError("AWQ with a number of bits that is not read", where=where, got=bits, expected=4)
+        raise UnsupportedModelError(
+            "AWQ with a number of bits that is not read", where=where, got=bits, expected=4, remedy=USE_ORIGINAL
+        )
     if not isinstance(version, str) or version.lower() != "gemm":
-        raise UnsupportedModelError("a layout of AWQ that is not read", where=where, got=version, expected="gemm")
+        raise UnsupportedModelError(
+            "a layout of AWQ that is not read", where=where, got=version, expected="gemm", remedy=USE_ORIGINAL
+        )
     if type(group_size) is not int or (group_size < 1 and group_size != -1):
-        raise InputError("not a group size", where=where, got=group_size, expected="-1, 32, 64, 128, ...")
+        raise InputError(
+            "not a group size", where=where, got=group_size, expected="-1, 32, 64, 128, ...", remedy=CHECK_SETTINGS
+        )
     kept = names_in(settings, "modules_to_not_convert", where)
     for module in checkpoint.modules("qweight"):
         if any(name in (module, *module.split(".")) for name in kept):
             raise WeightError(
-                "a layer holds codes, but the settings leave it in float", where=f"{module}.qweight", got=where
+                "a layer holds codes, but the settings leave it in float",
+                where=f"{module}.qweight",
+                got=where,
+                remedy=CHECK_SETTINGS,
             )
         _add(checkpoint, module, group_size)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from qcompiler.errors import WeightError
-from qcompiler.frontend.checkpoints.contents import FLOATS, Checkpoint
+from qcompiler.frontend.checkpoints.contents import CHECK_SETTINGS, FLOATS, Checkpoint
 from qcompiler.ir import Cache, CacheFormat, Graph, float_caches, quantize_cache
 
 __all__ = ["place_caches", "take_cache_scales"]
@@ -39,7 +39,9 @@ def take_cache_scales(checkpoint: Checkpoint, *, is_fp8: bool, said: object) -> 
                 found.append(checkpoint.take(module, part, FLOATS))
                 scale = checkpoint.stored.read(found[-1]).float()
                 if not bool((scale > 0).all()):
-                    raise WeightError("a scale is not positive", where=found[-1], got=float(scale.min()))
+                    raise WeightError(
+                        "a scale is not positive", where=found[-1], got=float(scale.min()), remedy=CHECK_SETTINGS
+                    )
                 if is_fp8:
                     checkpoint.cache_scales[module, _PARTS[part]] = scale
     if said is not None and not is_fp8:
@@ -78,7 +80,7 @@ def place_caches(graph: Graph, checkpoint: Checkpoint, stored: Mapping[str, str]
                 where=f"{key[0]}.{_SCALES[key[1]]}",
                 got=tuple(scale.shape),
                 expected=f"1 or {cache.heads} numbers",
-                remedy="check that the quantization settings belong to these weights",
+                remedy=CHECK_SETTINGS,
             )
         is_one = scale.numel() == 1
         graph.weights.set(f"{cache.name}_scale", scale.reshape(() if is_one else (1, cache.heads, 1, 1)))

@@ -27,7 +27,9 @@ from torch import Tensor
 from qcompiler.errors import UnsupportedModelError, WeightError
 from qcompiler.frontend.checkpoints.caches import take_cache_scales
 from qcompiler.frontend.checkpoints.contents import (
+    CHECK_SETTINGS,
     FLOATS,
+    USE_ORIGINAL,
     Checkpoint,
     Layer,
     group_order,
@@ -58,11 +60,17 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
     version = str(settings.get("version") or "0")
     if int((re.match(r"\d+", version) or ["1"])[0]) > 0:
         raise UnsupportedModelError(
-            "a newer version of compressed-tensors wrote this", where=where, got=version, expected="0.x"
+            "a newer version of compressed-tensors wrote this",
+            where=where,
+            got=version,
+            expected="0.x",
+            remedy=USE_ORIGINAL,
         )
     for key in ("transform_config", "sparsity_config"):
         if settings.get(key) and settings[key] != {"format": "dense"}:
-            raise UnsupportedModelError("this part of compressed-tensors is not read", where=f"{where}: {key}")
+            raise UnsupportedModelError(
+                "this part of compressed-tensors is not read", where=f"{where}: {key}", remedy=USE_ORIGINAL
+            )
     groups = read_groups(settings, where)
     stored = checkpoint.stored
     modules = dict.fromkeys(checkpoint.modules("weight_packed", "weight_scale"))
@@ -76,7 +84,7 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
                 "a layer holds codes, but the settings leave it in float",
                 where=next(name for name in stored.names() if name.rpartition(".")[0] == module),
                 got=where,
-                remedy="check that the quantization settings belong to these weights",
+                remedy=CHECK_SETTINGS,
             )
         _add(checkpoint, module, group, where)
     said = settings.get("kv_cache_scheme")
@@ -101,7 +109,10 @@ def _add(checkpoint: Checkpoint, module: str, group: Group, where: str) -> None:
             order, is_even = group_order(stored_g_idx := checkpoint.stored.read(g_idx), spec.group_size, groups, g_idx)
             if not is_even:
                 raise UnsupportedModelError(
-                    "groups of different sizes are not read", where=g_idx, got=f"{len(stored_g_idx.unique())} groups"
+                    "groups of different sizes are not read",
+                    where=g_idx,
+                    got=f"{len(stored_g_idx.unique())} groups",
+                    remedy=USE_ORIGINAL,
                 )
     elif spec.is_fp4:
         rows, columns = _add_fp4(checkpoint, module, spec)

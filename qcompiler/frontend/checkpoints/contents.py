@@ -12,8 +12,10 @@ from qcompiler.numerics import QuantSpec, Scheme, unpack_bits
 from qcompiler.storage import WeightStore
 
 __all__ = [
+    "CHECK_SETTINGS",
     "FLOATS",
     "PARTS",
+    "USE_ORIGINAL",
     "Checkpoint",
     "Layer",
     "group_order",
@@ -28,6 +30,10 @@ FLOATS = ("float32", "float16", "bfloat16")
 """Dtypes of scales."""
 PARTS = ("codes", "scale", "zero_point", "factor")
 """What a quantized weight is stored as; the last two where the format has them."""
+
+CHECK_SETTINGS = "check that the quantization settings belong to these weights"
+USE_ORIGINAL = "use the original model"
+"""Remedies: of what contradicts itself, and of what is not read."""
 
 _canonical = torch.ops.qcompiler
 
@@ -109,7 +115,7 @@ class Checkpoint:
                 where=name,
                 got="nothing of that name",
                 expected=" or ".join(dtypes),
-                remedy="check that the quantization settings belong to these weights",
+                remedy=CHECK_SETTINGS,
             )
         info = self.stored.info(name)
         if info.dtype not in dtypes:
@@ -118,7 +124,7 @@ class Checkpoint:
                 where=name,
                 got=info.dtype,
                 expected=" or ".join(dtypes),
-                remedy="check that the quantization settings belong to these weights",
+                remedy=CHECK_SETTINGS,
             )
         if shapes is not None and tuple(info.shape) not in [tuple(shape) for shape in shapes]:
             raise WeightError(
@@ -145,6 +151,7 @@ class Checkpoint:
                 where=name,
                 got=shape,
                 expected=f"{dimensions} dimensions",
+                remedy=CHECK_SETTINGS,
             )
         return shape
 
@@ -222,7 +229,7 @@ def positive_number(checkpoint: Checkpoint, module: str, part: str) -> Tensor:
     """
     found = checkpoint.number(module, part, FLOATS).float()
     if not float(found) > 0:
-        raise WeightError("a scale is not positive", where=f"{module}.{part}", got=float(found))
+        raise WeightError("a scale is not positive", where=f"{module}.{part}", got=float(found), remedy=CHECK_SETTINGS)
     return found
 
 
@@ -244,7 +251,7 @@ def names_in(settings: Mapping[str, Any], key: str, where: str) -> list[str]:
     """
     found = settings.get(key) or []
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise InputError("a list of names is wanted", where=f"{where}: {key}", got=found)
+        raise InputError("a list of names is wanted", where=f"{where}: {key}", got=found, remedy=CHECK_SETTINGS)
     return found
 
 
@@ -284,6 +291,7 @@ def group_order(g_idx: Tensor, group: int, groups: int, where: str) -> tuple[Ten
             where=where,
             got=f"{int(g_idx.min())} to {int(g_idx.max())}",
             expected=f"0 to {groups - 1}",
+            remedy=CHECK_SETTINGS,
         )
     wanted = torch.arange(len(g_idx)) // group
     if torch.equal(g_idx.long(), wanted):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompiler.errors import InputError, UnsupportedModelError
-from qcompiler.frontend.checkpoints.contents import names_in
+from qcompiler.frontend.checkpoints.contents import CHECK_SETTINGS, USE_ORIGINAL, names_in
 from qcompiler.numerics import QuantSpec
 
 __all__ = ["MXFP8", "Arguments", "Group", "activation_spec", "group_of", "is_ignored", "read_groups", "weight_spec"]
@@ -52,13 +52,14 @@ class Arguments:
         UnsupportedModelError: for a key or a value that is not known, and may change what codes mean.
         """
         if not isinstance(fields, Mapping):
-            raise InputError("the format of a tensor is an object", where=where, got=fields)
+            raise InputError("the format of a tensor is an object", where=where, got=fields, remedy=CHECK_SETTINGS)
         if unknown := sorted(set(map(str, fields)) - _KEYS):
             raise UnsupportedModelError(
                 "the format of a tensor has a key that is not known: a newer version wrote it",
                 where=where,
                 got=unknown[0],
                 expected=", ".join(sorted(_KEYS)),
+                remedy=USE_ORIGINAL,
             )
         bits, kind, size = fields.get("num_bits", 8), fields.get("type", "int"), fields.get("group_size")
         strategy = fields.get("strategy")
@@ -78,7 +79,9 @@ class Arguments:
         ]
         for key, value, is_known in problems:
             if not is_known:
-                raise UnsupportedModelError("the format of a tensor is not read", where=f"{where}: {key}", got=value)
+                raise UnsupportedModelError(
+                    "the format of a tensor is not read", where=f"{where}: {key}", got=value, remedy=USE_ORIGINAL
+                )
         return cls(
             bits,
             kind == "float",
@@ -119,20 +122,31 @@ def read_groups(settings: Mapping[str, Any], where: str) -> list[Group]:
     """
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
-        raise InputError("config_groups is an object", where=where, got=groups, expected="formats by name")
+        raise InputError(
+            "config_groups is an object", where=where, got=groups, expected="formats by name", remedy=CHECK_SETTINGS
+        )
     found = []
     for name, fields in groups.items():
         place = f"{where}: config_groups.{name}"
         if not isinstance(fields, Mapping) or not names_in(fields, "targets", place):
             raise UnsupportedModelError(
-                "a group of layers is not spelled out", where=place, got=fields, expected="an object with targets"
+                "a group of layers is not spelled out",
+                where=place,
+                got=fields,
+                expected="an object with targets",
+                remedy=USE_ORIGINAL,
             )
         if fields.get("output_activations") is not None:
             raise UnsupportedModelError(
-                "rounded outputs of layers are not read", where=place, got=fields["output_activations"]
+                "rounded outputs of layers are not read",
+                where=place,
+                got=fields["output_activations"],
+                remedy=USE_ORIGINAL,
             )
         if fields.get("weights") is None:
-            raise UnsupportedModelError("rounded inputs of float weights are not read", where=place)
+            raise UnsupportedModelError(
+                "rounded inputs of float weights are not read", where=place, remedy=USE_ORIGINAL
+            )
         layout, activation = fields.get("format") or settings.get("format"), fields.get("input_activations")
         found.append(
             Group(
@@ -171,7 +185,9 @@ def _fits(pattern: str, module: str, where: str) -> bool:
     try:
         return re.match(pattern.removeprefix("re:"), module) is not None
     except re.error as error:
-        raise InputError("a pattern cannot be read", where=where, got=f"{pattern}: {error}") from error
+        raise InputError(
+            "a pattern cannot be read", where=where, got=f"{pattern}: {error}", remedy=CHECK_SETTINGS
+        ) from error
 
 
 def weight_spec(group: Group, where: str) -> QuantSpec:
@@ -243,5 +259,5 @@ def _fp4_scales(is_nv: bool) -> str:
 
 def _unsupported(one: Arguments, layout: str, where: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        "a format of compressed-tensors that is not read", where=where, got=f"{one} in {layout}"
+        "a format of compressed-tensors that is not read", where=where, got=f"{one} in {layout}", remedy=USE_ORIGINAL
     )

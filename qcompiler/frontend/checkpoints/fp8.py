@@ -17,7 +17,16 @@ from torch import Tensor
 
 from qcompiler.errors import InputError, UnsupportedModelError, WeightError
 from qcompiler.frontend.checkpoints.caches import take_cache_scales
-from qcompiler.frontend.checkpoints.contents import FLOATS, Checkpoint, Layer, names_in, positive_number, powers_of_two
+from qcompiler.frontend.checkpoints.contents import (
+    CHECK_SETTINGS,
+    FLOATS,
+    USE_ORIGINAL,
+    Checkpoint,
+    Layer,
+    names_in,
+    positive_number,
+    powers_of_two,
+)
 from qcompiler.numerics import QuantSpec, Scheme
 
 __all__ = ["read"]
@@ -31,7 +40,13 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
     """Adds the layers of a checkpoint; see `qcompiler.frontend.checkpoints`."""
     block = settings.get("weight_block_size")
     if block is not None and not _is_block(block):
-        raise InputError("not a size of blocks", where=f"{where}: weight_block_size", got=block, expected=[128, 128])
+        raise InputError(
+            "not a size of blocks",
+            where=f"{where}: weight_block_size",
+            got=block,
+            expected=[128, 128],
+            remedy=CHECK_SETTINGS,
+        )
     for key, known, usual in (("activation_scheme", _SCHEMES, "dynamic"), ("scale_fmt", _FORMATS, "float")):
         if settings.get(key) is not None and settings.get(key, usual) not in known:
             raise UnsupportedModelError(
@@ -39,6 +54,7 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
                 where=f"{where}: {key}",
                 got=settings[key],
                 expected=" or ".join(known),
+                remedy=USE_ORIGINAL,
             )
     spec = _spec(block, where)
     kept = names_in(settings, "modules_to_not_convert", where) + names_in(settings, "ignored_layers", where)
@@ -52,7 +68,7 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
                 "a layer holds codes, but the settings leave it in float",
                 where=f"{module}.weight",
                 got=where,
-                remedy="check that the quantization settings belong to these weights",
+                remedy=CHECK_SETTINGS,
             )
         _add(checkpoint, module, spec, settings)
     take_cache_scales(checkpoint, is_fp8=False, said=None)
@@ -72,6 +88,7 @@ def _spec(block: list[int] | None, where: str) -> QuantSpec:
             where=f"{where}: weight_block_size",
             got=block,
             expected=[128, 128],
+            remedy=USE_ORIGINAL,
         )
     return QuantSpec(_FLOAT8, "per_block" if rows == columns else "per_group", columns)
 

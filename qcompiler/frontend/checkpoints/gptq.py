@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import InputError, UnsupportedModelError, WeightError
-from qcompiler.frontend.checkpoints.contents import FLOATS, Checkpoint, Layer, group_order, unpack_words
+from qcompiler.frontend.checkpoints.contents import (
+    CHECK_SETTINGS,
+    FLOATS,
+    USE_ORIGINAL,
+    Checkpoint,
+    Layer,
+    group_order,
+    unpack_words,
+)
 from qcompiler.numerics import QuantSpec, Scheme
 
 __all__ = ["read"]
@@ -31,13 +39,20 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
     layout = "marlin" if settings.get("is_marlin_format") else layout
     if layout not in _LAYOUTS:
         raise UnsupportedModelError(
-            "a layout of GPTQ that is not read", where=where, got=layout, expected=" or ".join(_LAYOUTS)
+            "a layout of GPTQ that is not read",
+            where=where,
+            got=layout,
+            expected=" or ".join(_LAYOUTS),
+            remedy=USE_ORIGINAL,
         )
     for module in checkpoint.modules("qweight"):
         fields = _fields(module, settings, where)
         if fields is None:
             raise WeightError(
-                "a layer holds codes, but the settings leave it in float", where=f"{module}.qweight", got=where
+                "a layer holds codes, but the settings leave it in float",
+                where=f"{module}.qweight",
+                got=where,
+                remedy=CHECK_SETTINGS,
             )
         _add(checkpoint, module, *fields, is_first=layout == "gptq")
 
@@ -47,13 +62,13 @@ def _fields(module: str, settings: Mapping[str, Any], where: str) -> tuple[int, 
     own: Mapping[str, Any] = {}
     overrides = settings.get("dynamic") or {}
     if not isinstance(overrides, Mapping):
-        raise InputError("overrides are an object", where=f"{where}: dynamic", got=overrides)
+        raise InputError("overrides are an object", where=f"{where}: dynamic", got=overrides, remedy=CHECK_SETTINGS)
     for pattern, fields in overrides.items():
         try:
             matches = re.match(re.sub(r"^[+-]:", "", pattern), module)
         except re.error as error:
             raise InputError(
-                "a pattern cannot be read", where=f"{where}: dynamic", got=f"{pattern}: {error}"
+                "a pattern cannot be read", where=f"{where}: dynamic", got=f"{pattern}: {error}", remedy=CHECK_SETTINGS
             ) from error
         if matches and pattern.startswith("-:"):
             return None
@@ -68,9 +83,16 @@ def _fields(module: str, settings: Mapping[str, Any], where: str) -> tuple[int, 
             where=f"{where}, for {module}.qweight",
             got=bits,
             expected=", ".join(map(str, _BITS)),
+            remedy=USE_ORIGINAL,
         )
     if type(group) is not int or (group < 1 and group != -1):
-        raise InputError("not a group size", where=f"{where}, for {module}", got=group, expected="-1, 32, 64, 128, ...")
+        raise InputError(
+            "not a group size",
+            where=f"{where}, for {module}",
+            got=group,
+            expected="-1, 32, 64, 128, ...",
+            remedy=CHECK_SETTINGS,
+        )
     return bits, group, bool(found["sym"])
 
 

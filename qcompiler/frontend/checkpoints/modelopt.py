@@ -28,7 +28,9 @@ from torch import Tensor
 from qcompiler.errors import InputError, UnsupportedModelError, WeightError
 from qcompiler.frontend.checkpoints.caches import take_cache_scales
 from qcompiler.frontend.checkpoints.contents import (
+    CHECK_SETTINGS,
     FLOATS,
+    USE_ORIGINAL,
     Checkpoint,
     Layer,
     names_in,
@@ -84,7 +86,9 @@ def merged_settings(
             continue
         fields = settings.get("quantization", settings)
         if not isinstance(fields, Mapping):
-            raise InputError("the quantization settings are not an object", where=where, got=fields)
+            raise InputError(
+                "the quantization settings are not an object", where=where, got=fields, remedy=CHECK_SETTINGS
+            )
         cache = fields.get("kv_cache_quant_algo") or fields.get("kv_cache_scheme")
         names = names_in(fields, "exclude_modules", where) + names_in(fields, "ignore", where)
         found.append({**fields, "kv_cache_quant_algo": _cache_algorithm(cache), "exclude_modules": names})
@@ -124,7 +128,7 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
                 "a layer holds codes, but the settings leave it in float",
                 where=next(name for name in stored.names() if name.rpartition(".")[0] == module),
                 got=where,
-                remedy="check that the quantization settings belong to these weights",
+                remedy=CHECK_SETTINGS,
             )
         _add(checkpoint, module, algorithm, fields, where)
     cache = settings.get("kv_cache_quant_algo")
@@ -137,7 +141,12 @@ def _algorithm(module: str, settings: Mapping[str, Any], where: str) -> tuple[An
         return settings.get("quant_algo"), settings
     layers = settings.get("quantized_layers")
     if not isinstance(layers, Mapping) or not all(isinstance(one, Mapping) for one in layers.values()):
-        raise InputError("the algorithms of layers are objects by name", where=f"{where}: quantized_layers", got=layers)
+        raise InputError(
+            "the algorithms of layers are objects by name",
+            where=f"{where}: quantized_layers",
+            got=layers,
+            remedy=CHECK_SETTINGS,
+        )
     named = (one for name, one in layers.items() if name == module or fnmatchcase(module, name))
     fields: Mapping[str, Any] = next(named, {})
     return fields.get("quant_algo"), fields
@@ -146,7 +155,13 @@ def _algorithm(module: str, settings: Mapping[str, Any], where: str) -> tuple[An
 def _add(checkpoint: Checkpoint, module: str, algorithm: Any, fields: Mapping[str, Any], where: str) -> None:
     group = fields.get("group_size")
     if group is not None and (type(group) is not int or group < 0):
-        raise InputError("not a group size", where=f"{where}, for {module}", got=group, expected="16, 128, ...")
+        raise InputError(
+            "not a group size",
+            where=f"{where}, for {module}",
+            got=group,
+            expected="16, 128, ...",
+            remedy=CHECK_SETTINGS,
+        )
     if algorithm in _INT4:
         scheme, (rows, columns) = _add_integers(checkpoint, module, group)
     else:
@@ -156,7 +171,7 @@ def _add(checkpoint: Checkpoint, module: str, algorithm: Any, fields: Mapping[st
                 where=f"{where}, for {module}",
                 got=algorithm,
                 expected=", ".join((*_SCHEMES, *_INT4)),
-                remedy="use the original model",
+                remedy=USE_ORIGINAL,
             )
         scheme = _SCHEMES[algorithm]
         spec = scheme.weight
@@ -167,6 +182,7 @@ def _add(checkpoint: Checkpoint, module: str, algorithm: Any, fields: Mapping[st
                 where=f"{where}, for {module}",
                 got=group,
                 expected=spec.group_size,
+                remedy=USE_ORIGINAL,
             )
         rows, columns = (_add_fp4 if spec.is_fp4 else _add_plain)(checkpoint, module, spec)
     if algorithm == "MXFP8":

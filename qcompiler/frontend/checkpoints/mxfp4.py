@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import WeightError
-from qcompiler.frontend.checkpoints.contents import Checkpoint, Layer, names_in, unpack_nibbles
+from qcompiler.frontend.checkpoints.contents import CHECK_SETTINGS, Checkpoint, Layer, names_in, unpack_nibbles
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.storage import stack
 
@@ -35,7 +35,7 @@ def read(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> Non
                 "a layer holds codes, but the settings leave it in float",
                 where=f"{name}{_BLOCKS}",
                 got=where,
-                remedy="check that the quantization settings belong to these weights",
+                remedy=CHECK_SETTINGS,
             )
         _add(checkpoint, name)
 

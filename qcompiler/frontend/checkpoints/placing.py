@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from qcompiler.errors import UnsupportedModelError
 from qcompiler.frontend.checkpoints.caches import place_caches
-from qcompiler.frontend.checkpoints.contents import PARTS, Checkpoint, Layer
+from qcompiler.frontend.checkpoints.contents import PARTS, USE_ORIGINAL, Checkpoint, Layer
 from qcompiler.frontend.checkpoints.merging import merge_layers
 from qcompiler.ir import Graph, Site, float_tables, quantize_table
 from qcompiler.numerics import QuantSpec
@@ -43,7 +43,7 @@ def check_linear(checkpoint: Checkpoint, weights: WeightStore, model: nn.Module)
                 where=layer.name,
                 got=type(module).__name__,
                 expected="Linear or Embedding",
-                remedy="use the original model",
+                remedy=USE_ORIGINAL,
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from qcompiler.errors import InputError, UnsupportedModelError
 from qcompiler.frontend.checkpoints import awq, compressed_tensors, fp8, gptq, modelopt, mxfp4
-from qcompiler.frontend.checkpoints.contents import Checkpoint
+from qcompiler.frontend.checkpoints.contents import CHECK_SETTINGS, USE_ORIGINAL, Checkpoint
 from qcompiler.frontend.model_config import declared
 from qcompiler.storage import WeightStore
 
@@ -64,7 +64,7 @@ def find_settings(directory: Path, config: Mapping[str, Any]) -> Settings | None
     found = declared(config, *_FIELDS)
     where, are_beside = f"{directory / 'config.json'}: quantization_config", found is None
     if found is not None and not isinstance(found, Mapping):
-        raise InputError("quantization_config is not an object", where=where, got=found)
+        raise InputError("quantization_config is not an object", where=where, got=found, remedy=CHECK_SETTINGS)
     gptq_file, modelopt_file = directory / _GPTQ_FILE, directory / _MODELOPT_FILE
     if modelopt_file.is_file() or (found is not None and _is_modelopt(found)):
         beside = _read_file(modelopt_file) if modelopt_file.is_file() else None
@@ -99,9 +99,11 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError("the quantization settings cannot be read", where=path, got=error) from error
+        raise InputError(
+            "the quantization settings cannot be read", where=path, got=error, remedy=CHECK_SETTINGS
+        ) from error
     if not isinstance(found, dict):
-        raise InputError("the quantization settings are not an object", where=path, got=found)
+        raise InputError("the quantization settings are not an object", where=path, got=found, remedy=CHECK_SETTINGS)
     return found
 
 
@@ -111,7 +113,7 @@ def _unknown(where: object, method: object) -> UnsupportedModelError:
         where=where,
         got=method,
         expected=f"a float checkpoint, or {', '.join(_READERS)}",
-        remedy="use the original model",
+        remedy=USE_ORIGINAL,
     )
 
 

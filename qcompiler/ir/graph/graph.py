@@ -35,7 +35,8 @@ class Graph:
         weights: tensors by name.
         schemes: what is quantized at each site; set by one pass, read by all.
         provenance: where the model came from: ``source``, ``config``, ``fingerprint``, ``parameters`` (elements);
-            ``shifted``: by name, tensors that are one of the source, ``source``, and a number besides, ``added``.
+            ``shifted``: by name, tensors that are one of the source, ``source``, and a number besides, ``added``;
+            ``transposed``: matrices that the source has as ``[in, out]`` under the same name.
         unrecognized: what canonicalization left as it was, each with its reason.
         notes: sentences on how the model was read, for the report.
         lost: what the source has and the graph has not, a sentence each: for the report, and errors where strict.

@@ -19,9 +19,10 @@ IDS = torch.arange(24).reshape(2, 12) * 97 % 4096
 
 
 def refused(directory: Path, error: type[QCompilerError], match: str) -> QCompilerError:
-    """The error that capturing ends with."""
+    """The error that capturing ends with, and that tells what to do."""
     with pytest.raises(error, match=match) as caught:
         qc.capture(directory)
+    assert caught.value.remedy
     return caught.value
 
 

@@ -12,6 +12,8 @@ from compressed_tensors.quantization import QuantizationConfig
 
 import qcompiler as qc
 from qcompiler.ir import Graph, quantized_tables, with_float_tables
+from qcompiler.lowering.checkpoint import CheckpointTarget
+from qcompiler.numerics import QuantSpec
 from qcompiler.passes import RTN, Assign, QuantizeEmbedding
 from tests.frontend.checkpoints.comparing import assert_same_parts
 from tests.lowering.checkpoint import unpacking
@@ -56,17 +58,45 @@ def test_compressed_tensors(embedding: QuantizeEmbedding, bits: int, graph: Grap
     assert f"{TABLE}.weight" not in tensors
     settings = QuantizationConfig.model_validate(config["quantization_config"])
     (scheme,) = [item for item in settings.config_groups.values() if TABLE in item.targets]
+    assert "Embedding" in scheme.targets  # engines ask by the class where they know no name
     parts = {part: tensors[f"{TABLE}.{part}"] for part in ("weight_packed", "weight_scale", "weight_shape")}
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     found = compressor.decompress(parts, scheme)["weight"]
     np.testing.assert_allclose(found.float().numpy(), matrix(result.graph), rtol=2**-8)
-    assert report["notes"] == ["compared as qcompiler reads it back: transformers reads no quantized embedding"]
+    (note,) = report["notes"]
+    assert note.endswith("reads it back: transformers reads no table of codes, vLLM on GPUs")
     assert report["parity"]["max_difference"] < 1e-5
     again = qc.capture(directory)
     assert again.notes == []
     assert_same_table(result.graph, again)
     assert_same_parts(result.graph, again)
     assert "vllm serve" in (directory / "README.md").read_text()
+
+
+def test_other_embeddings_are_left_out(write: Write, tmp_path: Path) -> None:
+    source = qc.capture(save_source(tmp_path / "source", "gpt2"))
+    directory, _, _ = write(source, "", passes=[QuantizeEmbedding(8)])
+    settings = unpacking.read_config(directory)["quantization_config"]
+    (group,) = settings["config_groups"].values()
+    assert {"transformer.wte", "Embedding"} <= set(group["targets"])
+    assert "transformer.wpe" in settings["ignore"]
+    before, after = unpacking.read_tensors(tmp_path / "source"), unpacking.read_tensors(directory)
+    same = set(before) & set(after)
+    assert {"transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight"} < same
+    assert all(torch.equal(before[name], after[name]) for name in same)
+
+
+def test_what_vllm_looks_up() -> None:
+    support = CheckpointTarget().supports_table
+    assert support(QuantSpec("int8", "per_channel", None), 576).status == "fused"
+    assert "whole words" in support(QuantSpec("int4", "per_channel", None), 100).reason
+    asymmetric = support(QuantSpec("int8", "per_channel", None, symmetric=False), 576)
+    assert (asymmetric.status, "symmetric integers" in asymmetric.reason) == ("writes-only", True)
+
+
+def test_no_command_serves_rows_that_no_engine_looks_up(graph: Graph, write: Write) -> None:
+    directory, _, _ = write(graph, "", passes=passes(QuantizeEmbedding(8, symmetric=False)))
+    assert "vllm serve" not in (directory / "README.md").read_text()
 
 
 def test_a_tied_head_of_compressed_tensors(tied: Graph, write: Write) -> None:

@@ -36,7 +36,9 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         )
     table = file.tensors.get(_EMBEDDING)
     if table is None or len(table.shape) != 2:
-        raise WeightError("a GGUF file lacks a tensor", where=file.path, got=f"no {_EMBEDDING}")
+        raise WeightError(
+            "a GGUF file lacks a tensor", where=file.path, got=f"no {_EMBEDDING}", remedy="use the file as published"
+        )
     heads = _setting(file, "attention.head_count", int)
     hidden = _setting(file, "embedding_length", int)
     config: dict[str, Any] = {
@@ -75,7 +77,11 @@ def _setting(file: GGUFFile, name: str, kind: type[Any], default: Any = None) ->
     value = file.settings.get(key, default)
     if type(value) is not kind:
         raise WeightError(
-            "a GGUF file lacks a setting of its model", where=f"{file.path}: {key}", got=value, expected=kind.__name__
+            "a GGUF file lacks a setting of its model",
+            where=f"{file.path}: {key}",
+            got=value,
+            expected=kind.__name__,
+            remedy="put the config.json of the original model beside the file, and name the directory",
         )
     return value
 

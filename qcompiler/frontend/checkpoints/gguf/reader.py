@@ -141,7 +141,13 @@ def _open_parts(path: Path) -> GGUFFile:
     named = _parts_of(path)
     missing = next((part for part in named if not part.is_file()), None)
     if missing is not None:
-        raise InputError("a part of a divided GGUF file is missing", where=missing, expected=f"{len(named)} files")
+        raise InputError(
+            "a part of a divided GGUF file is missing",
+            where=missing,
+            got="no file",
+            expected=f"{len(named)} files",
+            remedy="put all parts in one directory",
+        )
     parts = [GGUFFile(part) for part in named]
     for number, part in enumerate(parts):
         said = tuple(part.settings.get(key, default) for key, default in (("split.no", 0), ("split.count", 0)))
@@ -159,7 +165,11 @@ def _open_parts(path: Path) -> GGUFFile:
     total = first.settings.get("split.tensors.count", len(first.tensors))
     if total != len(first.tensors):
         raise WeightError(
-            "the parts of a GGUF file do not hold all tensors", where=path, got=len(first.tensors), expected=total
+            "the parts of a GGUF file do not hold all tensors",
+            where=path,
+            got=len(first.tensors),
+            expected=total,
+            remedy="use the parts as they were published together",
         )
     return first
 

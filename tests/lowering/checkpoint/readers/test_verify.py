@@ -26,6 +26,8 @@ assert "PYTHONPATH" not in os.environ
 known = np.load(request["directory"] + "/../known.npz")
 assert (known["rows"] == np.array(request["rows"])).all()
 whole = known["whole"]
+if open(request["directory"] + "/error").read() == "of settings":
+    raise RuntimeError("1 error\\n  Value error, no such algorithm\\n    more")
 whole[:, :, 5] += float(open(request["directory"] + "/error").read())
 decoded = whole[:, request["first"] - 1 :].copy()
 decoded[:, -2, 5] += float(open(request["directory"] + "/decoding_error").read())
@@ -95,6 +97,10 @@ def test_an_engine_that_does_not_load_it(made_up: Path) -> None:
     with pytest.raises(VerificationError) as caught:
         qc.verify(made_up / "checkpoint", "made-up")
     assert caught.value.got == "ValueError: could not convert string to float: 'none'"
+    (made_up / "checkpoint" / "error").write_text("of settings")
+    with pytest.raises(VerificationError) as caught:
+        qc.verify(made_up / "checkpoint", "made-up")
+    assert caught.value.got == "RuntimeError: 1 error Value error, no such algorithm"
 
 
 def test_an_engine_that_takes_too_long(made_up: Path) -> None:
