@@ -302,7 +302,7 @@ def open_artifact(
         InputError: if the path is none of these, or does not run on this device or segment by segment.
         TargetError: for an unknown engine, or one that does not run what is there.
     """
-    root = Path(path)
+    root = Path(path).parent if Path(path).name == "model.onnx" else Path(path)
     if not root.is_dir() and root.suffix != ".gguf":
         raise no_directory(root)
     is_native = (native_directory(root) / MANIFEST).is_file() or is_quantized_checkpoint(root)

@@ -68,7 +68,7 @@ class CompileResult:
 
 
 def load(directory: str | Path, *, trust_remote_code: bool = False) -> CompileResult:
-    """Reads a native artifact (``OUT`` or ``OUT/native``), or a quantized checkpoint of another program.
+    """Reads a native artifact (``OUT`` or ``OUT/native``), a quantized checkpoint of another program, or an ONNX file.
 
     Weights stay on disk until they are used. What is made of a checkpoint has an empty recipe.
 
@@ -81,7 +81,7 @@ def load(directory: str | Path, *, trust_remote_code: bool = False) -> CompileRe
         QCompilerError: for a checkpoint, as `qcompiler.frontend.capture_checkpoint`.
     """
     root = native_directory(Path(directory))
-    if not (root / MANIFEST).is_file() and is_quantized_checkpoint(root):
+    if root.suffix == ".onnx" or (not (root / MANIFEST).is_file() and is_quantized_checkpoint(root)):
         return _of_checkpoint(root, trust_remote_code)
     graph, manifest, report = load_native(root)
     manifest.pop("schema")

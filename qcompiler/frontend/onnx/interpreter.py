@@ -12,7 +12,7 @@ from qcompiler.frontend.exporting import first_line
 from qcompiler.frontend.onnx.call import Call, Operator
 from qcompiler.frontend.onnx.nodes import Block, Node
 from qcompiler.frontend.onnx.operators import OPERATORS
-from qcompiler.frontend.onnx.values import MOST_KNOWN, Known, Unsupported, Value, as_number, as_tensor, known
+from qcompiler.frontend.onnx.values import MOST_KNOWN, Known, Unsupported, Value, as_number, as_tensor, known, shortest
 from qcompiler.storage import WeightStore
 
 __all__ = ["LINEAR", "Interpreter", "check_operators", "live"]
@@ -135,8 +135,9 @@ class Interpreter(nn.Module):
         computed = torch.float32 if is_float and dtype.itemsize in (2,) else dtype
         count = torch.Size(info.shape).numel()
         if not narrow and count <= (1 if is_float else MOST_KNOWN) and len(info.shape) <= 1:
-            value = store.read(name, check_finite=False)
-            self._constants[name] = known(value.reshape(-1).tolist(), computed, info.shape)
+            numbers = store.read(name, check_finite=False).reshape(-1).tolist()
+            numbers = list(map(shortest, numbers)) if info.dtype == "float32" else numbers
+            self._constants[name] = known(numbers, computed, info.shape)
         buffer = f"t{len(self.stored)}"
         self.stored[buffer], self._buffer_of[name] = name, buffer
         if on_meta:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import InputError, UnsupportedModelError
-from qcompiler.frontend.onnx.values import Known, known
+from qcompiler.frontend.onnx.values import Known, known, shortest
 from qcompiler.numerics import unpack_bits
 from qcompiler.storage import RawTensor, WeightStore, onnx_file, open_raw
 
@@ -168,7 +168,9 @@ def _nodes(protos: Iterable[onnx.NodeProto], tensors: dict[str, onnx.TensorProto
                 value = _in_memory(value)
             elif isinstance(value, bytes):
                 value = value.decode("utf-8", errors="replace")
-            elif not isinstance(value, (int, float)):
+            elif isinstance(value, float):
+                value = shortest(value)
+            elif not isinstance(value, int):
                 value = list(value)
             attributes[attribute.name] = value
         names = list(proto.input), list(proto.output)

@@ -23,6 +23,7 @@ __all__ = [
     "as_tensor",
     "is_float",
     "known",
+    "shortest",
 ]
 
 Number = int | float | bool | torch.SymInt | torch.SymBool | torch.SymFloat
@@ -92,6 +93,12 @@ def known(data: Any, dtype: torch.dtype = torch.int64, shape: Sequence[int] | No
     if shape is None:
         shape = (len(items),) if isinstance(data, (list, tuple)) else ()
     return Known(array.reshape(tuple(shape)), dtype)
+
+
+def shortest(number: float) -> float:
+    """The decimal that a float32 was written as: 1e-06, not 9.999999974752427e-07."""
+    decimal = float(str(np.float32(number)))
+    return decimal if abs(decimal) <= float(np.finfo(np.float32).max) else number
 
 
 def is_float(value: Value) -> bool:

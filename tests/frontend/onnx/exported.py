@@ -86,7 +86,9 @@ def exported(family: str, *, dynamo: bool = False) -> Path:
         if dynamo:
             free = [dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in arguments]
             shapes = (free[0], free[1], tuple(free[2:]))
-            program = torch.onnx.export(_Flat(model, has_cache), tensors, dynamo=True, dynamic_shapes=shapes, **names)
+            program: Any = torch.onnx.export(
+                _Flat(model, has_cache), tensors, dynamo=True, dynamic_shapes=shapes, **names
+            )
             program.save(str(path), external_data=True)
         else:
             flat = _Flat(model, has_cache)

@@ -47,6 +47,7 @@ OPERATORS = {
 LEAST = {"elementwise": 50, "more": 45, "shapes": 50, "places": 20, "reductions": 50, "products": 35, "norms": 25,
          "attention": 50, "quantized": 9}  # fmt: skip
 MOST_KNOWN = 64
+_LONG = ("products", "attention", "norms")
 
 
 def cases(modules):
@@ -84,7 +85,9 @@ def run(case, arrays, path):
     return interpreter(tuple(given[n].float() if given[n].dtype == torch.float16 else given[n] for n in rest))
 
 
-@pytest.mark.parametrize("group", OPERATORS)
+@pytest.mark.parametrize(
+    "group", [pytest.param(group, marks=pytest.mark.slow) if group in _LONG else group for group in OPERATORS]
+)
 def test_operators_compute_what_onnx_says(group, tmp_path):
     """Every case is computed as ONNX has it, or refused by name; most are computed."""
     refused, agreed = Counter(), 0
@@ -183,7 +186,13 @@ def grouped(folder, **attributes):
     return saved(folder, [node], given, outputs, [tensor("cos", angles.cos()), tensor("sin", angles.sin())])
 
 
-@pytest.mark.parametrize("attributes", [{}, {"local_window_size": 3}, {"softcap": 2.0}, {"rotary_interleaved": 1}])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"local_window_size": 3, "softcap": 2.0},
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ({}, {"rotary_interleaved": 1})),
+    ],
+)
 def test_grouped_attention_is_that_of_onnxruntime(tmp_path, attributes):
     path = grouped(tmp_path, **attributes)
     graph = capture_onnx(path)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import qcompiler as qc
+from qcompiler.api import CompileResult, open_artifact
 from qcompiler.errors import UnsupportedModelError
 from qcompiler.frontend.onnx import capture_onnx
-from qcompiler.lowering.onnx import lower
+from qcompiler.lowering.onnx import OnnxArtifact, lower
 from qcompiler.numerics import Scheme
 from qcompiler.passes import GPTQ, RTN, Assign, InsertQDQ
 from qcompiler.protocol.verify import verify_graph
@@ -29,7 +30,10 @@ def kinds(graph):
     return found
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(
+    scope="module",
+    params=[name if name in ("w4a16-asym", "w8a8") else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
+)
 def pair(request, tmp_path_factory):
     """A compiled graph, and what came back of the file that it was written to."""
     recipe, opset = RECIPES[request.param]
@@ -57,6 +61,15 @@ def test_the_graph_is_the_one_that_was_written(pair):
     compiled, _, back = pair
     assert kinds(back) == kinds(compiled)
     assert back.unrecognized == []
+
+
+def test_it_is_loaded_as_what_was_compiled(pair, monkeypatch):
+    _, path, back = pair
+    monkeypatch.setattr("qcompiler.artifacts.result.capture_checkpoint", lambda *_, **__: back)
+    loaded = qc.load(path)
+    assert isinstance(loaded, CompileResult)
+    assert [site.name for site in loaded.graph.sites()] == [site.name for site in back.sites()]
+    assert isinstance(open_artifact(path), OnnxArtifact)
 
 
 def test_what_has_codes_is_not_compiled_again(pair):
