@@ -86,9 +86,9 @@ def exported(family: str, *, dynamo: bool = False) -> Path:
         if dynamo:
             free = [dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in arguments]
             shapes = (free[0], free[1], tuple(free[2:]))
-            program: Any = torch.onnx.export(
-                _Flat(model, has_cache), tensors, dynamo=True, dynamic_shapes=shapes, **names
-            )
+            flat = _Flat(model, has_cache)
+            program: Any = torch.onnx.export(flat, tensors, dynamo=True, dynamic_shapes=shapes, **names)
+            assert program is not None
             program.save(str(path), external_data=True)
         else:
             flat = _Flat(model, has_cache)

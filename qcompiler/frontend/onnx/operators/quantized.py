@@ -1,4 +1,4 @@
-"""Operators on codes that are computed at run time. Weights with codes are read in `qcompiler.frontend.onnx.weights`.
+"""Operators on codes that are computed at run time. Weights with codes are read in `qcompiler.frontend.onnx.layers`.
 
 Source: onnx/docs/Operators.md.
 """
