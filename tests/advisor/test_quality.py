@@ -42,6 +42,8 @@ def test_caches() -> None:
     assert expect_cache(None).loss == 0
     static, token = CacheFormat("float8_e4m3fn", scales="static"), CacheFormat("float8_e4m3fn")
     assert (expect_cache(static).loss or 0) > (expect_cache(token).loss or 0) > 0
+    assert expect_cache(CacheFormat("int4")).loss == 0.0058
+    assert expect_cache(CacheFormat("int4", scales="static")).loss is None  # nobody measured it
 
 
 def test_levels() -> None:
