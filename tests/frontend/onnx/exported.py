@@ -81,17 +81,16 @@ def exported(family: str, *, dynamo: bool = False) -> Path:
     axes = {name: axes for name, (_, axes) in arguments.items()}
     tensors = tuple(tensor for tensor, _ in arguments.values())
     names: dict[str, Any] = {"input_names": list(arguments), "output_names": list(outputs)}
+    flat = _Flat(model, has_cache).eval()  # exporters put the mode back, of the model inside, too
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if dynamo:
             free = [dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in arguments]
             shapes = (free[0], free[1], tuple(free[2:]))
-            flat = _Flat(model, has_cache)
             program: Any = torch.onnx.export(flat, tensors, dynamo=True, dynamic_shapes=shapes, **names)
             assert program is not None
             program.save(str(path), external_data=True)
         else:
-            flat = _Flat(model, has_cache)
             torch.onnx.export(
                 flat, tensors, str(path), dynamo=False, dynamic_axes=axes | outputs, opset_version=17, **names
             )

@@ -16,13 +16,14 @@ __all__ = ["REDUCTIONS"]
 def _reduced(function: Callable[[Tensor, list[int], bool], Tensor], product: bool = False) -> Operator:
     def apply(call: Call) -> Value:
         x, axes = call.value(0), call.numbers(1, "axes")
-        if not axes and call.get("noop_with_empty_axes", 0):
+        keep, is_noop = bool(call.get("keepdims", 1)), call.get("noop_with_empty_axes", 0)
+        if not axes and is_noop:
             return x
         if product and isinstance(x, Known) and x.array.ndim == 1:  # of a shape
             number = fold(lambda a, b: a * b, x.array, 1)
-            return known([number] if call.get("keepdims", 1) else number, x.dtype)
+            return known([number] if keep else number, x.dtype)
         tensor = call.tensor(0)
-        return function(tensor, axes or list(range(tensor.dim())), bool(call.get("keepdims", 1)))
+        return function(tensor, axes or list(range(tensor.dim())), keep)
 
     return apply
 
