@@ -242,7 +242,7 @@ def _usual_names(graph: Graph) -> dict[str, str]:
         return {}
     for port in (*graph.signature.inputs, *graph.signature.outputs):
         usual = _USUAL.get(port.role)
-        if port.role in ("past", "present"):
+        if port.role in ("past", "present") and port.layer is not None:
             usual = f"{'past_key_values' if port.role == 'past' else 'present'}.{port.layer}.{port.part}"
         elif port.role == "other" and port in graph.signature.inputs:
             usual = "token_type_ids"
