@@ -12,8 +12,7 @@ import qcompiler as qc
     ("recipe", "status", "divergence"), [("w8a8-rtn", "fused", 0.01), ("fp8-dynamic", "runs", 0.005)]
 )
 def test_journey(recipe, status, divergence, booklm: Path, tmp_path):
-    text = booklm.parent / "text" / "calibration.txt"
-    calibration = qc.Calibration.from_text(text, samples=8, length=64)
+    calibration = qc.Calibration.self_generated(samples=8, length=64)
     result = qc.compile(booklm, recipe, calibration, targets=["onnx"])
     result.save(tmp_path / "native")
     report = qc.lower(tmp_path / "native", "onnx", tmp_path / "onnx")
