@@ -4,14 +4,21 @@ With `qcompiler.api` and `qcompiler.cli`, a module that sees the targets; which 
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor
 
-from qcompiler.artifacts import CompileResult, StreamedArtifact, add_target, check_parity, load, with_noise
+from qcompiler.artifacts import (
+    CompileResult,
+    StreamedArtifact,
+    add_target,
+    check_by_inputs,
+    check_parity,
+    load,
+    noisy_samples,
+)
 from qcompiler.errors import InputError, QCompilerError, TargetError, did_you_mean
 from qcompiler.ir import Graph, cache_formats, formats_by_cache
 from qcompiler.lowering import targets
@@ -45,8 +52,6 @@ __all__ = [
     "verify",
     "write_target",
 ]
-
-_NOISE_SAMPLES = 3
 
 
 def make_target(target: str | Target, /, **options: Any) -> Target:
@@ -361,6 +366,8 @@ def _lower(result: CompileResult, target: Target, lower: Callable[[Graph], Lower
 
 def _compare(result: CompileResult, lowered: Lowered, *, verify: bool) -> None:
     """Lets every reader run what came out beside the native artifact, which is run by segments; the report grows."""
+    if verify and result.graph.signature.input("ids") is None:
+        check_by_inputs(result.graph, lowered)
     if not verify or result.graph.signature.index_of_output("logits") is None:
         return
     for reader in lowered.readers:
@@ -370,25 +377,17 @@ def _compare(result: CompileResult, lowered: Lowered, *, verify: bool) -> None:
         rows, length = reader.tokens
         unrounded = _unrounded(result, lowered.device)
         admits_noise = reader.rounded is not None or unrounded is not None
+        samples = noisy_samples(result.graph, reader.rounded, reader.dtype) if admits_noise else ()
         lowered.report[reader.entry] = check_parity(
             StreamedArtifact(result.graph, device=lowered.device),
             found,
             tolerance=reader.tolerance,
             unrounded=unrounded,
-            noisy=_noisy(result.graph, reader.rounded, reader.dtype, lowered.device) if admits_noise else (),
+            noisy=(StreamedArtifact(sample, device=lowered.device) for sample in samples),
             rows=rows,
             length=length,
             steps=reader.steps,
         )
-
-
-def _noisy(
-    graph: Graph, rounded: Collection[str] | None, dtype: torch.dtype, device: str
-) -> Iterator[StreamedArtifact]:
-    """Samples of a graph with the errors of a dtype, behind the nodes named or all."""
-    names = [node.name for node in graph.fx.nodes if node.op == "call_function"] if rounded is None else rounded
-    for sample in range(_NOISE_SAMPLES):
-        yield StreamedArtifact(with_noise(graph, names, dtype, sample=sample), device=device)
 
 
 def _unrounded(result: CompileResult, device: str) -> StreamedArtifact | None:

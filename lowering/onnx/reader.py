@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompiler.errors import ArtifactError, InputError, MissingDependencyError
 
-__all__ = ["OnnxArtifact", "as_tensor", "session_options", "token_input"]
+__all__ = ["OnnxArtifact", "OnnxModule", "as_tensor", "open_session", "session_options", "token_input"]
 
 _METADATA = "qcompiler."
 _NUMPY = {
@@ -88,16 +88,7 @@ class OnnxArtifact:
         return file
 
     def _open(self, model: str | bytes) -> Any:
-        import onnxruntime
-
-        try:
-            return onnxruntime.InferenceSession(model, self._options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors have no common base but Exception
-            raise ArtifactError(
-                "ONNX Runtime cannot load this model",
-                where=self.path if isinstance(model, bytes) else model,
-                got=str(error).strip().splitlines()[0],
-            ) from error
+        return open_session(model, self._options, self.path)
 
     def _describe(self, inputs: Sequence[Any], outputs: Sequence[Any], metadata: Mapping[str, str]) -> None:
         """Takes facts from ports as ONNX Runtime describes them (``name``, ``type``, ``shape``), and metadata."""
@@ -218,6 +209,54 @@ class OnnxArtifact:
                 given = token_input(self._usual_name(name), ids, cache.length, cache.length + length)
                 feed[name] = self._value(np.ascontiguousarray(given, _NUMPY[port.type]))
         return feed
+
+
+class OnnxModule:
+    """A folder whose model takes no token ids, run by ONNX Runtime on the CPU.
+
+    Args:
+        directory: the folder.
+        model: its file, serialized, if that is not to be read from there.
+        accuracy_level: as for `OnnxArtifact`.
+
+    Raises:
+        ArtifactError: ONNX Runtime cannot load it.
+    """
+
+    def __init__(self, directory: Path, model: bytes | None = None, *, accuracy_level: int = 1) -> None:
+        options = session_options(accuracy_level, None)
+        key = "session.model_external_initializers_file_folder_path"
+        if model is not None:
+            options.add_session_config_entry(key, str(directory.resolve()))
+        self._session = open_session(str(directory / "model.onnx") if model is None else model, options, directory)
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """See `qcompiler.protocol.RunsInputs`."""
+        ports = self._session.get_inputs()
+        feed = {}
+        for port, tensor in zip(ports, inputs, strict=True):
+            plain = tensor.float() if tensor.is_floating_point() else tensor
+            feed[port.name] = np.ascontiguousarray(plain.numpy().astype(_NUMPY.get(port.type, np.bool_)))
+        found = [torch.from_numpy(np.array(value)) for value in self._session.run(None, feed)]
+        return [value.float() if value.is_floating_point() else value for value in found]
+
+
+def open_session(model: str | bytes, options: Any, where: Path | None) -> Any:
+    """A session of a file or of its bytes, on the CPU.
+
+    Raises:
+        ArtifactError: ONNX Runtime cannot load it.
+    """
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+        raise ArtifactError(
+            "ONNX Runtime cannot load this model",
+            where=where if isinstance(model, bytes) else model,
+            got=str(error).strip().splitlines()[0],
+        ) from error
 
 
 def session_options(accuracy_level: int, threads: int | None) -> Any:

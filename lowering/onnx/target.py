@@ -13,9 +13,9 @@ from typing_extensions import Doc
 
 from qcompiler.errors import InputError, MissingDependencyError, TargetError
 from qcompiler.ir import CacheFormat, Graph
-from qcompiler.lowering.onnx.reader import OnnxArtifact
+from qcompiler.lowering.onnx.reader import OnnxArtifact, OnnxModule
 from qcompiler.numerics import QuantSpec, Scheme
-from qcompiler.protocol import Artifact, Lowered, Reader, Support, Target, choose_device
+from qcompiler.protocol import Artifact, Lowered, Reader, RunsInputs, Support, Target, choose_device
 
 __all__ = ["OPSETS", "OnnxTarget", "by_onnxruntime", "import_with_onnx", "readers_of"]
 
@@ -214,16 +214,24 @@ def readers_of(
     *,
     has_kernels: bool = True,
     whole: Callable[[Path], Artifact] = OnnxArtifact,
+    module: Callable[[Path], RunsInputs] = OnnxModule,
 ) -> list[Reader]:
     """What a folder is compared by: ONNX Runtime, and where there is float16, which that does not compute in on a CPU,
     or it has no kernels for what is in it, an evaluation operator by operator on a few tokens. ``whole`` is what runs
-    a folder that is not run in pieces.
+    a folder that is not run in pieces, ``module`` what runs one that takes no token ids.
     """
     is_half = float_dtype == "float16"
     tolerance, dtype = (2e-2, torch.float16) if is_half else (1e-3, torch.float32)
     readers = []
     if has_kernels:
-        readers.append(Reader(lambda: by_onnxruntime(directory, whole), tolerance=tolerance, dtype=dtype))
+        readers.append(
+            Reader(
+                lambda: by_onnxruntime(directory, whole),
+                tolerance=tolerance,
+                dtype=dtype,
+                open_for_inputs=lambda: module(directory),
+            )
+        )
     if is_half or not has_kernels:
         readers.append(
             Reader(

@@ -17,6 +17,7 @@ from qcompiler.artifacts.corpus import Corpus, read_corpus
 from qcompiler.artifacts.generation import Sampler, decode_stepwise
 from qcompiler.artifacts.given_rows import given_tokens
 from qcompiler.artifacts.hf import HFArtifact, load_tokenizer, read_limits
+from qcompiler.artifacts.inputs import GivenInputs
 from qcompiler.artifacts.tokenizing import TokenStream, opening_tokens
 from qcompiler.errors import CalibrationError, InputError
 from qcompiler.frontend import declared
@@ -89,7 +90,7 @@ class CalibrationTokens:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """A recipe for calibration tokens; made by `from_text`, `from_tokens` or `self_generated`.
+    """A recipe for calibration data; made by `from_text`, `from_tokens`, `self_generated` or `from_inputs`.
 
     Attributes:
         source: where the tokens come from.
@@ -99,15 +100,17 @@ class Calibration:
         corpus: the texts, for source ``text``.
         stream: int64 ``[n]``, for source ``tokens``.
         rows: int64 ``[length]`` each, for source ``tokens``.
+        inputs: for source ``inputs``.
     """
 
-    source: Literal["text", "tokens", "self-generated"]
+    source: Literal["text", "tokens", "self-generated", "inputs"]
     samples: int | None = _SAMPLES
     length: int | None = _LENGTH
     seed: int = 0
     corpus: Corpus | None = field(default=None, repr=False)
     stream: Tensor | None = field(default=None, repr=False)
     rows: tuple[Tensor, ...] | None = field(default=None, repr=False)
+    inputs: GivenInputs | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _require_positive(self.samples, self.length)
@@ -186,6 +189,19 @@ class Calibration:
         """
         return cls("self-generated", samples, length, seed)
 
+    @classmethod
+    def from_inputs(cls, inputs: str | Path | Iterable[Any]) -> "Calibration":
+        """Inputs of a model without token ids.
+
+        Args:
+            inputs: batches, each a tuple of tensors or a mapping from the model's input names to tensors; or an
+                ``.npz`` file with an array for each input, named after it, whose leading axis counts samples.
+
+        Raises:
+            CalibrationError: for a file that cannot be read.
+        """
+        return cls("inputs", None, None, inputs=GivenInputs.of(inputs))
+
     def bind(
         self,
         model: str | Path | None = None,
@@ -213,6 +229,10 @@ class Calibration:
                 or tokens outside the vocabulary.
             InputError: no tokenizer or model where one is needed.
         """
+        if self.inputs is not None:
+            raise CalibrationError(
+                "a language model is calibrated with tokens", got="inputs", remedy="give text or tokens"
+            )
         if model is not None and vocab_size is None:
             vocab_size, positions = read_limits(model, trust_remote_code=trust_remote_code)
             max_positions = positions if max_positions is None else max_positions

@@ -13,7 +13,7 @@ another sample of. Twice the largest such difference is allowed.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,12 +22,20 @@ from torch import Tensor, fx
 
 from qcompiler.ir import Graph, is_op
 
-__all__ = ["with_block_noise", "with_noise"]
+__all__ = ["noisy_samples", "with_block_noise", "with_noise"]
 
 _canonical = torch.ops.qcompiler
 _TERMS_AT_ONCE = 1 << 22  # of a weight, in float64: 32 MiB
+_SAMPLES = 3  # of a model, to hold another one against
 _SAMPLE = 1_000_003  # between the seeds of two samples; of a seed, torch takes 32 bits on a CPU
 _MASK = 1e30  # magnitudes that only masks have: the lowest numbers of float32 and bfloat16
+
+
+def noisy_samples(graph: Graph, rounded: Collection[str] | None, dtype: torch.dtype) -> Iterator[Graph]:
+    """Samples of a graph with the errors of a dtype, behind the nodes named or all: see `with_noise`."""
+    names = [node.name for node in graph.fx.nodes if node.op == "call_function"] if rounded is None else rounded
+    for sample in range(_SAMPLES):
+        yield with_noise(graph, names, dtype, sample=sample)
 
 
 def with_noise(graph: Graph, rounded: Collection[str], dtype: torch.dtype, *, sample: int = 0) -> Graph:

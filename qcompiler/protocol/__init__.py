@@ -6,7 +6,7 @@ it (`ranges`), and two kinds of checks: a pass does what it declares (`declarati
 (`verify`).
 """
 
-from qcompiler.protocol.artifact import Artifact, RunsTogether
+from qcompiler.protocol.artifact import Artifact, RunsInputs, RunsTogether
 from qcompiler.protocol.declarations import check_declared, check_exact, state_of
 from qcompiler.protocol.devices import choose_device
 from qcompiler.protocol.histograms import Histogram, MinMax
@@ -104,6 +104,7 @@ __all__ = [
     "Rescalable",
     "Rescale",
     "RowSample",
+    "RunsInputs",
     "RunsTogether",
     "SharedInput",
     "SiteReport",

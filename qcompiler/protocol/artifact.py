@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qcompiler.ir import Around
 
-__all__ = ["Artifact", "RunsTogether"]
+__all__ = ["Artifact", "RunsInputs", "RunsTogether"]
 
 
 @runtime_checkable
@@ -53,6 +53,13 @@ class Artifact(Protocol):
 
     def bits_per_weight(self) -> float:
         """Stored bits of all weight tensors, divided by the number of parameters of the original model."""
+
+
+class RunsInputs(Protocol):
+    """A model without token ids, run by somebody's code."""
+
+    def run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """All outputs, in order, of one tensor for each input, in order; floats are float32."""
 
 
 @runtime_checkable

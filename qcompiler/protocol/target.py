@@ -13,7 +13,7 @@ from torch import Tensor
 from qcompiler.errors import TargetError
 from qcompiler.ir import CacheFormat, Graph, quantized_tables, with_float_tables
 from qcompiler.numerics import QuantSpec, Scheme
-from qcompiler.protocol.artifact import Artifact
+from qcompiler.protocol.artifact import Artifact, RunsInputs
 from qcompiler.protocol.options import check_options
 
 __all__ = [
@@ -70,6 +70,7 @@ class Reader:
             once; None: all the others. Few where each one reads all weights.
         held_out_tokens: that are run ahead of the comparison, where there are any: a reader may refuse what only real
             text shows.
+        open_for_inputs: what runs it where the model takes no token ids; None: it is not compared then.
     """
 
     open: Callable[[], Artifact]
@@ -80,6 +81,7 @@ class Reader:
     tokens: tuple[int, int] = (2, 32)
     steps: int | None = None
     held_out_tokens: int = 0
+    open_for_inputs: Callable[[], RunsInputs] | None = None
 
 
 @dataclass(frozen=True)

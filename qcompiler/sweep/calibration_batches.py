@@ -1,15 +1,15 @@
 """The batches that a compilation is calibrated with, on its device, and the held-out tokens set apart for measuring."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
-from qcompiler.artifacts import Calibration, CalibrationTokens, NativeArtifact
+from qcompiler.artifacts import Calibration, CalibrationTokens, GivenInputs, NativeArtifact
 from qcompiler.errors import CalibrationError
 from qcompiler.frontend import declared, declared_positions
-from qcompiler.ir import SEQUENCE, Graph, feed, feed_tensors, is_op
+from qcompiler.ir import SEQUENCE, Graph, feed, is_op
 from qcompiler.protocol import PassContext
 from qcompiler.reporting import CompileReport
 from qcompiler.sweep.position import Batch
@@ -33,12 +33,19 @@ def calibration_batches(
 ) -> tuple[list[Batch], Tensor | None]:
     """Calibration inputs on the device, and the tokens set apart for measuring: all, where nothing is calibrated."""
     if graph.signature.input("ids") is None:
-        if calibration is None or isinstance(calibration, Calibration):
+        given = calibration.inputs if isinstance(calibration, Calibration) else calibration
+        if given is None:
             raise CalibrationError(
                 "a model without token ids is calibrated with its own inputs",
-                expected="an iterable of tuples of tensors",
+                expected="Calibration.from_inputs, or an iterable of tuples of tensors",
             )
-        values = [_module_inputs(graph, index, tensors, context.device) for index, tensors in enumerate(calibration)]
+        values: list[Batch] = [
+            {
+                node: tensor.to(context.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+                for node, tensor in zip(graph.inputs, tensors, strict=True)
+            }
+            for tensors in GivenInputs.of(given).batches(graph.signature)
+        ]
         report.calibration = {"source": "inputs", "samples": len(values)}
         return values, None
     if calibration is not None and not isinstance(calibration, Calibration):
@@ -48,9 +55,9 @@ def calibration_batches(
             expected="Calibration.from_text, .from_tokens or .self_generated",
         )
     bound = _bound_tokens(graph, calibration, context.seed, trust_remote_code)
-    report.calibration = given = bound.to_dict()
+    report.calibration = described = bound.to_dict()
     if not is_calibrated:
-        given["use"] = "measurement"
+        described["use"] = "measurement"
         has_logits = graph.signature.index_of_output("logits") is not None
         use = "served to measure the result alone" if has_logits else "was not used"
         report.notes.append(f"nothing in this recipe is calibrated: what was given to calibrate with {use}")
@@ -80,30 +87,6 @@ def _doubts(graph: Graph, bound: CalibrationTokens) -> list[str]:
             "the result was not measured: calibration took every window there is; give more text, or fewer samples"
         )
     return found
-
-
-def _module_inputs(graph: Graph, index: int, tensors: Sequence[Tensor], device: torch.device) -> Batch:
-    """One batch of a plain module on the device, floats in float32, refused if it does not fit the module."""
-    where = f"calibration[{index}]"
-    if not isinstance(tensors, (tuple, list)) or not all(isinstance(t, Tensor) for t in tensors):
-        raise CalibrationError(
-            "a batch of a module is a tuple of tensors", where=where, got=type(tensors).__name__, expected="(x,)"
-        )
-    values = feed_tensors(graph, tensors)
-    for port, tensor in zip(graph.signature.inputs, tensors, strict=True):
-        sizes = zip(port.shape, tensor.shape, strict=False)
-        fits = len(port.shape) == tensor.dim() and all(not isinstance(a, int) or a == b for a, b in sizes)
-        if not fits or tensor.is_floating_point() is not getattr(torch, port.dtype).is_floating_point:
-            raise CalibrationError(
-                "a batch does not fit the module",
-                where=f"{where}: {port.name}",
-                got=f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}",
-                expected=f"{port.dtype} {list(port.shape)}",
-            )
-        if not tensor.isfinite().all():
-            raise CalibrationError("a calibration input is not finite", where=f"{where}: {port.name}")
-    floats = torch.float32
-    return {node: t.to(device, floats if t.is_floating_point() else t.dtype) for node, t in values.items()}
 
 
 def _bound_tokens(
