@@ -23,8 +23,8 @@ from qcompiler.advisor import (
     told_shape,
 )
 from qcompiler.errors import InputError
+from qcompiler.frontend import import_with_onnx
 from qcompiler.lowering import targets as known_targets
-from qcompiler.lowering.onnx import import_with_onnx
 from qcompiler.numerics import Scheme
 from qcompiler.passes import Assign, SqueezeLLM
 from qcompiler.passes.recipe_file import load_recipe

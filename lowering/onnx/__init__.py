@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from qcompiler.frontend import import_with_onnx
 from qcompiler.ir import Graph
 from qcompiler.lowering.onnx.reader import OnnxArtifact
-from qcompiler.lowering.onnx.target import OnnxTarget, by_onnxruntime, import_with_onnx, readers_of
+from qcompiler.lowering.onnx.target import OnnxTarget, by_onnxruntime, check_onnxruntime, readers_of
 
-__all__ = ["OnnxArtifact", "OnnxTarget", "by_onnxruntime", "import_with_onnx", "lower", "readers_of"]
+__all__ = ["OnnxArtifact", "OnnxTarget", "by_onnxruntime", "check_onnxruntime", "lower", "readers_of"]
 
 
 def lower(
@@ -47,5 +48,6 @@ def lower(
         MissingDependencyError: without onnx and onnx_ir.
     """
     target = OnnxTarget(opset, float_dtype, int8_weights)
-    written: dict[str, Any] = import_with_onnx().write(graph, directory, target, companions=companions)
+    writer = import_with_onnx("qcompiler.lowering.onnx.writer")
+    written: dict[str, Any] = writer.write(graph, directory, target, companions=companions)
     return written

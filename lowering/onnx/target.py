@@ -1,23 +1,24 @@
 """What ONNX Runtime makes of a quantized linear layer, said before anything is calibrated."""
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from typing_extensions import Doc
 
 from qcompiler.errors import InputError, MissingDependencyError, TargetError
+from qcompiler.frontend import import_with_onnx
 from qcompiler.ir import CacheFormat, Graph
 from qcompiler.lowering.onnx.reader import OnnxArtifact, OnnxModule
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Artifact, Lowered, Reader, RunsInputs, Support, Target, choose_device
 
-__all__ = ["OPSETS", "OnnxTarget", "by_onnxruntime", "import_with_onnx", "readers_of"]
+__all__ = ["OPSETS", "OnnxTarget", "by_onnxruntime", "check_onnxruntime", "readers_of"]
+
+_WRITER = "qcompiler.lowering.onnx.writer"
 
 OPSETS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 """Operator sets that can be written, and the IR version each goes with."""
@@ -108,18 +109,14 @@ class OnnxTarget(Target):
             InputError: if a file that goes beside the model cannot be read.
             MissingDependencyError: without the packages that write ONNX, and run it to compare.
         """
-        check = import_with_onnx().check
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise MissingDependencyError(
-                "what is written as ONNX is run to compare it, and ONNX Runtime is not installed",
-                remedy="pip install onnxruntime",
-            )
+        check = import_with_onnx(_WRITER).check
+        check_onnxruntime()
         check(graph, self)
 
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:
         """Writes an ONNX folder, see `qcompiler.lowering.onnx.lower`."""
         assert directory is not None
-        report = import_with_onnx().write(graph, directory, self)
+        report = import_with_onnx(_WRITER).write(graph, directory, self)
         return Lowered(report, readers=readers_of(directory, self.float_dtype, _in_float16))
 
     @classmethod
@@ -260,19 +257,14 @@ def _in_float16(directory: Path) -> Artifact:
     return Float16Artifact(directory)
 
 
-def import_with_onnx(module: str = "qcompiler.lowering.onnx.writer") -> ModuleType:
-    """A module that reads or writes ONNX, imported when it is wanted.
+def check_onnxruntime() -> None:
+    """Refuses to write what cannot be run to compare it.
 
     Raises:
-        MissingDependencyError: without the packages it needs.
+        MissingDependencyError: without ONNX Runtime.
     """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnx_ir", "ml_dtypes"):
-            raise
+    if importlib.util.find_spec("onnxruntime") is None:
         raise MissingDependencyError(
-            "ONNX needs packages that are not installed",
-            got=f"no module {error.name}",
-            remedy="pip install onnx onnx-ir",
-        ) from error
+            "what is written as ONNX is run to compare it, and ONNX Runtime is not installed",
+            remedy="pip install onnxruntime",
+        )

@@ -1,6 +1,5 @@
 """What ONNX Runtime's own operators make of a quantized model, said before anything is calibrated."""
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,9 +8,10 @@ from typing import Annotated, ClassVar, Literal
 
 from typing_extensions import Doc
 
-from qcompiler.errors import InputError, MissingDependencyError
+from qcompiler.errors import InputError
+from qcompiler.frontend import import_with_onnx
 from qcompiler.ir import CacheFormat, Graph
-from qcompiler.lowering.onnx import OnnxTarget, import_with_onnx, readers_of
+from qcompiler.lowering.onnx import OnnxTarget, check_onnxruntime, readers_of
 from qcompiler.lowering.ort.support import support_of, support_of_cache, support_of_table
 from qcompiler.numerics import QuantSpec, Scheme
 from qcompiler.protocol import Artifact, Lowered, Support, Target, Within, choose_device
@@ -69,11 +69,7 @@ class OrtTarget(Target):
             TargetError: that names them.
             MissingDependencyError: without the packages that write ONNX, and run it to compare.
         """
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise MissingDependencyError(
-                "what is written is run to compare it, and ONNX Runtime is not installed",
-                remedy="pip install onnxruntime",
-            )
+        check_onnxruntime()
         import_with_onnx(_WRITER).check(graph, self)
 
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcompiler.lowering.onnx import import_with_onnx
+from qcompiler.frontend import import_with_onnx
 from qcompiler.lowering.tensorrt.target import TensorRTTarget
 
 if TYPE_CHECKING:

@@ -1,6 +1,5 @@
 """What TensorRT makes of a quantized linear layer or cache, said before anything is calibrated."""
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from typing_extensions import Doc
 
-from qcompiler.errors import MissingDependencyError, TargetError
+from qcompiler.errors import TargetError
+from qcompiler.frontend import import_with_onnx
 from qcompiler.ir import CacheFormat, Graph
-from qcompiler.lowering.onnx import OnnxTarget, import_with_onnx, readers_of
+from qcompiler.lowering.onnx import OnnxTarget, check_onnxruntime, readers_of
 from qcompiler.lowering.tensorrt.support import (
     check_float8_attention,
     check_float8_caches,
@@ -111,11 +111,7 @@ class TensorRTTarget(Target):
             MissingDependencyError: without the packages that write ONNX and run it to compare. TensorRT itself may be
                 missing: the ONNX is written all the same.
         """
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise MissingDependencyError(
-                "what is written is run to compare it, and ONNX Runtime is not installed",
-                remedy="pip install onnxruntime",
-            )
+        check_onnxruntime()
         import_with_onnx(_WRITER).check(graph, self)
 
     def lower(self, graph: Graph, directory: Path | None) -> Lowered:

@@ -1,8 +1,9 @@
 """From a model to a canonical graph.
 
-In: a Hugging Face directory or an `nn.Module`. Out: a `Graph` whose norms, attention and layers are one operator
-each. `capture` begins, `exporting` traces, `skeleton` and `conversions` bind tensors, `canonicalize` and its rules
-recognise. `checkpoints` reads those that are quantized already: their layers become quantized sites.
+In: a Hugging Face directory, an `nn.Module` or an ONNX model. Out: a `Graph` whose norms, attention and layers are one
+operator each. `capture` begins, `exporting` traces, `skeleton` and `conversions` bind tensors, `canonicalize` and its
+rules recognise. `checkpoints` reads those that are quantized already: their layers become quantized sites. `onnx` reads
+ONNX: an interpreter that is traced as any module is.
 """
 
 from qcompiler.frontend.canonicalization import canonicalize
@@ -24,6 +25,7 @@ from qcompiler.frontend.directories import (
     refuse_quantized,
 )
 from qcompiler.frontend.model_config import declared, declared_positions
+from qcompiler.frontend.onnx_files import import_with_onnx
 from qcompiler.frontend.pattern import Miss, Rule, apply_rules, expect
 from qcompiler.frontend.pattern import replace as replace_call
 from qcompiler.frontend.skeleton import build_on_meta, quiet_transformers, tied_names
@@ -49,6 +51,7 @@ __all__ = [
     "expect",
     "fingerprint_directory",
     "gguf_places",
+    "import_with_onnx",
     "interleave",
     "is_quantized_checkpoint",
     "quiet_transformers",

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
     from qcompiler.ir import Graph
 
-__all__ = ["capture_onnx", "find_onnx", "has_onnx_codes"]
+__all__ = ["capture_onnx", "find_onnx", "has_onnx_codes", "import_with_onnx"]
+
+_READER = "qcompiler.frontend.onnx"
 
 
 def find_onnx(path: str | Path) -> Path | None:
@@ -44,19 +46,24 @@ def capture_onnx(path: Path) -> "Graph":
     Raises:
         MissingDependencyError: without onnx and onnx_ir.
     """
-    graph: Graph = _reader().capture_onnx(path)
+    graph: Graph = import_with_onnx(_READER).capture_onnx(path)
     return graph
 
 
 def has_onnx_codes(path: Path) -> bool:
     """Whether the weights of an ONNX file are codes already; errors as those of `capture_onnx`."""
-    found: bool = _reader().has_codes(path)
+    found: bool = import_with_onnx(_READER).has_codes(path)
     return found
 
 
-def _reader() -> "ModuleType":
+def import_with_onnx(module: str) -> "ModuleType":
+    """A module that reads or writes ONNX, imported when it is wanted.
+
+    Raises:
+        MissingDependencyError: without the packages it needs.
+    """
     try:
-        return importlib.import_module("qcompiler.frontend.onnx")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name not in ("onnx", "onnx_ir", "ml_dtypes"):
             raise
