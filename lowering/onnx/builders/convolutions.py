@@ -17,10 +17,12 @@ _aten = torch.ops.aten
 
 def _convolution(e: Emitter, node: fx.Node) -> ir.Value:
     """``conv1d`` to ``conv3d``; padding as numbers, or as a word."""
-    padding = argument(node, 4, "padding", 0)
-    words = {"valid": "VALID", "same": "SAME_UPPER"}  # where padding is uneven, torch's larger part is behind as well
-    pads = {"auto_pad": words[padding]} if isinstance(padding, str) else _pads(padding, _axes(node))
-    return _emit(e, node, "Conv", argument(node, 5, "dilation", 1), argument(node, 6, "groups", 1), pads)
+    padding, dilation = argument(node, 4, "padding", 0), argument(node, 5, "dilation", 1)
+    if isinstance(padding, str):
+        pads = _pads_of_word(padding, node, _per_axis(dilation, _axes(node)))
+    else:
+        pads = _pads(padding, _axes(node))
+    return _emit(e, node, "Conv", dilation, argument(node, 6, "groups", 1), pads)
 
 
 def _general_convolution(e: Emitter, node: fx.Node) -> ir.Value:
@@ -62,6 +64,15 @@ def _per_axis(value: object, axes: int) -> list[int]:
 
 def _pads(padding: object, axes: int) -> dict[str, Any]:
     return {"pads": _per_axis(padding, axes) * 2}
+
+
+def _pads_of_word(word: str, node: fx.Node, dilation: list[int]) -> dict[str, Any]:
+    """Of ``same``, the larger part is behind where it is uneven; ONNX's own word takes no dilation in ONNX Runtime."""
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    window = weight.meta["shape"][2:]
+    pads = [step * (size - 1) if word == "same" else 0 for step, size in zip(dilation, window, strict=True)]
+    return {"pads": [*(pad // 2 for pad in pads), *(pad - pad // 2 for pad in pads)]}
 
 
 CONVOLUTION_BUILDERS: Builders = {
