@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcompiler.advice import recommend
     from qcompiler.api import CompileResult, capture, compile, evaluate, generate, load, lower, open_artifact
-    from qcompiler.artifacts import Calibration
+    from qcompiler.artifacts import Calibration, evaluate_inputs
     from qcompiler.errors import QCompilerError
     from qcompiler.to_target import verify
 
@@ -21,6 +21,7 @@ __all__ = [
     "capture",
     "compile",
     "evaluate",
+    "evaluate_inputs",
     "generate",
     "load",
     "lower",
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 _ELSEWHERE = {
     "Calibration": "qcompiler.artifacts",
     "QCompilerError": "qcompiler.errors",
+    "evaluate_inputs": "qcompiler.artifacts",
     "recommend": "qcompiler.advice",
     "verify": "qcompiler.to_target",
 }

@@ -125,7 +125,7 @@ def compile(
         model: what `capture` takes, or a graph it returned, which is left as it is.
         recipe: a name (`qcompiler.passes.recipes`), a ``.toml`` file, the place of somebody else's passes
             (``package.module:NAME`` or ``file.py:NAME``, which is imported and so runs), or passes in order.
-        calibration: text, tokens or self-generated; for a plain module, an iterable of input tuples. Without it, a
+        calibration: text, tokens, self-generated, or inputs (also as plain tuples). Without it, a
             recipe that needs calibration lets the model generate its own tokens, and says so.
         targets: where the result is meant to go, as `make_target` takes and gives them; operators and schemes they
             refuse are errors before anything is computed.

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from qcompiler.lowering.onnx.builders.caches import CACHE_BUILDERS
 from qcompiler.lowering.onnx.builders.canonical import CANONICAL_BUILDERS
 from qcompiler.lowering.onnx.builders.codebooks import CODEBOOK_BUILDERS
+from qcompiler.lowering.onnx.builders.convolutions import CONVOLUTION_BUILDERS
 from qcompiler.lowering.onnx.builders.elementwise import ELEMENTWISE_BUILDERS
 from qcompiler.lowering.onnx.builders.experts import EXPERT_BUILDERS
 from qcompiler.lowering.onnx.builders.products import PRODUCT_BUILDERS
@@ -21,6 +22,7 @@ BUILDERS: Builders = {
     **CANONICAL_BUILDERS,
     **CACHE_BUILDERS,
     **CODEBOOK_BUILDERS,
+    **CONVOLUTION_BUILDERS,
     **EXPERT_BUILDERS,
     **ELEMENTWISE_BUILDERS,
     **PRODUCT_BUILDERS,

@@ -11,6 +11,7 @@ import typer
 import qcompiler
 from qcompiler import api
 from qcompiler.artifacts import Calibration
+from qcompiler.cli.measuring import measure_by_inputs
 from qcompiler.cli.options import (
     Engine,
     Json,
@@ -24,6 +25,7 @@ from qcompiler.cli.options import (
     parse_bytes,
     parse_overrides,
     parse_targets,
+    read_calibration,
 )
 from qcompiler.cli.output import Kept, Output, directory_bytes, opened_output
 from qcompiler.cli.printing import (
@@ -77,7 +79,7 @@ def compile(
     goal: Goal = "quality",
     calib: Annotated[
         Path | None,
-        typer.Option(help="A UTF-8 text to calibrate and to measure with, plain or JSON lines (text, messages, ...)."),
+        typer.Option(help="A UTF-8 text, plain or JSON lines; or inputs.npz, for a model without token ids."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
@@ -108,7 +110,7 @@ def compile(
     recipe, targets = chosen.recipe, parse_targets(chosen.targets)
     overrides = parse_overrides(override or [])
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    calibration = None if calib is None else Calibration.from_text(calib, samples=samples, length=length, seed=seed)
+    calibration = None if calib is None else read_calibration(calib, samples, length, seed)
     if calibration is None and (samples, length) != (64, 512):
         calibration = Calibration.self_generated(samples=samples, length=length, seed=seed)
     passes = api.check_arguments(
@@ -244,6 +246,8 @@ def evaluate(
         bool | None, typer.Option(help="Decode half of each window with the cache; by default if that is quantized.")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="An .npz of inputs, for models without token ids.")] = None,
+    metric: Annotated[str, typer.Option(help="With --inputs: cosine, max or top1.")] = "cosine",
     engine: Engine = None,
     device: Place = None,
     stream: Stream = None,
@@ -254,6 +258,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure perplexity, and the distance to the original model."""
     use_threads(threads)
+    if inputs is not None:
+        return measure_by_inputs(artifact, against, inputs, metric, as_json=as_json)
     opened = api.open_artifact(
         artifact, engine=engine, device=device, streamed=stream, trust_remote_code=trust_remote_code
     )

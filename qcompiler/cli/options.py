@@ -26,6 +26,7 @@ __all__ = [
     "parse_bytes",
     "parse_overrides",
     "parse_targets",
+    "read_calibration",
 ]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -106,6 +107,13 @@ def parse_bytes(text: str) -> int:
     if value < 0:
         raise InputError("not an amount of memory", got=text, expected="such as 500MB or 4GB")
     return value
+
+
+def read_calibration(path: Path, samples: int, length: int, seed: int) -> Calibration:
+    """Of a text; of inputs by name where the file is an ``.npz``."""
+    if path.suffix == ".npz":
+        return Calibration.from_inputs(path)
+    return Calibration.from_text(path, samples=samples, length=length, seed=seed)
 
 
 def first_tokens(text: Path, directory: Path) -> Tensor:

@@ -173,7 +173,7 @@ def _by_port(signature: Signature, batch: object, where: str) -> list[Tensor]:
 
 def _read_arrays(path: Path) -> dict[str, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("a single array")
             arrays = {name: archive[name] for name in archive.files}

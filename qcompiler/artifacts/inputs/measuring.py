@@ -1,8 +1,9 @@
 """How far a model's outputs are from those of its original, by a measure that users choose."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from qcompiler.artifacts.inputs.given import GivenInputs
 from qcompiler.artifacts.inputs.running import outputs_of
+from qcompiler.artifacts.result import CompileResult, load
 from qcompiler.errors import ArtifactError, InputError, did_you_mean
 from qcompiler.ir import Graph
 
 __all__ = ["InputEvaluation", "Metric", "evaluate_inputs"]
 
+Model = Graph | CompileResult | str | Path
 Metric = str | Callable[[Tensor, Tensor], float]
 """A name, or a function of what an output is and what it should be, both float32 or whole numbers, of one batch."""
 
@@ -44,13 +47,15 @@ class InputEvaluation:
         return asdict(self)
 
 
-def evaluate_inputs(graph: Graph, against: Graph, inputs: GivenInputs, metric: Metric = "cosine") -> InputEvaluation:
+def evaluate_inputs(
+    model: Model, against: Model, inputs: str | Path | Iterable[Any], metric: Metric = "cosine"
+) -> InputEvaluation:
     """Runs two forms of a model on the same inputs, by the reference arithmetic.
 
     Args:
-        graph: what is measured.
-        against: the original.
-        inputs: for both.
+        model: what is measured: a graph, what `compile` returned, or the path of a native artifact or an ONNX file.
+        against: the original, as one of these.
+        inputs: for both, as `qcompiler.artifacts.Calibration.from_inputs` takes them.
         metric: ``cosine``, the similarity of samples in the mean; ``max``, the largest difference, relative to the
             largest value of the original's output; ``top1``, the share of places at which the last axis has its
             largest value at the same index; or a function.
@@ -62,16 +67,17 @@ def evaluate_inputs(graph: Graph, against: Graph, inputs: GivenInputs, metric: M
     """
     start = time.perf_counter()
     measure = _measure_of(metric)
+    graph, original, given = _graph_of(model), _graph_of(against), GivenInputs.of(inputs)
     names = [port.name for port in graph.signature.outputs]
-    theirs = [port.name for port in against.signature.outputs]
+    theirs = [port.name for port in original.signature.outputs]
     if len(names) != len(theirs):
         raise InputError("the original has other outputs", got=", ".join(theirs), expected=", ".join(names))
-    batches = list(inputs.batches(graph.signature))
+    batches = list(given.batches(graph.signature))
     if not batches:
         raise InputError("there are no inputs to evaluate with", expected="at least one batch")
-    list(GivenInputs([tuple(batch) for batch in batches]).batches(against.signature))
+    list(GivenInputs([tuple(batch) for batch in batches]).batches(original.signature))
     values: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
-    for batch, found, expected in zip(batches, outputs_of(graph, batches), outputs_of(against, batches), strict=True):
+    for batch, found, expected in zip(batches, outputs_of(graph, batches), outputs_of(original, batches), strict=True):
         for name, output, reference in zip(names, found, expected, strict=True):
             if output.shape != reference.shape:
                 raise InputError(
@@ -91,6 +97,12 @@ def evaluate_inputs(graph: Graph, against: Graph, inputs: GivenInputs, metric: M
         8 * stored / int(graph.provenance["parameters"]),
         time.perf_counter() - start,
     )
+
+
+def _graph_of(model: Model) -> Graph:
+    if isinstance(model, (str, Path)):
+        model = load(model)
+    return model.graph if isinstance(model, CompileResult) else model
 
 
 def _mean(values: Sequence[tuple[float, int]]) -> float:

@@ -191,6 +191,44 @@ case("matmul", aten.matmul.default, lambda b, s: (floats(b, s, 8), floats(8, 6))
 case("bmm", aten.bmm.default, lambda b, s: (floats(b, s, 8), floats(b, 8, s)))
 case("mm", aten.mm.default, lambda b, s: (floats(s, 8), floats(8, 6)))
 case("addmm", aten.addmm.default, lambda b, s: (floats(6), floats(s, 8), floats(8, 6)))
+case(
+    "conv1d",
+    aten.conv1d.default,
+    lambda b, s: (floats(b, 4, 9), floats(6, 2, 3), floats(6)),
+    lambda x, w, c, *_: (x, w, c, [2], [1], [2], 2),
+)
+case("conv2d", aten.conv2d.default, lambda b, s: (floats(b, 3, 9, 8), floats(5, 3, 2, 3)))
+case("conv3d", aten.conv3d.default, lambda b, s: (floats(b, 2, 4, 5, 6), floats(3, 2, 2, 2, 2), floats(3)))
+case(
+    "conv2d_same",
+    aten.conv2d.padding,
+    lambda b, s: (floats(b, 3, 9, 8), floats(5, 3, 2, 4), floats(5)),
+    lambda x, w, c, *_: (x, w, c, [1, 1], "same"),
+)
+case(
+    "conv1d_valid",
+    aten.conv1d.padding,
+    lambda b, s: (floats(b, 3, 9), floats(5, 3, 2)),
+    lambda x, w, *_: (x, w, None, [2], "valid"),
+)
+case(
+    "conv3d_same",
+    aten.conv3d.padding,
+    lambda b, s: (floats(b, 2, 4, 5, 6), floats(3, 2, 2, 3, 2)),
+    lambda x, w, *_: (x, w, None, [1, 1, 1], "same", [1, 1, 2]),
+)
+case(
+    "convolution",
+    aten.convolution.default,
+    lambda b, s: (floats(b, 3, 9, 8), floats(5, 3, 2, 3)),
+    lambda x, w, *_: (x, w, None, [2, 1], [1, 0], [1, 2], False, [0, 0], 1),
+)
+case(
+    "transposed_convolution",
+    aten.convolution.default,
+    lambda b, s: (floats(b, 4, 5, 6), floats(4, 3, 2, 3), floats(6)),
+    lambda x, w, c, *_: (x, w, c, [2, 3], [1, 0], [1, 1], True, [1, 2], 2),
+)
 case("linear", aten.linear.default, lambda b, s: (floats(b, s, 8), floats(6, 8), floats(6)))
 case("embedding", aten.embedding.default, lambda b, s: (floats(11, 8), ints(b, s, low=0, high=11)))
 case(
