@@ -97,7 +97,8 @@ class Assign(Pass):
             if name is None:
                 skips.append(Skip(site.name, self.name, reason, asked=True))
         if unmatched:
-            names = dict.fromkeys(part for site in sites for part in (site.name, site.name.rpartition(".")[2]))
+            ends = (f"*.{site.name.rpartition('.')[2]}" for site in sites if "." in site.name)
+            names = dict.fromkeys([*(site.name for site in sites), *ends])
             near, listed = did_you_mean(min(unmatched).strip("*."), names), "`qcompiler inspect MODEL` lists the sites"
             raise RecipeError(
                 "an override matches no site",

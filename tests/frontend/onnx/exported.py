@@ -51,9 +51,14 @@ class _Flat(nn.Module):
 @functools.cache
 def exported(family: str, *, dynamo: bool = False) -> Path:
     """The ONNX file of a family of `tests.models`, by one of torch's two exporters."""
-    model = model_of(family)
+    path = Path(_folder().name) / f"{family}-{dynamo}" / "model.onnx"
+    path.parent.mkdir(exist_ok=True)
+    return export_model(model_of(family), path, has_cache=family != "bert", dynamo=dynamo)
+
+
+def export_model(model: nn.Module, path: Path, *, has_cache: bool = True, dynamo: bool = False) -> Path:
+    """Writes a transformers model as ONNX, its cache as inputs and outputs; what is returned is the path."""
     config: Any = model.config
-    has_cache = family != "bert"
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = config.hidden_size // config.num_attention_heads
     total = PAST + SEQUENCE if has_cache else SEQUENCE
@@ -76,8 +81,6 @@ def exported(family: str, *, dynamo: bool = False) -> Path:
     else:
         types = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)
         arguments["token_type_ids"] = (types, {0: "batch", 1: "sequence"})
-    path = Path(_folder().name) / f"{family}-{dynamo}" / "model.onnx"
-    path.parent.mkdir(exist_ok=True)
     axes = {name: axes for name, (_, axes) in arguments.items()}
     tensors = tuple(tensor for tensor, _ in arguments.values())
     names: dict[str, Any] = {"input_names": list(arguments), "output_names": list(outputs)}
