@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qcompiler.errors import UnsupportedModelError
 from qcompiler.ir.cache_format import FLOAT_CACHES, CacheFormat
 from qcompiler.ir.graph import Graph, is_op
 from qcompiler.ir.kv_cache import kept_range
@@ -160,7 +161,14 @@ def _quantize_of(append: Node) -> Node:
     assert isinstance(codes, Node)
     if is_op(codes, _canonical.pack_nibbles.default):
         codes = codes.all_input_nodes[0]
-    assert is_op(codes, _canonical.quantize.default)
+    if not is_op(codes, _canonical.quantize.default):
+        raise UnsupportedModelError(
+            "this cache is packed by operators that are not told apart from the model's own",
+            where=append.name,
+            got=str(codes.target),
+            expected="codes of one quantization",
+            remedy="lower the artifact that the file was written of",
+        )
     return codes
 
 

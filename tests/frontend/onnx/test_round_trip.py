@@ -75,3 +75,15 @@ def test_it_is_loaded_as_what_was_compiled(pair, monkeypatch):
 def test_what_has_codes_is_not_compiled_again(pair):
     with pytest.raises(UnsupportedModelError, match="quantized already"):
         qc.compile(pair[1], "w4a16-rtn")
+
+
+def test_a_cache_of_int4_runs_and_is_refused_by_name(tmp_path):
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    result = qc.compile(canonical_graph("llama"), "kv-int4", qc.Calibration.from_tokens(ids))
+    qc.lower(result, "onnx", tmp_path / "onnx", verify=False)
+    again = qc.load(tmp_path / "onnx" / "model.onnx")
+    expected = result.artifact().forward(ids)
+    found = again.artifact().forward(ids)
+    assert float((found - expected).norm() / expected.norm()) < 0.05  # a tie falls otherwise
+    with pytest.raises(UnsupportedModelError, match="packed by operators"):
+        qc.lower(again, "onnx", tmp_path / "again")

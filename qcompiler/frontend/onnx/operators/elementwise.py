@@ -113,6 +113,12 @@ def _power(call: Call) -> Value:
     return torch.pow(as_tensor(base, call.device), as_tensor(exponent, call.device)).to(base.dtype)
 
 
+def _shift(call: Call) -> Value:
+    if call.get("direction", "RIGHT") == "LEFT":
+        return combine(call, operator.lshift, _both(torch.bitwise_left_shift), None)
+    return combine(call, operator.rshift, _both(torch.bitwise_right_shift), None)
+
+
 def _mod(call: Call) -> Value:
     if call.get("fmod", 0):
         return torch.fmod(call.tensor(0), call.tensor(1))
@@ -312,6 +318,7 @@ ELEMENTWISE: Operators = {
     "BitwiseOr": _binary(operator.or_, _both(torch.bitwise_or)),
     "BitwiseXor": _binary(operator.xor, _both(torch.bitwise_xor)),
     "BitwiseNot": _unary(torch.bitwise_not),
+    "BitShift": _shift,
     "Equal": _compare(operator.eq, _flipped(torch.eq, torch.eq)),
     "Less": _compare(operator.lt, _flipped(torch.lt, torch.gt)),
     "LessOrEqual": _compare(operator.le, _flipped(torch.le, torch.ge)),
