@@ -1,4 +1,4 @@
-"""From transformers to ONNX by torch, and from there by AWQ and GPTQ to tokens of ONNX Runtime and onnxruntime-genai."""
+"""From transformers to ONNX by torch, and from there by AWQ and GPTQ to tokens of both of ONNX Runtime's runtimes."""
 
 import shutil
 from pathlib import Path
