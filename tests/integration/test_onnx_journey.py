@@ -44,7 +44,7 @@ def test_transformers_to_onnx_to_genai(tmp_path: Path) -> None:
     settings.set_search_options(max_length=len(ids) + STEPS, do_sample=False)
     generator = genai.Generator(loaded, settings)
     generator.append_tokens(ids.numpy().astype(np.int32))
-    found = []
+    found: list[int] = []
     while not generator.is_done() and len(found) < STEPS:
         generator.generate_next_token()
         found.append(int(generator.get_next_tokens()[0]))
