@@ -61,6 +61,8 @@ def test_what_stands_is_not_measured_again() -> None:
     assert not formats.lacking([differs, Row("w4a16-awq", "awq", "vllm", "yes")], "w4a16-gptq", "awq", vllm)
     assert not formats.lacking([said], "w4a16-gptq", "gptq", vllm)
     assert not formats.lacking([said], "w8a16", "awq", vllm)
+    rounds = Row("w8a8-rtn", "awq", "vllm", "no: a layer kept its input")
+    assert not formats.lacking([rounds], "w8a8-smoothquant", "awq", vllm)
 
 
 def test_table() -> None:
