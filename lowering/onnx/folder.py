@@ -9,7 +9,9 @@ from qcompiler.frontend import declared, declared_positions
 from qcompiler.ir import Graph
 from qcompiler.storage import read_companions
 
-__all__ = ["companions", "generation_config"]
+__all__ = ["companions", "generation_config", "usual_names"]
+
+_USUAL = {"ids": "input_ids", "mask": "attention_mask", "positions": "position_ids", "logits": "logits"}
 
 
 def companions(source: Path | None, config: dict[str, Any] | None) -> dict[str, bytes]:
@@ -71,6 +73,8 @@ def generation_config(
         missing.append("how scales of a quantized cache are passed on")
     if any(port.shape != cache for port in past):
         missing.append("one cache shape for all layers")
+    if usual_names(graph):
+        missing.append("how ports of other names are passed on")
     if missing:
         return None, missing
     padding = first("pad_token_id")
@@ -127,4 +131,20 @@ def _generation_settings(files: dict[str, bytes]) -> dict[str, Any]:
         raise InputError("not a JSON object", where="generation_config.json", got=error) from error
     if not isinstance(found, dict):
         raise InputError("not a JSON object", where="generation_config.json", got=type(found).__name__)
+    return found
+
+
+def usual_names(graph: Graph) -> dict[str, str]:
+    """By name: what ports of a token model would be called, where they are called otherwise."""
+    found = {}
+    if graph.signature.input("ids") is None:
+        return {}
+    for port in (*graph.signature.inputs, *graph.signature.outputs):
+        usual = _USUAL.get(port.role)
+        if port.role in ("past", "present") and port.layer is not None:
+            usual = f"{'past_key_values' if port.role == 'past' else 'present'}.{port.layer}.{port.part}"
+        elif port.role == "other" and port in graph.signature.inputs:
+            usual = "token_type_ids"
+        if usual is not None and usual != port.name:
+            found[port.name] = usual
     return found

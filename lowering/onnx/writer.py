@@ -41,7 +41,7 @@ def write(
     target = _high_enough(graph, target)
     files = companion_files(graph, companions)
     settings, missing = folder.generation_config(graph, files)
-    if settings is not None and not _usual_names(graph):
+    if settings is not None:
         files["genai_config.json"] = json.dumps(settings, indent=2).encode() + b"\n"
     emitted = emit(graph, portable(target))
     store(emitted, directory, files)
@@ -226,29 +226,10 @@ def _model(graph: Graph, emitter: Emitter, outputs: list[ir.Value], dialect: Dia
         "schemes": {site: scheme.to_dict() for site, scheme in graph.schemes.items()},
     }
     metadata = {METADATA_PREFIX + key: json.dumps(value) for key, value in facts.items() if value is not None}
-    if usual := _usual_names(graph):
+    if usual := folder.usual_names(graph):
         metadata[f"{METADATA_PREFIX}ports"] = json.dumps(usual)
     metadata |= _kept_metadata(graph)
     return ir.Model(body, ir_version=dialect.ir_version, producer_name="qcompiler", metadata_props=metadata)
-
-
-_USUAL = {"ids": "input_ids", "mask": "attention_mask", "positions": "position_ids", "logits": "logits"}
-
-
-def _usual_names(graph: Graph) -> dict[str, str]:
-    """By name: what ports of a token model would be called, where they are called otherwise."""
-    found = {}
-    if graph.signature.input("ids") is None:
-        return {}
-    for port in (*graph.signature.inputs, *graph.signature.outputs):
-        usual = _USUAL.get(port.role)
-        if port.role in ("past", "present") and port.layer is not None:
-            usual = f"{'past_key_values' if port.role == 'past' else 'present'}.{port.layer}.{port.part}"
-        elif port.role == "other" and port in graph.signature.inputs:
-            usual = "token_type_ids"
-        if usual is not None and usual != port.name:
-            found[port.name] = usual
-    return found
 
 
 def _kept_metadata(graph: Graph) -> dict[str, str]:

@@ -23,7 +23,6 @@ from qcompiler.storage import StagedFiles
 __all__ = ["CHOICES_FILE", "check", "finish", "write"]
 
 CHOICES_FILE = "ort.json"
-_LONGEST = 4096
 
 
 def check(graph: Graph, target: OrtTarget) -> None:

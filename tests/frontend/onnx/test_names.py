@@ -8,7 +8,9 @@ import qcompiler as qc
 from qcompiler.artifacts import NativeArtifact
 from qcompiler.frontend.onnx import capture_onnx
 from qcompiler.lowering.onnx import OnnxArtifact, lower
+from qcompiler.lowering.onnx.folder import generation_config
 from tests.frontend.onnx.exported import exported
+from tests.models import model_of
 
 NAMES = {"input_ids": "tokens", "attention_mask": "visible", "position_ids": "places", "logits": "scores"}
 
@@ -67,3 +69,15 @@ def test_it_runs_with_its_cache(lowered):
     _, cache = ours.prefill(ids[:, :5])
     last, _ = ours.step(ids[:, 5:], cache)
     torch.testing.assert_close(last, whole[:, 5:], rtol=1e-3, atol=1e-4)
+
+
+def test_no_target_tells_genai_of_ports_that_it_does_not_know(lowered):
+    _, compiled, _ = lowered
+    config = {**model_of("llama").config.to_dict(), "bos_token_id": 0, "eos_token_id": 1}
+    before = compiled.provenance.get("config")
+    compiled.provenance["config"] = config
+    try:
+        settings, missing = generation_config(compiled, {}, shares_buffer=True)
+    finally:
+        compiled.provenance["config"] = before
+    assert (settings, missing) == (None, ["how ports of other names are passed on"])
