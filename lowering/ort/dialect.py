@@ -20,17 +20,12 @@ OPSET = 23
 _FLOAT, _INT32, _INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 
 
-def ort_dialect(float_dtype: str, accuracy_level: int) -> Dialect:
-    """How a fused graph is written, in ``float32`` or ``float16``."""
-
-    def product(e: Emitter, node: fx.Node) -> ir.Value | tuple[ir.Value, ...]:
-        return _matmul_nbits(e, node, accuracy_level)
-
-    builders = {**_BUILDERS, operators.matmul_nbits: product}
-    return Dialect(OPSET, WORKING[float_dtype], True, builders=builders, domains={DOMAIN: 1})
+def ort_dialect(float_dtype: str) -> Dialect:
+    """How a fused graph is written, in ``float32`` or ``float16``; products are exact until their level is chosen."""
+    return Dialect(OPSET, WORKING[float_dtype], True, builders=_BUILDERS, domains={DOMAIN: 1})
 
 
-def _matmul_nbits(e: Emitter, node: fx.Node, accuracy_level: int) -> ir.Value | tuple[ir.Value, ...]:
+def _matmul_nbits(e: Emitter, node: fx.Node) -> ir.Value | tuple[ir.Value, ...]:
     x_node, codes, scales, zeros, biases = node.args
     options: dict[str, Any] = dict(node.kwargs)
     form = {"block": options["block"], "bits": options["bits"]}
@@ -56,7 +51,7 @@ def _matmul_nbits(e: Emitter, node: fx.Node, accuracy_level: int) -> ir.Value | 
         N=sum(rows),
         bits=options["bits"],
         block_size=options["block"],
-        accuracy_level=accuracy_level,
+        accuracy_level=0,
     )
     e.products.update(dict.fromkeys(options["sites"], name))
     if not options["split"]:
@@ -199,6 +194,7 @@ def _gather_block_quantized(e: Emitter, node: fx.Node) -> ir.Value:
 
 _BUILDERS: Builders = {
     torch.ops.qcompiler.rms_norm.default: _rms_norm,
+    operators.matmul_nbits: _matmul_nbits,
     operators.group_query_attention: _group_query_attention,
     operators.merge_heads: _merge_heads,
     operators.split_heads: _split_heads,

@@ -32,7 +32,7 @@ def check(graph: Graph, target: OrtTarget) -> None:
         TargetError: for operators, options or versions.
         InputError: if a file that goes beside the model cannot be read.
     """
-    emitted = _emit(graph, target)
+    emitted = emit(_fused(graph, target), ort_dialect(target.float_dtype))
     generation_config(graph, companion_files(graph))
     check_installed(emitted.model)
 
@@ -45,8 +45,8 @@ def write(graph: Graph, directory: Path, target: OrtTarget) -> dict[str, Any]:
         ResourceError: if the disk is full.
     """
     files = companion_files(graph)
-    fused = fuse(graph, _length(graph, target))
-    emitted = emit(fused, ort_dialect(target.float_dtype, accuracy_level=0))
+    fused = _fused(graph, target)
+    emitted = emit(fused, ort_dialect(target.float_dtype))
     is_shared = shares_caches(emitted.model)
     settings, missing = generation_config(
         fused, files, shares_buffer=is_shared, provider="cuda" if target.float_dtype == "float16" else None
@@ -73,12 +73,8 @@ def _write_choices(directory: Path, choices: dict[str, Any]) -> None:
         append(json.dumps(choices, indent=2).encode() + b"\n")
 
 
-def _emit(graph: Graph, target: OrtTarget) -> Emitted:
-    return emit(fuse(graph, _length(graph, target)), ort_dialect(target.float_dtype, accuracy_level=0))
-
-
-def _length(graph: Graph, target: OrtTarget) -> int | None:
-    """How many positions tables have.
+def _fused(graph: Graph, target: OrtTarget) -> Graph:
+    """What is written; tables of positions are as long as sequences may be.
 
     Raises:
         TargetError: if more are asked for than the model has.
@@ -91,7 +87,7 @@ def _length(graph: Graph, target: OrtTarget) -> int | None:
             got=target.length,
             expected=f"at most {positions}",
         )
-    return target.length or positions
+    return fuse(graph, target.length or positions)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

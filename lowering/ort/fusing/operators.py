@@ -20,7 +20,7 @@ def matmul_nbits(*args: object, **options: object) -> NoReturn:
     Options: ``block``, ``bits``, ``groups`` (channels that share a stored scale), ``sites``; ``split``: as many results
     as layers, instead of all in one.
     """
-    raise NotImplementedError
+    _never()
 
 
 def group_query_attention(*args: object, **options: object) -> NoReturn:
@@ -28,34 +28,38 @@ def group_query_attention(*args: object, **options: object) -> NoReturn:
 
     Options: ``heads``, ``kv_heads``, ``width``, ``scale``, ``window``, ``softcap``, ``interleaved``, ``bits``.
     """
-    raise NotImplementedError
+    _never()
 
 
 def rotary_embedding(*args: object, **options: object) -> NoReturn:
     """``(x, positions, cos, sin)`` and ``interleaved``, of ``[B, N, S, H]``."""
-    raise NotImplementedError
+    _never()
 
 
 def merge_heads(*args: object, **options: object) -> NoReturn:
     """``[B, N, S, H]``, or with ``swapped=False`` ``[B, S, N, H]``, as ``[B, S, N·H]``."""
-    raise NotImplementedError
+    _never()
 
 
 def split_heads(*args: object, **options: object) -> NoReturn:
     """``[B, S, N·H]`` as ``[B, N, S, H]``; ``heads`` is N."""
-    raise NotImplementedError
+    _never()
 
 
 def skip_rms_norm(*args: object, **options: object) -> NoReturn:
     """``(x, skip, weight)`` and ``eps`` → the norm of the sum, and the sum."""
-    raise NotImplementedError
+    _never()
 
 
 def skip_layer_norm(*args: object, **options: object) -> NoReturn:
     """``(x, skip, weight, bias)`` and ``eps`` → the norm of the sum, and the sum."""
-    raise NotImplementedError
+    _never()
 
 
 def gather_block_quantized(*args: object, **options: object) -> NoReturn:
     """``(ids, codes, scale, zero_point)``, ``block`` and ``bits``."""
-    raise NotImplementedError
+    _never()
+
+
+def _never() -> NoReturn:
+    raise TypeError("an operator of ONNX Runtime's own stands in a graph to be written, and is never computed here")

@@ -5,9 +5,11 @@ import torch
 
 import qcompiler as qc
 from qcompiler.errors import TargetError
+from qcompiler.lowering.onnx.writer import emit
 from qcompiler.lowering.ort import OrtTarget
 from qcompiler.lowering.ort.cuda import nodes_off_cuda
-from qcompiler.lowering.ort.writer import _emit
+from qcompiler.lowering.ort.dialect import ort_dialect
+from qcompiler.lowering.ort.writer import _fused
 from qcompiler.passes import RECIPES
 
 FLOAT4 = ("nvfp4", "mxfp4")
@@ -21,7 +23,8 @@ OFF = {
 
 @pytest.mark.parametrize("name", [*(name for name in RECIPES if name not in FLOAT4), *MORE])
 def test_no_node_is_on_the_cpu_unless_said(name, tiny):
-    emitted = _emit(tiny(name).graph, OrtTarget(float_dtype="float16"))
+    graph = _fused(tiny(name).graph, OrtTarget(float_dtype="float16"))
+    emitted = emit(graph, ort_dialect("float16"))
     found = nodes_off_cuda(emitted.model)
     assert {text.split(": ")[1].split(" of ")[0] for text in found} == OFF.get(name, set())
 
